@@ -1,0 +1,235 @@
+"""The size of every buffer of a compressed cache, from a spec and shapes; arithmetic only.
+
+One truth for three readers: the store allocates what `body_buffers` says, the report sums real tensors that have these
+shapes, and the planner sums the same table for a cache nobody has allocated. Bytes are bytes, never GB or GiB.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+from kvqtool.errors import InputError
+from kvqtool.spec import EXACT, KvSpec, QuantSpec
+
+PAGE_TOKENS: Final = 128
+WORD_BITS: Final = 32
+ITEM_BYTES: Final[dict[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Shapes of one attention layer's cache: heads and the width of a key and of a value head."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def key_channels(self) -> int:
+        """Channels of one token's keys, all heads together."""
+        return self.num_kv_heads * self.key_dim
+
+    @property
+    def value_channels(self) -> int:
+        """Channels of one token's values, all heads together."""
+        return self.num_kv_heads * self.value_dim
+
+    @property
+    def elements(self) -> int:
+        """Numbers one token puts into this layer, keys and values together."""
+        return self.key_channels + self.value_channels
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One array of the cache: its dtype by name and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """How many outliers all tokens of one layer hold, keys and values apart."""
+
+    key: int
+    value: int
+
+
+def capacity(tokens: int) -> int:
+    """Return the tokens that the pages of a body with `tokens` tokens have room for."""
+    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
+
+
+def index_dtype(channels: int) -> str:
+    """Return the dtype of an outlier's channel index."""
+    return "uint8" if channels <= 256 else "int16"
+
+
+def count_dtype(channels: int) -> str:
+    """Return the dtype of a token's outlier count, which runs from 0 to `channels` and so needs 16 bits at 256."""
+    return "uint8" if channels <= 255 else "int16"
+
+
+def outliers_per_tail(spec: QuantSpec, channels: int) -> int:
+    """Return how many outliers a per-token side keeps at each end: ceil(f / 2 * C), exactly."""
+    return math.ceil(Fraction(str(spec.outlier_fraction)) / 2 * channels)
+
+
+def groups_per_token(spec: QuantSpec, channels: int) -> int:
+    """Return the number of (scale, offset) pairs a token brings; 0 where calibration fixed the ranges.
+
+    Example: 192 channels, int4-g64 -> 3 pairs; nuq3 values -> 1 pair; nuq3 keys -> 0.
+    """
+    if spec.method == EXACT or spec.per_channel:
+        return 0
+    size = spec.group_size or channels
+    if channels % size:
+        raise InputError(f"groups of {size} do not divide the {channels} channels of a layer; choose a divisor")
+    return channels // size
+
+
+def words_per_token(spec: QuantSpec, channels: int) -> int:
+    """Return the 32-bit words that hold one token's codes, the last one padded."""
+    return -(-channels * spec.bits // WORD_BITS)
+
+
+def body_buffers(spec: QuantSpec, channels: int, rows: int, outliers: int, dtype: str) -> dict[str, Buffer]:
+    """Return the buffers of one side of a packed body.
+
+    Args:
+        spec: the side's scheme.
+        channels: C, channels of one token on this side, all heads together.
+        rows: rows there is room for; a row is one token of one sequence.
+        outliers: outliers stored in all rows.
+        dtype: the model's dtype, which `fp` stores in.
+
+    Example: nuq3-1% keys, C = 192, 128 rows, 270 outliers ->
+        words int32 (128, 18), outlier_counts uint8 (128,), outlier_values float16 (270,), outlier_channels uint8 (270,)
+    """
+    if spec.method == EXACT:
+        return {"states": Buffer(dtype, (rows, channels))}
+    buffers = {"words": Buffer("int32", (rows, words_per_token(spec, channels)))}
+    groups = groups_per_token(spec, channels)
+    if groups:
+        buffers["ranges"] = Buffer("float16", (rows, groups, 2))
+    if spec.outlier_fraction:
+        if spec.per_channel:
+            buffers["outlier_counts"] = Buffer(count_dtype(channels), (rows,))
+        buffers["outlier_values"] = Buffer("float16", (outliers,))
+        buffers["outlier_channels"] = Buffer(index_dtype(channels), (outliers,))
+    return buffers
+
+
+def layer_buffers(
+    spec: KvSpec, layer: LayerGeometry, batch: int, tokens: int, outliers: Outliers, dtype: str
+) -> dict[str, Buffer]:
+    """Return every buffer of one layer's cache `[sink | packed body | recent window]` at a length.
+
+    Args:
+        spec: the scheme.
+        layer: the layer's shapes.
+        batch: sequences.
+        tokens: tokens of each sequence.
+        outliers: outliers in the layer's body, over all sequences.
+        dtype: the model's dtype; sinks and window are kept in it.
+    """
+    sink, body, window = split_tokens(spec, tokens)
+    rows = capacity(body) * batch
+    buffers = {
+        f"key.{name}": buffer
+        for name, buffer in body_buffers(spec.key, layer.key_channels, rows, outliers.key, dtype).items()
+    }
+    buffers |= {
+        f"value.{name}": buffer
+        for name, buffer in body_buffers(spec.value, layer.value_channels, rows, outliers.value, dtype).items()
+    }
+    for part, length in (("sink", sink), ("window", window)):
+        buffers[f"{part}.key"] = Buffer(dtype, (batch, layer.num_kv_heads, length, layer.key_dim))
+        buffers[f"{part}.value"] = Buffer(dtype, (batch, layer.num_kv_heads, length, layer.value_dim))
+    return buffers
+
+
+def split_tokens(spec: KvSpec, tokens: int) -> tuple[int, int, int]:
+    """Return how many of `tokens` are sinks, in the packed body, and in the recent window."""
+    sink = min(spec.sink_tokens, tokens)
+    window = min(spec.residual_length, tokens - sink)
+    return sink, tokens - sink - window, window
+
+
+def position_buffer(batch: int, tokens: int) -> Buffer:
+    """Return the buffer of token positions, kept once per cache to rotate stored keys again on read."""
+    return Buffer("int32", (capacity(tokens), batch))
+
+
+def expected_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers:
+    """Return the outliers to expect in `rows` packed tokens: exact for values, the calibrated share for keys."""
+    return Outliers(
+        _outliers(spec.key, layer.key_channels, rows, bound=False),
+        _outliers(spec.value, layer.value_channels, rows, bound=False),
+    )
+
+
+def most_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers:
+    """Return the most outliers `rows` packed tokens can hold: every key element unless the spec caps them."""
+    return Outliers(
+        _outliers(spec.key, layer.key_channels, rows, bound=True),
+        _outliers(spec.value, layer.value_channels, rows, bound=True),
+    )
+
+
+def _outliers(spec: QuantSpec, channels: int, rows: int, *, bound: bool) -> int:
+    if not spec.outlier_fraction:
+        return 0
+    if not spec.per_channel:
+        return 2 * outliers_per_tail(spec, channels) * rows
+    limit = channels if spec.outlier_cap is None else min(spec.outlier_cap, channels)
+    return limit * rows if bound else min(limit * rows, math.ceil(Fraction(str(spec.outlier_fraction)) * channels * rows))
+
+
+def paper_bits(spec: QuantSpec, channels: int) -> float:
+    """Return bits per element by KVQuant's own accounting (appendix M): codes, 32 bits an outlier, 32-bit pointers.
+
+    Keys: b + 32 f + 32 / C. Values: b + 32 f + 64 / C, the second 32 being a 16-bit scale and offset per token.
+    Dense schemes have no pointers. It is not what is allocated; compare papers with it, size machines with
+    `layer_buffers`.
+    """
+    if spec.method == EXACT:
+        return 16.0
+    bits = spec.bits + 32 * groups_per_token(spec, channels) / channels
+    return bits + (32 * spec.outlier_fraction + 32 / channels if spec.outlier_fraction else 0.0)
+
+
+def paper_bytes(spec: KvSpec, layers: tuple[LayerGeometry, ...], batch: int, tokens: int) -> float:
+    """Return the bytes of a whole cache by the paper's accounting (`paper_bits`)."""
+    per_token = sum(
+        paper_bits(spec.key, layer.key_channels) * layer.key_channels
+        + paper_bits(spec.value, layer.value_channels) * layer.value_channels
+        for layer in layers
+    )
+    return per_token * batch * tokens / 8
+
+
+def exact_bytes(layers: tuple[LayerGeometry, ...], batch: int, tokens: int) -> int:
+    """Return the bytes of the same cache in 16-bit floats: what compression is measured against."""
+    return 2 * batch * tokens * sum(layer.elements for layer in layers)
+
+
+def planned_bytes(
+    spec: KvSpec, layers: tuple[LayerGeometry, ...], batch: int, tokens: int, outliers: list[Outliers], dtype: str
+) -> int:
+    """Return the bytes a cache allocates, given each layer's number of outliers; equal to the allocated `nbytes`."""
+    total = sum(
+        buffer.nbytes
+        for layer, count in zip(layers, outliers, strict=True)
+        for buffer in layer_buffers(spec, layer, batch, tokens, count, dtype).values()
+    )
+    return total + position_buffer(batch, tokens).nbytes

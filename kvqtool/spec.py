@@ -1,0 +1,227 @@
+"""What a quantization scheme is, as a value: `QuantSpec` for one side, `KvSpec` for keys and values.
+
+The short string is the scheme's name everywhere: command line, bundle, reports. Its grammar:
+
+    fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken] [-nofisher|-fisher] [-pc]
+
+`METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4. Two strings joined
+by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). Printing a spec and parsing it gives the same spec.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Final
+
+from kvqtool.errors import SpecError
+
+METHOD_BITS: Final[dict[str, tuple[int, ...]]] = {"nuq": (2, 3, 4, 8), "int": (2, 3, 4, 8), "nf": (2, 3, 4)}
+EXACT: Final = "fp"
+DEFAULT_SPEC: Final = "nuq3-1%-sink1"
+WEIGHTINGS: Final = ("fisher-scale", "fisher", "none")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one side (keys or values) of the cache is stored.
+
+    Args:
+        method: `nuq`, `int`, `nf`, or `fp` (stored exactly, in the model's dtype).
+        bits: stored bits per code; 16 stands for `fp`.
+        outlier_fraction: share of elements kept exactly, both tails together (0.01 is 1 %).
+        group_size: channels of one token that share a scale and an offset (`int` only); None for the side's default.
+        outlier_cap: most outliers a token may keep on a side with offline thresholds; None for no limit.
+        moment_match: KVQuant's Q-Norm; decoded levels are shifted so that mean and deviation are those of the data.
+        pre_rope: keys are stored as they were before the rotary embedding.
+        per_channel: a channel's range is fixed by calibration; otherwise each token brings its own range.
+        weighting: what the codebook fit weighs an element with: Fisher times scale squared, Fisher alone, nothing.
+        channel_levels: a codebook per key channel instead of one per layer.
+    """
+
+    method: str
+    bits: int
+    outlier_fraction: float = 0.0
+    group_size: int | None = None
+    outlier_cap: int | None = None
+    moment_match: bool = False
+    pre_rope: bool = False
+    per_channel: bool = False
+    weighting: str = "fisher-scale"
+    channel_levels: bool = False
+
+    def __post_init__(self) -> None:
+        known = METHOD_BITS.get(self.method, (16,) if self.method == EXACT else ())
+        if self.bits not in known:
+            names = " ".join(f"{m}{b}" for m, widths in METHOD_BITS.items() for b in widths)
+            raise SpecError(f"unknown method {self.method}{self.bits}; use fp or one of: {names}")
+        if not 0 <= self.outlier_fraction < 0.5:
+            raise SpecError(f"outlier share {self.outlier_fraction * 100:g}% is not in 0%..50%; use 1% or less")
+        if self.weighting not in WEIGHTINGS:
+            raise SpecError(f"unknown weighting {self.weighting!r}; use one of: {', '.join(WEIGHTINGS)}")
+        if self.group_size is not None and (self.method != "int" or self.group_size < 8):
+            raise SpecError(f"-g{self.group_size}: groups of 8 or more channels are for int methods; drop -g or use int")
+        if self.method == EXACT and (self.outlier_fraction or self.moment_match or self.outlier_cap is not None):
+            raise SpecError("fp stores everything exactly; outliers, caps and qnorm do not apply to it")
+        if self.method != "nuq" and (self.weighting != "fisher-scale" or self.channel_levels or self.moment_match):
+            raise SpecError(f"{self.method}{self.bits}: -fisher, -nofisher, -qnorm and -pc belong to nuq methods")
+        if self.outlier_cap is not None and (self.outlier_cap < 1 or not (self.per_channel and self.outlier_fraction)):
+            raise SpecError(f"-cap{self.outlier_cap} needs key outliers with thresholds per channel, as in nuq3-1%-cap4")
+        if self.channel_levels and not self.per_channel:
+            raise SpecError("-pc (a codebook per key channel) needs keys per channel; drop -pertoken")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether encoding needs numbers that only calibration on text can give."""
+        return self.method == "nuq" or self.per_channel
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration has to run the backward pass (Fisher information)."""
+        return self.method == "nuq" and self.weighting != "none"
+
+
+@dataclass(frozen=True)
+class KvSpec:
+    """A scheme for a whole cache: keys, values, and the tokens that stay exact.
+
+    Args:
+        key: how packed keys are stored.
+        value: how packed values are stored.
+        sink_tokens: first tokens of a sequence kept exact (attention sinks).
+        residual_length: most recent tokens kept exact, the newest included.
+    """
+
+    key: QuantSpec
+    value: QuantSpec
+    sink_tokens: int = 0
+    residual_length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.value.per_channel or self.value.pre_rope or self.value.channel_levels:
+            raise SpecError("values are quantized per token; -pc, per-channel and pre-RoPE storage are for keys")
+        if self.sink_tokens < 0 or self.residual_length < 0:
+            raise SpecError(f"sink{self.sink_tokens} and r{self.residual_length} must not be negative")
+        if (self.key.method == EXACT) != (self.value.method == EXACT):
+            raise SpecError("fp is for both sides at once; quantize keys and values, or neither")
+
+    def __str__(self) -> str:
+        key, value = self._print(self.key, is_key=True), self._print(self.value, is_key=False)
+        alone = replace(self.key, pre_rope=False, per_channel=False, channel_levels=False, outlier_cap=None)
+        return key if alone == self.value else f"{key}/{value}"
+
+    def _print(self, spec: QuantSpec, *, is_key: bool) -> str:
+        parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
+        if spec.outlier_fraction:
+            parts.append(f"{float(Fraction(str(spec.outlier_fraction)) * 100):g}%")
+        if spec.group_size:
+            parts.append(f"g{spec.group_size}")
+        if spec.outlier_cap is not None:
+            parts.append(f"cap{spec.outlier_cap}")
+        if self.sink_tokens:
+            parts.append(f"sink{self.sink_tokens}")
+        if self.residual_length:
+            parts.append(f"r{self.residual_length}")
+        parts += ["qnorm"] * spec.moment_match
+        if is_key:
+            parts += ["postrope"] * (not spec.pre_rope)
+            parts += ["pertoken"] * (not spec.per_channel and spec.group_size is None and spec.method != EXACT)
+        parts += {"fisher-scale": [], "fisher": ["fisher"], "none": ["nofisher"]}[spec.weighting]
+        parts += ["pc"] * spec.channel_levels
+        return "-".join(parts)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a bundle made by calibration is needed to use this scheme."""
+        return self.key.needs_calibration or self.value.needs_calibration
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration has to run the backward pass."""
+        return self.key.needs_gradients or self.value.needs_gradients
+
+
+_HEAD: Final = re.compile(r"(nuq|int|nf)(\d+)|fp")
+_NUMBERED: Final = re.compile(r"(sink|cap|r|g)(\d+)")
+_PERCENT: Final = re.compile(r"(\d+(?:\.\d+)?)%")
+_FLAGS: Final = ("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc")
+_KEY_ONLY: Final = ("postrope", "pertoken", "pc", "cap")
+
+
+def parse_spec(text: str) -> KvSpec:
+    """Parse a spec string.
+
+    Args:
+        text: one scheme (`nuq3-1%-sink1`) or two joined by `/` for keys and values. `sink` and `r` hold for the whole
+            cache and may be written on one side or on both.
+
+    Raises:
+        SpecError: when the string is not in the grammar; the message names the part and the remedy.
+    """
+    sides = text.strip().split("/")
+    if len(sides) > 2:
+        raise SpecError(f"spec {text!r} has {len(sides)} parts; write KEYS/VALUES, as in nuq4-1%/nuq3-1%")
+    words = [_side_words(side, text) for side in sides]
+    shared = {name: _agree(name, words, text) for name in ("sink", "r")}
+    key, value = words[0], words[-1]
+    misplaced = [w for w in _KEY_ONLY if w in value] if len(words) == 2 else []
+    if misplaced:
+        raise SpecError(f"spec {text!r}: {misplaced[0]} is for keys; write it before the /")
+    return KvSpec(
+        key=_quant_spec(key, is_key=True),
+        value=_quant_spec(value, is_key=False),
+        sink_tokens=shared["sink"],
+        residual_length=shared["r"],
+    )
+
+
+def _side_words(side: str, text: str) -> dict[str, str]:
+    """Split one side into its words: {'method': 'nuq', 'bits': '3', 'percent': '1', 'sink': '1', 'pc': ''}."""
+    head, *rest = side.split("-")
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        raise SpecError(f"spec {text!r}: {head!r} is not a method with bits; start with nuq3, int4, nf4 or fp")
+    words = {"method": match[1] or EXACT, "bits": match[2] or "16"}
+    for word in rest:
+        percent, numbered = _PERCENT.fullmatch(word), _NUMBERED.fullmatch(word)
+        if percent:
+            name, value = "percent", percent[1]
+        elif numbered:
+            name, value = numbered[1], numbered[2]
+        elif word in _FLAGS:
+            name, value = word, ""
+        else:
+            known = "1% g64 cap4 sink1 r128 " + " ".join(_FLAGS)
+            raise SpecError(f"spec {text!r}: {word!r} is not a modifier; known: {known}")
+        if name in words:
+            raise SpecError(f"spec {text!r}: {name} is given twice; keep one")
+        words[name] = value
+    if "fisher" in words and "nofisher" in words:
+        raise SpecError(f"spec {text!r}: fisher and nofisher exclude each other; keep one")
+    return words
+
+
+def _agree(name: str, sides: list[dict[str, str]], text: str) -> int:
+    found = {int(words[name]) for words in sides if name in words}
+    if len(found) > 1:
+        raise SpecError(f"spec {text!r}: {name} differs between keys and values; it holds for the whole cache")
+    return found.pop() if found else 0
+
+
+def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
+    per_channel = is_key and words["method"] != EXACT and "pertoken" not in words and "g" not in words
+    if is_key and "g" in words and "pertoken" in words:
+        raise SpecError("-g groups the channels of each token; -pertoken beside it says nothing more, drop it")
+    return QuantSpec(
+        method=words["method"],
+        bits=int(words["bits"]),
+        outlier_fraction=float(Fraction(words.get("percent", "0")) / 100),
+        group_size=int(words["g"]) if "g" in words else None,
+        outlier_cap=int(words["cap"]) if is_key and "cap" in words else None,
+        moment_match="qnorm" in words,
+        pre_rope=is_key and "postrope" not in words,
+        per_channel=per_channel,
+        weighting="fisher" if "fisher" in words else "none" if "nofisher" in words else "fisher-scale",
+        channel_levels=is_key and "pc" in words,
+    )
