@@ -1,0 +1,56 @@
+"""Weighted histograms of normalised values: all that a codebook fit needs to know of a calibration set."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+LAYER_BINS = 4096
+CHANNEL_BINS = 1024
+
+
+class LevelHistogram:
+    """Counts, weights and sums of u in equal bins over [-1, 1], for one problem or one per channel.
+
+    Args (of `update`) are rows of normalised states; the fit sees each bin as a point at its weighted mean.
+    """
+
+    def __init__(self, problems: int, bins: int, device: torch.device) -> None:
+        """Start empty: `problems` separate histograms (1, or one per channel) of `bins` bins."""
+        self.problems = problems
+        self.bins = bins
+        self._sums = torch.zeros(4, problems * bins, dtype=torch.float64, device=device)
+
+    def update(self, normalized: Tensor, weights: Tensor | None, kept: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            normalized: (rows, channels) float32 u.
+            weights: (rows, channels) float32, or None to count every element once.
+            kept: (rows, channels) bool; False for elements that are stored exactly and so need no level.
+        """
+        values = normalized.double().clamp(-1.0, 1.0)
+        index = ((values + 1.0) * (self.bins / 2)).long().clamp_max(self.bins - 1)
+        if self.problems > 1:
+            index = index + torch.arange(normalized.shape[1], device=index.device) * self.bins
+        count = kept.double()
+        weight = count if weights is None else count * weights.double()
+        flat = index.flatten()
+        for sums, term in zip(self._sums, (weight, weight * values, count, count * values), strict=True):
+            sums.scatter_add_(0, flat, term.flatten())
+
+    def weighted(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return (points, weights), each (problems, bins): bin means by weight, ascending."""
+        return self._points(0)
+
+    def counted(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return (points, counts), each (problems, bins): bin means with every element counted once."""
+        return self._points(2)
+
+    def _points(self, which: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        mass, moment = self._sums[which : which + 2].view(2, self.problems, self.bins).cpu().numpy()
+        middle = (np.arange(self.bins) + 0.5) * (2 / self.bins) - 1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(mass > 0, moment / mass, middle), mass.copy()
