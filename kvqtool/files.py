@@ -23,7 +23,8 @@ def check_output(path: str | Path, force: bool = False) -> None:
         force: whether an existing file may be replaced.
 
     Raises:
-        InputError: when the folder is missing or read-only, the path is a folder or device, or the file exists.
+        InputError: when the folder is missing or read-only, the path is a folder or a device, or
+            the file exists.
     """
     target = Path(path)
     folder = target.parent
@@ -31,13 +32,13 @@ def check_output(path: str | Path, force: bool = False) -> None:
         if target.is_dir():
             raise InputError(f"output {target} is a folder; name a file in it")
         if target.exists() and not target.is_file():
-            raise InputError(f"output {target} is not a regular file; name one that may be replaced")
+            raise InputError(f"output {target} is not a regular file; name one")
         if target.exists() and not force:
-            raise InputError(f"output {target} exists; choose another name or replace it with --force")
+            raise InputError(f"output {target} exists; replace it with --force or name another")
         if not folder.is_dir():
-            raise InputError(f"output folder {folder} does not exist; create it with: mkdir -p {folder}")
+            raise InputError(f"output folder {folder} is missing; create it: mkdir -p {folder}")
     except OSError as error:
-        raise InputError(f"output {target} cannot be used: {error.strerror}; choose another path") from error
+        raise _unusable(target, error) from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"output folder {folder} is not writable; choose another one")
 
@@ -68,14 +69,14 @@ def atomic_output(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         part.replace(target)
     except Exception as error:
         if is_disk_full(error):
-            raise RunError(f"no room left on the disk for {target}; free space or choose another folder") from error
+            raise _no_room(target) from error
         raise
     finally:
         part.unlink(missing_ok=True)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Tell whether an exception says that a disk or quota is full; safetensors wraps the operating system's words."""
+    """Tell whether an exception says that a disk or quota is full, in safetensors' words too."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return True
     return type(error).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(error)
@@ -88,9 +89,17 @@ def _reserve(target: Path) -> Path:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         if is_disk_full(error):
-            raise RunError(f"no room left on the disk for {target}; free space or choose another folder") from error
-        raise InputError(f"output {target} cannot be written: {error.strerror}; choose another path") from error
+            raise _no_room(target) from error
+        raise _unusable(target, error) from error
     return part
+
+
+def _no_room(target: Path) -> RunError:
+    return RunError(f"no room left on the disk for {target}; free space or choose another folder")
+
+
+def _unusable(target: Path, error: OSError) -> InputError:
+    return InputError(f"output {target} cannot be written: {error.strerror}; choose another path")
 
 
 def _flush_to_disk(part: Path) -> None:
