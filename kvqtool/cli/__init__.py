@@ -1,0 +1,49 @@
+"""The command line: five commands, each in its own file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvqtool import __version__
+from kvqtool.cli import calibrate, generate, memory_plan, ppl, quantize_cache
+from kvqtool.cli.failures import Command, stop_on_terminate
+
+app = typer.Typer(
+    name="kvqtool",
+    help="Compress the KV cache of a language model, measure what it costs, plan what it buys.",
+    epilog="Start with: kvqtool ppl builtin. Every command has --help with examples.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvqtool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Compress the KV cache of a language model, measure what it costs, plan what it buys."""
+
+
+for _module in (calibrate, ppl, quantize_cache, generate, memory_plan):
+    app.command(cls=Command, name=_module.NAME, epilog=_module.EPILOG)(_module.run)
+
+
+def main() -> None:
+    """Run the command line: the console script and `python -m kvqtool`."""
+    stop_on_terminate()
+    app(prog_name="kvqtool")

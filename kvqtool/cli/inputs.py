@@ -1,0 +1,110 @@
+"""What commands need before their work: a model, and the bundle that compresses its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvqtool.cli.output import Output
+from kvqtool.errors import InputError
+from kvqtool.spec import DEFAULT_SPEC, KvSpec, parse_spec
+
+if TYPE_CHECKING:
+    from kvqtool.bundle import Bundle
+    from kvqtool.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The options that name a model and what it runs on."""
+
+    name: str
+    device: str
+    dtype: str
+    revision: str | None
+    trust_remote_code: bool
+
+    def load(self, out: Output) -> LoadedModel:
+        """Load the model and say what it runs on."""
+        from kvqtool.models import load_model
+
+        loaded = load_model(
+            self.name,
+            device=self.device,
+            dtype=self.dtype,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+        out.note(
+            f"model {self.name} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}"
+        )
+        return loaded
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a spec is calibrated on."""
+
+    dataset: str | None
+    samples: int
+    seq_len: int
+    seed: int
+    text_column: str = "text"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`--bundle FILE`, or `--spec SPEC` with its calibration text; checked before loading."""
+
+    bundle: Path | None
+    spec: KvSpec
+    calibration: Calibration
+
+    @classmethod
+    def choose(cls, bundle: Path | None, spec: str | None, calibration: Calibration) -> Scheme:
+        """Check the options against each other; neither means the default spec."""
+        if bundle is not None:
+            if spec is not None or calibration.dataset is not None:
+                extra = "--spec" if spec is not None else "--calibration-dataset"
+                raise InputError(
+                    f"--bundle {bundle} is calibrated already; drop it or drop {extra}"
+                )
+            if not bundle.is_file():
+                made_by = "write one with: kvqtool calibrate MODEL -o FILE"
+                raise InputError(f"bundle {bundle} does not exist; {made_by}")
+        return cls(bundle, parse_spec(spec or DEFAULT_SPEC), calibration)
+
+    def prepare(self, loaded: LoadedModel, out: Output) -> Bundle:
+        """Return the bundle: loaded and checked against the model, or made in memory."""
+        if self.bundle is None:
+            return make_bundle(loaded, self.spec, self.calibration, out)
+        from kvqtool.bundle import load_bundle
+        from kvqtool.models import identity_json
+
+        bundle = load_bundle(self.bundle)
+        bundle.check_model(identity_json(loaded.identity))
+        return bundle
+
+
+def make_bundle(loaded: LoadedModel, spec: KvSpec, calibration: Calibration, out: Output) -> Bundle:
+    """Calibrate a spec on its text, or return a plain bundle for a spec that needs none."""
+    from kvqtool.calibrate import calibrate
+    from kvqtool.data import calibration_windows, load_text
+
+    text = load_text(calibration.dataset, part="calibration", text_column=calibration.text_column)
+    seq_len = window_length(calibration.seq_len, loaded, out)
+    windows = calibration_windows(
+        text, loaded.tokenizer, samples=calibration.samples, seq_len=seq_len, seed=calibration.seed
+    )
+    out.note(f"calibrating {spec} on {calibration.samples} windows of {seq_len} from {text.name}")
+    with out.progress() as progress:
+        return calibrate(loaded, windows, [spec], seed=calibration.seed, progress=progress)[0]
+
+
+def window_length(seq_len: int, loaded: LoadedModel, out: Output) -> int:
+    """Return `seq_len`, or the model's context where that is shorter, and say so."""
+    limit = loaded.identity.max_context
+    if seq_len > limit:
+        out.note(f"windows are {limit} tokens, not {seq_len}: the model's context")
+    return min(seq_len, limit)

@@ -1,0 +1,114 @@
+"""`kvqtool ppl`: measure what a compressed cache costs in quality."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import typer
+
+from kvqtool.cli import options as opt
+from kvqtool.cli.gates import Gate, enforce
+from kvqtool.cli.inputs import Calibration, ModelChoice, Scheme, window_length
+from kvqtool.cli.output import Output, values_table
+from kvqtool.cli.reports import note_layers
+from kvqtool.files import check_output
+
+NAME: Final = "ppl"
+EPILOG: Final = """\b
+Examples:
+  kvqtool ppl builtin --bundle nuq3.safetensors --seq-len 512 --windows 2
+  kvqtool ppl builtin --spec int4-g64 --seq-len 256 --windows 2 --max-ppl-ratio 2 --json
+"""
+ProtocolName = Literal["decode-exact", "true-decode", "prefill-exact"]
+
+
+def run(
+    model: opt.Model,
+    bundle: opt.Bundle = None,
+    spec: opt.Spec = None,
+    calibration_dataset: opt.CalibrationDataset = None,
+    calibration_samples: opt.CalibrationSamples = opt.SAMPLES,
+    calibration_seq_len: opt.CalibrationSeqLen = opt.SEQ_LEN,
+    dataset: opt.Dataset = None,
+    text_column: opt.TextColumn = "text",
+    seq_len: opt.SeqLen = opt.SEQ_LEN,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", min=1, show_default="all", help="Windows to score."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride", min=1, show_default="--seq-len", help="Tokens between window starts."
+        ),
+    ] = None,
+    protocol: Annotated[
+        ProtocolName,
+        typer.Option(
+            "--protocol",
+            help="decode-exact: queries see what decoding would have stored; true-decode: token by "
+            "token; prefill-exact: first half exact then packed, second half scored.",
+        ),
+    ] = "decode-exact",
+    max_ppl_ratio: Annotated[
+        float | None, typer.Option("--max-ppl-ratio", help="Gate: exit 1 if ppl_ratio is above.")
+    ] = None,
+    max_kld: Annotated[
+        float | None, typer.Option("--max-kld", help="Gate: exit 1 if kld_mean is above.")
+    ] = None,
+    min_compression: Annotated[
+        float | None,
+        typer.Option(
+            "--min-compression", help="Gate: exit 1 if cache_bytes_fp16 / cache_bytes is below."
+        ),
+    ] = None,
+    allow_calibration_text: Annotated[
+        bool,
+        typer.Option("--allow-calibration-text", help="Score even the text it was calibrated on."),
+    ] = False,
+    output: opt.CopyOutput = None,
+    force: opt.Force = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    seed: opt.Seed = 0,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure the quality of a model with a compressed cache against its exact cache."""
+    calibration = Calibration(calibration_dataset, calibration_samples, calibration_seq_len, seed)
+    scheme = Scheme.choose(bundle, spec, calibration)
+    if output is not None:
+        check_output(output, force)
+    out = Output(NAME, json=json, quiet=quiet, path=output, force=force)
+    loaded = ModelChoice(model, device, dtype, revision, trust_remote_code).load(out)
+    from kvqtool.data import evaluation_windows, load_text
+    from kvqtool.perplexity import evaluate
+
+    text = load_text(dataset, part="evaluation", text_column=text_column)
+    length = window_length(seq_len, loaded, out)
+    scored = evaluation_windows(
+        text, loaded.tokenizer, seq_len=length, windows=windows, stride=stride
+    )
+    ready = scheme.prepare(loaded, out)
+    with out.progress() as progress:
+        (result,) = evaluate(
+            loaded,
+            scored,
+            [ready],
+            protocol=protocol,
+            allow_calibration_text=allow_calibration_text,
+            progress=progress,
+        )
+    note_layers(result.layers, out)
+    out.result(spec=result.spec, model=model, result=result, table=values_table(result))
+    compression = result.cache_bytes_fp16 / result.cache_bytes
+    enforce(
+        (
+            Gate("ppl_ratio", result.ppl_ratio, "--max-ppl-ratio", max_ppl_ratio),
+            Gate("kld_mean", result.kld_mean, "--max-kld", max_kld),
+            Gate("compression", compression, "--min-compression", min_compression, is_floor=True),
+        )
+    )
