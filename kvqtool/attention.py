@@ -1,0 +1,107 @@
+"""Attention functions that kvqtool registers with transformers, by explicit call only.
+
+`kvqtool_band` is sdpa, except where a cache hands over keys that some queries see exactly and others as packed (the
+recent window moves along inside a multi-token call): there every query attends to what decoding would have stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvqtool.errors import RunError
+
+BAND: Final = "kvqtool_band"
+_BAND_ATTRIBUTE: Final = "_kvqtool_band"
+
+
+@dataclass(frozen=True)
+class Band:
+    """The exact states of the most recent tokens, and how far back a query still sees them.
+
+    Args:
+        key: (batch, num_kv_heads, tail, head_dim) exact keys of the last `tail` tokens, after RoPE.
+        value: likewise the values.
+        residual_length: R; a query at position p sees keys at positions > p - R exactly.
+    """
+
+    key: Tensor
+    value: Tensor
+    residual_length: int
+
+
+def mark_band(keys: Tensor, band: Band) -> Tensor:
+    """Attach a band to the keys a cache returns; the model hands this very tensor to the attention function."""
+    setattr(keys, _BAND_ATTRIBUTE, band)
+    return keys
+
+
+def register_band_attention() -> None:
+    """Make `kvqtool_band` known to transformers, its mask function with it (without one, padding is ignored)."""
+    AttentionInterface.register(BAND, band_attention)
+    AttentionMaskInterface.register(BAND, sdpa_mask)
+
+
+def band_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend, mixing exact and packed scores where the keys carry a band; plain sdpa where they do not.
+
+    Args:
+        module: the attention module.
+        query: (batch, num_heads, queries, head_dim).
+        key: (batch, num_kv_heads, tokens, head_dim).
+        value: (batch, num_kv_heads, tokens, value_dim).
+        attention_mask: (batch, 1, queries, tokens) bool, or None for causal order.
+        **options: transformers' own: scaling, dropout, sliding_window, ...
+
+    Returns:
+        (batch, queries, num_heads, value_dim), and None for the weights.
+    """
+    band: Band | None = getattr(key, _BAND_ATTRIBUTE, None)
+    if band is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    for unsupported in ("softcap", "s_aux", "position_bias"):
+        if options.get(unsupported) is not None:
+            raise RunError(f"a recent window (-r) does not work with attention that uses {unsupported}; drop -r")
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    return _mixed_attention(query, (key, value), band, attention_mask, scaling), None
+
+
+def _mixed_attention(
+    query: Tensor, packed: tuple[Tensor, Tensor], band: Band, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """S = where(age < R, q.K_exact, q.K_packed); one softmax; P_exact V_exact + P_packed V_packed."""
+    key, value = packed
+    batch, heads, queries, _ = query.shape
+    groups = heads // key.shape[1]
+    tokens, tail = key.shape[2], band.key.shape[2]
+    grouped = query.view(batch, key.shape[1], groups, queries, -1)
+
+    def scores(states: Tensor) -> Tensor:
+        return torch.einsum("bhgqd,bhtd->bhgqt", grouped, states).float() * scaling
+
+    position = torch.arange(tokens - queries, tokens, device=query.device)[:, None]
+    age = position - torch.arange(tokens, device=query.device)
+    recent = (age < band.residual_length)[:, tokens - tail :]
+    score = scores(key)
+    score[..., tokens - tail :] = torch.where(recent, scores(band.key), score[..., tokens - tail :])
+    seen = (age >= 0)[None, None] if mask is None else mask
+    score = score.masked_fill(~seen[:, :, None], torch.finfo(torch.float32).min)
+    weights = score.softmax(-1).to(value.dtype)
+    exact = weights[..., tokens - tail :] * recent
+    weights[..., tokens - tail :] -= exact
+    out = torch.einsum("bhgqt,bhtd->bhgqd", weights, value)
+    out += torch.einsum("bhgqt,bhtd->bhgqd", exact, band.value)
+    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
