@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,8 +63,10 @@ def atomic_output(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     target = Path(path)
     check_output(target, force)
     part = _reserve(target)
+    mode = stat.S_IMODE(part.stat().st_mode)
     try:
         yield part
+        part.chmod(mode)  # safetensors puts its own file here, readable by its owner alone
         _flush_to_disk(part)
         check_output(target, force)
         part.replace(target)

@@ -22,8 +22,9 @@ def test_the_file_appears_complete_and_alone(tmp_path: Path) -> None:
 
 def test_permissions_are_those_of_a_plain_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    with atomic_output(tmp_path / "out"):
-        pass
+    with atomic_output(tmp_path / "out") as part:
+        part.unlink()
+        part.touch(mode=0o600)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "plain").stat().st_mode
     )

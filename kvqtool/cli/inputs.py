@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvqtool.cli.output import Output
 from kvqtool.errors import InputError
@@ -80,15 +80,20 @@ class Scheme:
         if self.bundle is None:
             return make_bundle(loaded, self.spec, self.calibration, out)
         from kvqtool.bundle import load_bundle
-        from kvqtool.models import identity_json
 
         bundle = load_bundle(self.bundle)
-        bundle.check_model(identity_json(loaded.identity))
+        bundle.check_model(_identity(loaded))
         return bundle
 
 
 def make_bundle(loaded: LoadedModel, spec: KvSpec, calibration: Calibration, out: Output) -> Bundle:
     """Calibrate a spec on its text, or return a plain bundle for a spec that needs none."""
+    if not spec.needs_calibration:
+        from kvqtool.attach import probe
+        from kvqtool.bundle import uncalibrated_bundle
+
+        packed = [layer.index for layer in probe(loaded.model).packed]
+        return uncalibrated_bundle(spec, _identity(loaded), packed)
     from kvqtool.calibrate import calibrate
     from kvqtool.data import calibration_windows, load_text
 
@@ -100,6 +105,12 @@ def make_bundle(loaded: LoadedModel, spec: KvSpec, calibration: Calibration, out
     out.note(f"calibrating {spec} on {calibration.samples} windows of {seq_len} from {text.name}")
     with out.progress() as progress:
         return calibrate(loaded, windows, [spec], seed=calibration.seed, progress=progress)[0]
+
+
+def _identity(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the model's identity as it comes back from a bundle's JSON."""
+    identity = asdict(loaded.identity)
+    return identity | {"layers": list(identity["layers"])}
 
 
 def window_length(seq_len: int, loaded: LoadedModel, out: Output) -> int:
