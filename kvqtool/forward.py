@@ -1,0 +1,75 @@
+"""Run a model in two halves: the layers once, the output head on as many positions at a time as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Logits of a chunk stay below this many bytes in float32.
+_CHUNK_BYTES: Final = 128 << 20
+
+
+def hidden_states(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
+    """Run the layers without the head.
+
+    Args:
+        model: a causal language model.
+        inputs: `input_ids` (batch, tokens) or `inputs_embeds` (batch, tokens, hidden).
+        cache: written and attended to; None to run without one.
+
+    Returns:
+        (batch, tokens, hidden) after the last norm.
+    """
+    output: Tensor = model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    return output
+
+
+def position_chunks(model: PreTrainedModel, positions: int) -> Iterator[slice]:
+    """Cut positions into runs whose logits fit a fixed amount of memory."""
+    size = max(_CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size), 1)
+    for start in range(0, positions, size):
+        yield slice(start, min(start + size, positions))
+
+
+@contextmanager
+def head_of(model: PreTrainedModel) -> Iterator[HeadOnly]:
+    """Give the model's own output head inside the block: all that its forward does after the layers.
+
+    The layers are swapped for a module that returns what it is given, so scaling, soft-capping and whatever else a
+    family puts behind them is the model's own code.
+    """
+    prefix = model.base_model_prefix
+    layers = getattr(model, prefix)
+    setattr(model, prefix, _Given())
+    try:
+        yield HeadOnly(model)
+    finally:
+        setattr(model, prefix, layers)
+
+
+class HeadOnly:
+    """Hidden states to logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Keep the model, whose layers pass through what they are given."""
+        self.model = model
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return logits (batch, positions, vocabulary) in float32 for hidden states (batch, positions, hidden)."""
+        logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        return logits.float()
+
+
+class _Given(nn.Module):
+    """Stands in for a model's layers: returns its input embeddings as the last hidden state."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
