@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -39,7 +39,9 @@ def _root(
     """Compress the KV cache of a language model, measure what it costs, plan what it buys."""
 
 
-for _module in (calibrate, ppl, quantize_cache, generate, memory_plan):
+_MODULES: Final = (calibrate, ppl, quantize_cache, generate, memory_plan)
+COMMANDS: Final = tuple(module.NAME for module in _MODULES)
+for _module in _MODULES:
     app.command(cls=Command, name=_module.NAME, epilog=_module.EPILOG)(_module.run)
 
 

@@ -20,12 +20,13 @@ Examples:
 
 def run(
     model: opt.Model,
-    output: opt.RequiredOutput,
+    *,
     spec: opt.Spec = None,
     dataset: opt.Dataset = None,
     text_column: opt.TextColumn = "text",
     samples: opt.Samples = opt.SAMPLES,
     seq_len: opt.SeqLen = opt.SEQ_LEN,
+    output: opt.RequiredOutput,
     force: opt.Force = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",

@@ -18,7 +18,7 @@ NAME: Final = "generate"
 EPILOG: Final = """\b
 Examples:
   kvqtool generate builtin --spec int4-g64 --prompt "The list type" --max-new-tokens 16
-  kvqtool generate builtin --cache doc.safetensors --max-new-tokens 16 --json
+  kvqtool generate builtin --cache notes.safetensors --max-new-tokens 16 --json
 """
 
 

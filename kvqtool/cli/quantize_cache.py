@@ -17,14 +17,14 @@ from kvqtool.files import check_output
 NAME: Final = "quantize-cache"
 EPILOG: Final = """\b
 Examples:
-  echo Lists | kvqtool quantize-cache builtin --spec int4-g64 --text - -o doc.safetensors
   kvqtool quantize-cache builtin --bundle nuq3.safetensors --text notes.txt -o notes.safetensors
+  kvqtool quantize-cache builtin --spec int4-g64 --text notes.txt --json -o int4-notes.safetensors
 """
 
 
 def run(
     model: opt.Model,
-    output: opt.RequiredOutput,
+    *,
     bundle: opt.Bundle = None,
     spec: opt.Spec = None,
     calibration_dataset: opt.CalibrationDataset = None,
@@ -41,6 +41,7 @@ def run(
     ] = None,
     text_column: opt.TextColumn = "text",
     prefill: opt.Prefill = "exact",
+    output: opt.RequiredOutput,
     force: opt.Force = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",

@@ -16,7 +16,10 @@ def note_cache(report: Any, out: Output) -> None:
 
 
 def note_layers(layers: Sequence[dict[str, Any]], out: Output) -> None:
-    """Name the layers whose keys are stored as they come, for their rotation did not verify."""
-    named = [str(layer["layer"]) for layer in layers if layer.get("rope") == "unverified"]
-    if named:
-        out.note(f"keys are stored after their rotation in layers {', '.join(named)}: not verified")
+    """Name the layers that are stored otherwise than the spec says, and why."""
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer["kind"] == "stock cache" or layer["rope"].startswith("keys "):
+            reasons.setdefault(layer["rope"], []).append(str(layer["layer"]))
+    for reason, numbers in reasons.items():
+        out.note(f"layers {', '.join(numbers)}: {reason}")

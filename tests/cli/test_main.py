@@ -12,12 +12,11 @@ import typer
 from typer.testing import CliRunner, Result
 
 from kvqtool import __version__
-from kvqtool.cli import failures
+from kvqtool.cli import COMMANDS, failures
 from kvqtool.cli.failures import Command
 from kvqtool.errors import BundleError, InputError, RunError, SpecError
 
 Run = Callable[..., Result]
-COMMANDS = ("calibrate", "ppl", "quantize-cache", "generate", "memory-plan")
 
 
 class OutOfMemoryError(RuntimeError):
