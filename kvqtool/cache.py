@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from kvqtool.memory import exact_bytes, paper_bytes
 from kvqtool.rope import AngleStore
 from kvqtool.seam import LayerSeam, Seam
 from kvqtool.store import LayerStore
+
+# The one path there is until the CUDA kernels: torch decodes the whole cache for stock attention.
+KERNEL: Final = "torch (materialise)"
 
 
 @dataclass(frozen=True)

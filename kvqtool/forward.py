@@ -32,6 +32,22 @@ def hidden_states(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Cach
     return output
 
 
+def next_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Run tokens through a model and its cache and return what comes after the last one.
+
+    Args:
+        model: a causal language model.
+        ids: (batch, tokens) int64.
+        cache: written and attended to.
+
+    Returns:
+        (batch, vocabulary) float32 logits.
+    """
+    hidden = hidden_states(model, {"input_ids": ids}, cache)[:, -1:]
+    with head_of(model) as head:
+        return head(hidden)[:, 0]
+
+
 def position_chunks(model: PreTrainedModel, positions: int) -> Iterator[slice]:
     """Cut positions into runs whose logits fit a fixed amount of memory."""
     size = max(_CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size), 1)

@@ -115,8 +115,8 @@ class PackedBody:
         self.tokens += len(next(iter(rows.values()))) // self.batch
 
     def read(self) -> dict[str, Tensor]:
-        """Return the buffers of all stored rows in the canonical layout, spare room left out."""
-        return {name: buffer.read() for name, buffer in self._buffers.items()}
+        """Return the buffers of all stored rows in the canonical layout, spare room left out; {} while empty."""
+        return {name: buffer.read() for name, buffer in self._buffers.items()} if self.tokens else {}
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens of every sequence."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvqtool.attach import Session, attach, probe
 from kvqtool.bundle import Bundle
-from kvqtool.cache import CacheUsage, KvqCache
+from kvqtool.cache import KERNEL, CacheUsage, KvqCache
 from kvqtool.calibrate import versions
 from kvqtool.data import Windows
 from kvqtool.errors import InputError, RunError
@@ -30,8 +30,7 @@ from kvqtool.progress import Progress, silent
 from kvqtool.seam import Seam
 
 PROTOCOLS: Final = ("decode-exact", "true-decode", "prefill-exact")
-# The one path there is until the CUDA kernels: torch decodes the whole cache for stock attention.
-KERNEL: Final = "torch (materialise)"
+
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,15 @@ class Rotation:
         pick = {"halves": slice(0, half), "pairs": slice(0, None, 2), "unique": slice(None)}[self.table]
         return cos[..., pick].float(), self.sign * sin[..., pick].float()
 
+    def model_tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tables as the model lays them out, (..., width) or (..., width / 2); the inverse of `angles`."""
+        sin = self.sign * sin
+        if self.table == "halves":
+            return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+        if self.table == "pairs":
+            return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+        return cos, sin
+
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate keys.
 
@@ -183,6 +192,19 @@ class AngleStore:
             picked = self._rows.read()[:, sequences.to(self._rows.tensors[0].device)]
             self._rows = PagedBuffer(PAGE_TOKENS)
             self._rows.append(picked)
+
+    def canonical(self) -> Tensor:
+        """Return what is stored, without spare room: positions (tokens, batch) or (tokens, batch, width / 2, 2)."""
+        assert self._rows is not None, "nothing is stored yet"
+        return self._rows.read()
+
+    def restore(self, rows: Tensor, *, kind: str) -> None:
+        """Fill an empty store with what `canonical` returned of one of that kind."""
+        if kind == "table":
+            self.formula = None
+        self._rows = PagedBuffer(PAGE_TOKENS)
+        self._rows.append(rows)
+        self.tokens = len(rows)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -146,6 +146,13 @@ class LayerStore:
             named |= {f"{side}.{name}": tensors for name, tensors in body.tensors.items()}
         return named
 
+    def canonical(self) -> dict[str, Tensor]:
+        """Return the layer's content in the layout of saved caches, spare room left out."""
+        named = {f"{part}.{side}": t for part, pair in self._exact.items() for side, t in zip(_SIDES, pair)}
+        for side, body in zip(_SIDES, self.bodies):
+            named |= {f"{side}.{name}": tensor for name, tensor in body.read().items()}
+        return named
+
     def restore(
         self, exact: dict[str, tuple[Tensor, Tensor]], rows: tuple[dict[str, Tensor], dict[str, Tensor]], body: int
     ) -> None:
