@@ -1,0 +1,201 @@
+"""Load a model: the built-in one, a folder's, or one from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from safetensors import SafetensorError
+
+from kvqtool.errors import InputError
+from kvqtool.identity import ModelIdentity, identify, identity_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "LoadedModel",
+    "ModelIdentity",
+    "builtin_folder",
+    "identify",
+    "identity_json",
+    "load_model",
+    "resolve_device",
+]
+
+BUILTIN: Final = "builtin"
+DTYPES: Final = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+# What transformers raises for a checkpoint it cannot read: OSError for hub and files, ValueError
+# for a bad config, ImportError for a missing package, SafetensorError for damaged weights,
+# RuntimeError for weights of another shape.
+_UNREADABLE: Final = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to run: in eval mode, on its device, with its tokenizer and identity."""
+
+    identity: ModelIdentity
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+
+
+def builtin_folder() -> Path:
+    """Return the folder of the model that ships inside the package."""
+    return Path(__file__).parent / "builtin"
+
+
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: `builtin`, an existing folder, or a hub id; only the last may use the network.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+        dtype: `float16`, `bfloat16`, `float32`, or `auto`: float32 on a CPU, the checkpoint's own
+            on a GPU.
+        revision: a hub branch, tag or commit.
+        trust_remote_code: whether the checkpoint's own Python code may run.
+
+    Raises:
+        InputError: when the device, the dtype or the checkpoint cannot be used.
+    """
+    chosen_device = resolve_device(device)
+    loading_dtype = _loading_dtype(dtype, chosen_device)
+    source = _source(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        with _quiet_transformers():
+            tokenizer, model = _from_pretrained(source, loading_dtype, options)
+    except torch.OutOfMemoryError:
+        raise
+    except _UNREADABLE as error:
+        reason = f"model {name!r} cannot be loaded: {_first_line(error)}"
+        raise InputError(f"{reason}; {_remedy(source)}") from error
+    # Loaded on the CPU and then moved: rotary frequencies are computed while loading.
+    model.to(chosen_device)  # type: ignore[arg-type]  # a decorator hides its signature
+    return LoadedModel(
+        identity=identify(model, tokenizer, name=_shown(name)),
+        model=model.eval(),
+        tokenizer=tokenizer,
+        device=chosen_device,
+        dtype=model.dtype,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device an option value stands for; `auto` is a GPU if there is one.
+
+    Raises:
+        InputError: when the device does not exist here. An explicit `cuda` never becomes a CPU.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if count else "cpu")
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (
+        device != kind and not (kind == "cuda" and index.isdecimal())
+    ):
+        raise InputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not count:
+        raise InputError(f"device {device!r}: torch finds no CUDA GPU here; use --device cpu")
+    if index and int(index) >= count:
+        raise InputError(f"device {device!r}: GPUs here end at cuda:{count - 1}; use one of them")
+    return torch.device(device)
+
+
+def _source(name: str) -> str:
+    """Return what transformers is given: a folder that exists, or a hub id."""
+    if name == BUILTIN:
+        return str(builtin_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"model folder {name!r} has no config.json; name what save_pretrained wrote"
+            )
+        return str(folder)
+    if folder.exists():
+        raise InputError(f"model {name!r} is a file; name the folder that holds config.json")
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if is_path or not name.strip():
+        raise InputError(
+            f"model folder {name!r} does not exist; check the path, or use builtin or a hub id"
+        )
+    return name
+
+
+def _shown(name: str) -> str:
+    """Return the name that reports give a model: of a folder, its own name only."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if name != BUILTIN and folder.is_dir() else name
+
+
+def _loading_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """Return the dtype to load with; `auto` is transformers' word for the checkpoint's own."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _from_pretrained(
+    source: str, dtype: torch.dtype | str, options: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load tokenizer and model; weights the checkpoint lacks are an error, never random numbers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    # Annotated as Any: transformers types the call as if it never returned the loading report.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, **options
+    )
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"the checkpoint lacks {len(missing)} weights, {missing[0]} first")
+    return tokenizer, model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' bars and warnings while it loads; failures still raise."""
+    from transformers.utils import logging
+
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _remedy(source: str) -> str:
+    if Path(source).is_dir():
+        return "check that the folder holds a complete checkpoint with its tokenizer"
+    return "check the spelling and the network, or name a local folder or builtin"
