@@ -36,6 +36,8 @@ def check_output(path: str | Path, force: bool = False) -> None:
             raise InputError(f"output {target} is not a regular file; name one")
         if target.exists() and not force:
             raise InputError(f"output {target} exists; replace it with --force or name another")
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"output folder {folder} is a file; choose another path")
         if not folder.is_dir():
             raise InputError(f"output folder {folder} is missing; create it: mkdir -p {folder}")
     except OSError as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvqtool.cli.output import Output
 from kvqtool.errors import InputError
@@ -82,7 +82,7 @@ class Scheme:
         from kvqtool.bundle import load_bundle
 
         bundle = load_bundle(self.bundle)
-        bundle.check_model(_identity(loaded))
+        bundle.check_model(loaded.identity.as_json())
         return bundle
 
 
@@ -93,7 +93,7 @@ def make_bundle(loaded: LoadedModel, spec: KvSpec, calibration: Calibration, out
         from kvqtool.bundle import uncalibrated_bundle
 
         packed = [layer.index for layer in probe(loaded.model).packed]
-        return uncalibrated_bundle(spec, _identity(loaded), packed)
+        return uncalibrated_bundle(spec, loaded.identity.as_json(), packed)
     from kvqtool.calibrate import calibrate
     from kvqtool.data import calibration_windows, load_text
 
@@ -105,12 +105,6 @@ def make_bundle(loaded: LoadedModel, spec: KvSpec, calibration: Calibration, out
     out.note(f"calibrating {spec} on {calibration.samples} windows of {seq_len} from {text.name}")
     with out.progress() as progress:
         return calibrate(loaded, windows, [spec], seed=calibration.seed, progress=progress)[0]
-
-
-def _identity(loaded: LoadedModel) -> dict[str, Any]:
-    """Return the model's identity as it comes back from a bundle's JSON."""
-    identity = asdict(loaded.identity)
-    return identity | {"layers": list(identity["layers"])}
 
 
 def window_length(seq_len: int, loaded: LoadedModel, out: Output) -> int:

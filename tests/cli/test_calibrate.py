@@ -1,0 +1,84 @@
+"""calibrate: a bundle on disk, its path on stdout."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+Run = Callable[..., Result]
+SMALL = ("--samples", 2, "--seq-len", 64)
+
+
+def test_stdout_is_the_path_alone(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    done = run("calibrate", "builtin", *SMALL, "-o", path)
+    assert done.exit_code == 0
+    assert done.stdout == f"{path}\n"
+    assert "model builtin on cpu, float32" in done.stderr
+    assert "calibrating nuq3-1%-sink1 on 2 windows of 64 from builtin:calibration" in done.stderr
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_says_what_was_written(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    done = run("calibrate", "builtin", *SMALL, "--spec", "int4-1%", "-o", path, "--json", "-q")
+    assert done.stderr == ""
+    said = json.loads(done.stdout)
+    assert (said["command"], said["spec"], said["model"]) == ("calibrate", "int4-1%", "builtin")
+    assert said["result"]["path"] == str(path)
+    assert said["result"]["file_bytes"] == path.stat().st_size > said["result"]["bundle_bytes"] > 0
+    assert said["result"]["provenance"]["samples"] == 2
+
+
+def test_the_same_command_writes_the_same_bytes(run: Run, tmp_path: Path, bundle: Path) -> None:
+    path = tmp_path / "again.safetensors"
+    assert run("calibrate", "builtin", *SMALL, "-o", path).exit_code == 0
+    assert path.read_bytes() == bundle.read_bytes()
+
+
+def test_windows_are_capped_to_the_context_and_it_is_said(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("A list is mutable. " * 400)
+    arguments = ("--dataset", text, "--samples", 1, "--seq-len", 99999)
+    done = run("calibrate", "builtin", *arguments, "-o", tmp_path / "b")
+    assert "windows are 4096 tokens, not 99999: the model's context" in done.stderr
+    assert done.exit_code == 2  # the text is shorter than even that
+    assert "a window needs 4096" in done.stderr
+
+
+def test_a_spec_without_codebooks_needs_no_text(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    done = run("calibrate", "builtin", "--spec", "int4-g64", "-o", path)
+    assert done.exit_code == 0
+    assert "calibrating" not in done.stderr
+    assert path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [(signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "")],
+)
+def test_an_interrupt_in_the_middle_leaves_nothing(
+    tmp_path: Path, environment: dict[str, str], number: int, code: int, says: str
+) -> None:
+    command: list[Any] = [sys.executable, "-m", "kvqtool", "calibrate", "builtin", "-o", "b"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=-1, stderr=-1
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "started" in line:
+                break
+        running.send_signal(number)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert out == ""
+    assert "Traceback" not in err
+    assert says in err
+    assert list(tmp_path.iterdir()) == []

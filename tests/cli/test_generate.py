@@ -1,0 +1,71 @@
+"""generate: the text on stdout; a saved cache goes on without its document."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+Run = Callable[..., Result]
+PROMPT = "The list type is a"
+FEW = ("--max-new-tokens", 8)
+
+
+def test_stdout_is_the_text_and_a_newline(run: Run, bundle: Path) -> None:
+    done = run("generate", "builtin", "--bundle", bundle, "--prompt", PROMPT, *FEW)
+    assert done.exit_code == 0, done.stderr
+    again = run("generate", "builtin", "--bundle", bundle, "--prompt", PROMPT, *FEW, "--json", "-q")
+    said = json.loads(again.stdout)
+    assert again.stderr == ""
+    assert done.stdout == said["result"]["text"] + "\n"
+    assert said["command"] == "generate"
+    assert said["spec"] == "nuq3-1%-sink1"
+    assert said["result"]["new_tokens"] <= 8
+
+
+def test_the_prompt_comes_from_a_file_or_stdin_as_well(run: Run, tmp_path: Path) -> None:
+    written = tmp_path / "prompt.txt"
+    written.write_text(PROMPT)
+    common = ("generate", "builtin", "--spec", "int4-g64", *FEW, "-q")
+    said = run(*common, "--prompt", PROMPT).stdout
+    assert run(*common, "--prompt-file", written).stdout == said
+    assert run(*common, "--prompt", "-", stdin=PROMPT).stdout == said
+
+
+def test_the_same_seed_draws_the_same_text(run: Run) -> None:
+    common = ("generate", "builtin", "--spec", "fp", "--prompt", PROMPT, *FEW, "-q")
+    drawn = [
+        run(*common, "--temperature", 1.5, "--top-k", 50, "--seed", seed).stdout
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_saved_cache_goes_on_as_the_uninterrupted_run(run: Run, tmp_path: Path) -> None:
+    saved = tmp_path / "doc.safetensors"
+    scheme = ("--spec", "int4-g64")
+    run("quantize-cache", "builtin", *scheme, "--text", "-", "-o", saved, stdin=PROMPT)
+    whole = run("generate", "builtin", *scheme, "--prompt", PROMPT, *FEW, "-q")
+    resumed = run("generate", "builtin", "--cache", saved, *FEW, "-q")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert resumed.stdout == whole.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "the prompt is empty"),
+        (("--prompt", " "), "the prompt is empty"),
+        (("--prompt", "a", "--prompt-file", "b"), "exclude each other"),
+        (("--prompt-file", "missing.txt"), "cannot be read"),
+        (("--cache", "missing.safetensors"), "does not exist"),
+        (("--cache", "c", "--spec", "fp"), "carries its own bundle"),
+    ],
+)
+def test_bad_prompts_are_one_line(run: Run, arguments: tuple[str, ...], says: str) -> None:
+    done = run("generate", "builtin", *arguments)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
