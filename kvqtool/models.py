@@ -124,6 +124,8 @@ def _source(name: str) -> str:
     """Return what transformers is given: a folder that exists, or a hub id."""
     if name == BUILTIN:
         return str(builtin_folder())
+    if not name.strip():
+        raise InputError("the model has no name; use builtin, a folder or a hub id")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -134,7 +136,7 @@ def _source(name: str) -> str:
     if folder.exists():
         raise InputError(f"model {name!r} is a file; name the folder that holds config.json")
     is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
-    if is_path or not name.strip():
+    if is_path:
         raise InputError(
             f"model folder {name!r} does not exist; check the path, or use builtin or a hub id"
         )
@@ -170,7 +172,7 @@ def _from_pretrained(
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise ValueError(f"the checkpoint lacks {len(missing)} weights, {missing[0]} first")
+        raise ValueError(f"the checkpoint lacks {missing[0]}, {len(missing)} missing in all")
     return tokenizer, model
 
 
