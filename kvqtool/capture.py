@@ -186,7 +186,9 @@ def _checkpointed(model: PreTrainedModel, tokens: int) -> Iterator[None]:
         return
     dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     attention = [(m, m.attention_dropout) for m in model.modules() if isinstance(getattr(m, "attention_dropout", None), float)]
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.17 has only the older names, later versions warn about them.
+    verb = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    getattr(model, f"{verb}_enable")({"use_reentrant": False})
     model.train()
     for module, _ in dropouts:
         module.p = 0.0
@@ -196,7 +198,7 @@ def _checkpointed(model: PreTrainedModel, tokens: int) -> Iterator[None]:
         yield
     finally:
         model.eval()
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{verb}_disable")()
         for module, p in dropouts:
             module.p = p
         for module, p in attention:

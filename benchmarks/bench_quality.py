@@ -1,0 +1,171 @@
+"""Quality against true bytes: one table of many schemes on one model and text, sharing calibration and baseline.
+
+    python benchmarks/bench_quality.py builtin --set demo
+    python benchmarks/bench_quality.py data/smollm2 --calibration wiki.train.part.tokens --dataset wiki.test.raw \\
+        --windows 40 --set ladder --output benchmarks/results/quality-wikitext2-2048.json
+
+The table goes to stdout, everything else to stderr; --output writes every figure with machine, commit and command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from kvqtool.attach import probe
+from kvqtool.calibrate import calibrate
+from kvqtool.data import calibration_windows, evaluation_windows, load_text
+from kvqtool.files import atomic_output, check_output
+from kvqtool.models import load_model
+from kvqtool.perplexity import PplResult, evaluate
+from kvqtool.spec import parse_spec
+
+_WIDTHS = (4, 3, 2)
+_NUQ = [f"nuq{b}-1%-sink1" for b in _WIDTHS]
+SETS: dict[str, list[str]] = {
+    "demo": ["fp", *_NUQ, "int4-sink1", "int3-sink1"],
+    "main": [*_NUQ, *(f"{spec}-pc" for spec in _NUQ), *(f"{spec}-qnorm" for spec in _NUQ), "int4-sink1", "int3-sink1"],
+    "ladder": [
+        "fp",
+        "nuq8-sink1",
+        "int8-sink1",
+        *_NUQ,
+        *(f"{spec}-pc" for spec in _NUQ),
+        *(f"nuq{b}-sink1" for b in _WIDTHS),
+        *(f"nuq{b}-1%" for b in _WIDTHS),
+        *(f"{spec}-nofisher" for spec in _NUQ),
+        *(f"{spec}-fisher" for spec in _NUQ),
+        *(f"{spec}-qnorm" for spec in _NUQ),
+        *(f"{spec}-postrope" for spec in _NUQ),
+        *(f"{spec}-pertoken" for spec in _NUQ),
+        *(f"int{b}-sink1" for b in _WIDTHS),
+        *(f"int{b}-1%-sink1" for b in _WIDTHS),
+        *(f"nf{b}-sink1" for b in _WIDTHS),
+        *(f"int{b}-g64-sink1" for b in _WIDTHS),
+        *(f"int{b}-g32-sink1" for b in _WIDTHS),
+        *(f"int{b}-sink1-postrope-pertoken" for b in _WIDTHS),
+        "nuq4-1%-sink1/nuq3-1%-sink1",
+        "nuq3-1%-sink1/nuq4-1%-sink1",
+        "nuq3-1%-sink1/nuq2-1%-sink1",
+        "nuq2-1%-sink1/nuq3-1%-sink1",
+        "nuq3-1%-cap2-sink1",
+        "nuq2-1%-sink1-r128",
+    ],
+}
+_COLUMNS = {
+    "spec": "{}",
+    "effective_bits": "{:.3f}",
+    "ppl": "{:.3f}",
+    "ppl_ratio": "{:.4f}",
+    "ppl_ratio_stderr": "{:.4f}",
+    "kld_mean": "{:.4f}",
+    "kld_p999": "{:.2f}",
+    "same_top1": "{:.3f}",
+    "cache_bytes": "{}",
+    "cache_bytes_fp16": "{}",
+}
+
+
+def main() -> None:
+    """Calibrate all schemes in one go, evaluate them against one baseline, print and save."""
+    options = _options()
+    if options.output:
+        check_output(options.output, options.force)
+    loaded = load_model(options.model, device=options.device, dtype=options.dtype)
+    specs = [parse_spec(text) for text in options.spec or SETS[options.set]]
+    seam = probe(loaded.model)
+    started = time.perf_counter()
+    source = load_text(options.calibration, part="calibration")
+    seq_len = min(options.calibration_seq_len, loaded.identity.max_context)
+    learned = calibration_windows(source, loaded.tokenizer, samples=options.samples, seq_len=seq_len, seed=0)
+    bundles = calibrate(loaded, learned, specs, seam=seam, progress=_note)
+    calibrated = time.perf_counter()
+    text = load_text(options.dataset, part="evaluation")
+    windows = evaluation_windows(text, loaded.tokenizer, seq_len=options.seq_len, windows=options.windows, stride=None)
+    results = evaluate(loaded, windows, bundles, protocol=options.protocol, seam=seam, progress=_note)
+    evaluated = time.perf_counter()
+    _print_table(results)
+    if options.output:
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "machine": machine(),
+            "commit": options.commit or commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "model": loaded.identity.as_json() | {"parameters": sum(p.numel() for p in loaded.model.parameters())},
+            "calibration": bundles[0].provenance,
+            "calibrate_seconds": calibrated - started,
+            "evaluate_seconds": evaluated - calibrated,
+            "protocol": results[0].protocol,
+            "results": [_row(result) for result in results],
+        }
+        with atomic_output(options.output, force=options.force) as part:
+            part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """Say in words what this runs on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """Return the checkout's commit, or None outside one."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return answer.stdout.strip() or None
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="builtin, a folder or a hub id")
+    parser.add_argument("--calibration", help="calibration text; the built-in one by default")
+    parser.add_argument("--dataset", help="evaluation text; the built-in one by default")
+    parser.add_argument("--set", choices=sorted(SETS), default="demo", help="which schemes")
+    parser.add_argument("--spec", action="append", help="a scheme instead of a set; repeatable")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--calibration-seq-len", type=int, default=2048)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--windows", type=int)
+    parser.add_argument("--protocol", default="decode-exact")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--commit", help="for checkouts without git")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--force", action="store_true")
+    return parser.parse_args()
+
+
+def _print_table(results: list[PplResult]) -> None:
+    print(f"baseline perplexity {results[0].ppl_baseline:.4f}")
+    rows = [list(_COLUMNS)] + [
+        [form.format(value) if (value := getattr(result, name)) is not None else "-" for name, form in _COLUMNS.items()]
+        for result in results
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))))
+
+
+def _row(result: PplResult) -> dict[str, object]:
+    row = asdict(result)
+    del row["protocol"], row["layers"]
+    return row
+
+
+def _note(phase: str, done: int, total: int) -> None:
+    if done in (0, total) or done % 8 == 0:
+        print(f"{time.strftime('%H:%M:%S')} {phase} {done}/{total}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
