@@ -82,6 +82,7 @@ def run(
         ready = scheme.prepare(loaded, out)
         result = generate(loaded, ready, words, sampling, prefill=prefill, on_text=out.text)
     out.end_text(spec=result.spec, model=model, result=result)
+    out.note(f"{result.new_tokens} tokens, {result.tokens_per_second:.3g} a second")
     note_layers(result.layers, out)
     note_cache(result, out)
 

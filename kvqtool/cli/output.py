@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvqtool import __version__
 from kvqtool.files import atomic_output
@@ -102,14 +103,9 @@ class Output:
 
 def say_error(text: str) -> None:
     """Print the one line of an error, whatever line breaks its parts brought along."""
-    line = f"error: {' '.join(text.split())}"
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.text import Text
-
-        Console(stderr=True).print(Text(line, overflow="fold").highlight_words(["error:"], "red"))
-    else:
-        print(line, file=sys.stderr, flush=True)
+    is_coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    word = "\x1b[31merror:\x1b[0m" if is_coloured else "error:"
+    print(word, " ".join(text.split()), file=sys.stderr, flush=True)
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -164,12 +160,20 @@ def _draw(table: Table) -> None:
     drawn = RichTable(box=box.SIMPLE_HEAD, header_style="bold")
     shown = [table.columns.index(name) for name in table.on_terminal or table.columns]
     for column in shown:
-        is_number = all(isinstance(row[column], (int, float)) for row in table.rows)
+        values = [row[column] for row in table.rows]
+        justify: Literal["left", "right"] = "left"
+        if all(isinstance(value, (int, float)) for value in values):
+            justify = "right"
+        widest = max((len(_short(value)) for value in values), default=0)
         name = table.columns[column].replace("_", " ")
-        drawn.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        drawn.add_column(name, justify=justify, min_width=widest)
     for row in table.rows:
         drawn.add_row(*(_short(row[column]) for column in shown))
-    Console().print(drawn)
+    console = Console()
+    # Too narrow a terminal wraps lines itself; Rich would break numbers.
+    needed = Console(width=10_000).measure(drawn).minimum + len(shown) + 1  # with separators
+    console.width = max(console.width, needed)
+    console.print(drawn)
 
 
 def _short(value: Any) -> str:

@@ -65,12 +65,13 @@ def run(
     from kvqtool.cachefile import quantize_states, quantize_text
     from kvqtool.data import load_text
 
-    document = load_text(text, part="evaluation", text_column=text_column) if text else None
-    ready = scheme.prepare(loaded, out)
-    if document is not None:
-        report = quantize_text(loaded, ready, document, output, prefill=prefill, force=force)
-    else:
+    if kv_states is not None:
+        ready = scheme.prepare(loaded, out)
         report = quantize_states(loaded, ready, kv_states, output, force=force)
+    else:
+        document = load_text(text, part="evaluation", text_column=text_column)
+        ready = scheme.prepare(loaded, out)
+        report = quantize_text(loaded, ready, document, output, prefill=prefill, force=force)
     note_layers(report.layers, out)
     note_cache(report, out)
     path_line = Table((), [(str(output),)])

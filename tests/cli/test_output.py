@@ -122,11 +122,25 @@ def test_quiet_silences_notes_and_progress_but_not_errors(
     assert (said.out, said.err) == ("", "error: two lines here\n")
 
 
-def test_bars_are_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("no_color", "is_plain"), [("", False), ("1", True)])
+def test_only_the_word_error_is_coloured(
+    monkeypatch: pytest.MonkeyPatch, no_color: str, is_plain: bool
+) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with Output("ppl").progress() as progress:
-        progress("scoring", 0, 2)
-        progress("scoring", 2, 2)
-    assert "started" not in screen.said
-    assert output.__name__ == "kvqtool.cli.output"
+    monkeypatch.setenv("NO_COLOR", no_color)
+    say_error("it is wrong")
+    word = "error:" if is_plain else "\x1b[31merror:\x1b[0m"
+    assert screen.said == f"{word} it is wrong\n"
+
+
+def test_a_narrow_terminal_never_breaks_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "20")
+    names = ("spec", *(f"cache_{i}_bytes" for i in range(9)))
+    table = Table(names, [("nuq4-1%-sink1-r128", *(123456789012 + i for i in range(9)))])
+    Output("ppl").result(spec="fp", model="m", result=SAMPLE, table=table)
+    assert "nuq4-1%-sink1-r128" in screen.said
+    for i in range(9):
+        assert f"{123456789012 + i:,}" in screen.said
