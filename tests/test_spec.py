@@ -1,0 +1,257 @@
+"""The spec string: what it means, that it prints as it parses, and how it is refused."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from kvqtool.errors import SpecError
+from kvqtool.spec import DEFAULT_SPEC, METHOD_BITS, WEIGHTINGS, KvSpec, QuantSpec, parse_spec
+
+HEADS = tuple(f"{method}{bits}" for method, widths in METHOD_BITS.items() for bits in widths)
+SHARED_WORDS = ("", "-sink1", "-r128", "-sink4-r32")
+WORDS = {
+    "nuq": (
+        ("", "-1%", "-0.1%"),
+        ("", "-cap4"),
+        SHARED_WORDS,
+        ("", "-qnorm"),
+        ("", "-postrope"),
+        ("", "-pertoken"),
+        ("", "-fisher", "-nofisher"),
+        ("", "-pc"),
+    ),
+    "int": (
+        ("", "-1%", "-2.5%"),
+        ("", "-g8", "-g64"),
+        ("", "-cap4"),
+        SHARED_WORDS,
+        ("", "-postrope"),
+        ("", "-pertoken"),
+    ),
+    "nf": (("", "-1%"), ("", "-cap4"), SHARED_WORDS, ("", "-postrope"), ("", "-pertoken")),
+}
+
+
+def canonical_strings() -> Iterator[str]:
+    """Yield every string of one scheme with its words in the printed order."""
+    yield from (
+        "".join(parts) for parts in itertools.product(["fp"], SHARED_WORDS, ["", "-postrope"])
+    )
+    for method, widths in METHOD_BITS.items():
+        heads = [f"{method}{bits}" for bits in widths]
+        yield from ("".join(parts) for parts in itertools.product(heads, *WORDS[method]))
+
+
+def is_sensible(text: str) -> bool:
+    """Whether the words of a string agree with each other, by the rules of the grammar's page."""
+    per_token = "-pertoken" in text or "-g" in text
+    return not (
+        ("-cap" in text and ("%" not in text or per_token))
+        or ("-pc" in text and per_token)
+        or ("-g" in text and "-pertoken" in text)
+    )
+
+
+class TestMeaning:
+    def test_default_is_kvquant_with_a_sink(self) -> None:
+        spec = parse_spec(DEFAULT_SPEC)
+        shared = {"method": "nuq", "bits": 3, "outlier_fraction": 0.01}
+        assert spec.key == QuantSpec(**shared, pre_rope=True, per_channel=True)  # type: ignore[arg-type]
+        assert spec.value == QuantSpec(**shared)  # type: ignore[arg-type]
+        assert (spec.sink_tokens, spec.residual_length) == (1, 0)
+
+    def test_one_string_is_for_both_sides(self) -> None:
+        spec = parse_spec("int4-1%-g64")
+        assert spec.key.group_size == spec.value.group_size == 64
+        assert not spec.key.per_channel
+
+    def test_two_strings_are_keys_then_values(self) -> None:
+        spec = parse_spec("nuq4-1%-pc-sink1/nf3")
+        assert (spec.key.method, spec.key.bits, spec.key.channel_levels) == ("nuq", 4, True)
+        assert (spec.value.method, spec.value.bits) == ("nf", 3)
+        assert spec.sink_tokens == 1
+
+    @pytest.mark.parametrize(
+        ("word", "field", "expected"),
+        [
+            ("postrope", "pre_rope", False),
+            ("pertoken", "per_channel", False),
+            ("qnorm", "moment_match", True),
+            ("fisher", "weighting", "fisher"),
+            ("nofisher", "weighting", "none"),
+            ("pc", "channel_levels", True),
+            ("2%", "outlier_fraction", 0.02),
+            ("0.1%", "outlier_fraction", 0.001),
+        ],
+    )
+    def test_a_word_sets_one_field(self, word: str, field: str, expected: object) -> None:
+        plain, changed = parse_spec("nuq3").key, parse_spec(f"nuq3-{word}").key
+        assert getattr(changed, field) == expected
+        assert {n for n in vars(plain) if vars(plain)[n] != vars(changed)[n]} == {field}
+
+    def test_order_and_surrounding_space_do_not_matter(self) -> None:
+        assert parse_spec(" nuq3-sink1-qnorm-1% \n") == parse_spec("nuq3-1%-sink1-qnorm")
+
+    def test_sink_may_stand_on_either_side_or_both(self) -> None:
+        specs = {parse_spec(f"nuq4{a}/nuq3{b}") for a, b in [("-sink1", ""), ("", "-sink1")]}
+        assert specs == {parse_spec("nuq4-sink1/nuq3-sink1")}
+
+    @pytest.mark.parametrize(
+        ("text", "calibration", "gradients"),
+        [
+            ("fp", False, False),
+            ("nuq3", True, True),
+            ("nuq3-fisher", True, True),
+            ("nuq3-nofisher", True, False),
+            ("int4", True, False),
+            ("int4-pertoken", False, False),
+            ("int4-g64", False, False),
+            ("nf4-pertoken", False, False),
+            ("int4-g64/nuq3", True, True),
+            ("nuq3-pertoken-nofisher", True, False),
+        ],
+    )
+    def test_what_calibration_must_bring(
+        self, text: str, calibration: bool, gradients: bool
+    ) -> None:
+        spec = parse_spec(text)
+        assert (spec.needs_calibration, spec.needs_gradients) == (calibration, gradients)
+
+
+class TestRoundTrip:
+    def test_every_sensible_string_prints_as_it_was_written(self) -> None:
+        strings = [text for text in canonical_strings() if is_sensible(text)]
+        assert len(strings) > 2000
+        wrong = {text: str(parse_spec(text)) for text in strings if str(parse_spec(text)) != text}
+        assert not wrong
+
+    def test_every_other_string_is_refused(self) -> None:
+        for text in canonical_strings():
+            if not is_sensible(text):
+                with pytest.raises(SpecError):
+                    parse_spec(text)
+
+    def test_every_pair_is_read_back(self) -> None:
+        keys = (
+            "nuq2",
+            "nuq4-1%-sink1-qnorm-pc",
+            "int4-g64",
+            "int3-1%-cap4-postrope",
+            "nf4-pertoken",
+        )
+        values = ("nuq2", "nuq3-1%-qnorm", "int4-g64", "int3", "nf4", "nuq8-nofisher")
+        for pair in itertools.product(keys, values):
+            spec = parse_spec("/".join(pair))
+            assert parse_spec(str(spec)) == spec, pair
+
+    def test_every_valid_value_is_read_back(self) -> None:
+        found = list(valid_specs())
+        assert len(found) > 600
+        wrong = {str(spec): spec for spec in found if parse_spec(str(spec)) != spec}
+        assert not wrong
+
+    def test_equal_sides_print_once(self) -> None:
+        assert str(parse_spec("nuq3-1%-sink1/nuq3-1%")) == "nuq3-1%-sink1"
+        assert str(parse_spec("nuq3-1%-pc/nuq3-1%")) == "nuq3-1%-pc"
+
+    @pytest.mark.parametrize("percent", ["1.2345678", "0.00001", "33.3333333", "49.9", "10"])
+    def test_any_outlier_share_is_read_back(self, percent: str) -> None:
+        spec = parse_spec(f"nuq3-{percent}%")
+        assert str(spec) == f"nuq3-{percent}%"
+        assert parse_spec(str(spec)) == spec
+
+
+def valid_specs() -> Iterator[KvSpec]:
+    """Yield the specs that can be built from a grid of fields and are not refused."""
+    methods = [("nuq", 3), ("int", 4), ("nf", 2), ("fp", 16)]
+    grid = itertools.product(
+        methods,
+        (0.0, 0.01, 0.005),
+        (None, 8, 64),
+        (None, 4),
+        (False, True),
+        (False, True),
+        (False, True),
+        WEIGHTINGS,
+        (False, True),
+    )
+    for (method, bits), *rest in grid:
+        try:
+            key = QuantSpec(method, bits, *rest)
+        except SpecError:
+            continue
+        for value in ("nuq4-1%", "int4-g64", "nf3", "fp"):
+            try:
+                yield KvSpec(key, parse_spec(value).value, sink_tokens=1, residual_length=32)
+            except SpecError:
+                continue
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(
+        ("text", "value", "remedy"),
+        [
+            ("", "''", "start with nuq3, int4, nf4 or fp"),
+            ("q4_0", "'q4_0'", "start with nuq3, int4, nf4 or fp"),
+            ("NUQ3", "'NUQ3'", "start with nuq3"),
+            ("nuq5", "nuq5", "use fp or one of: nuq2 nuq3"),
+            ("nf8", "nf8", "use fp or one of"),
+            ("nuq3-1", "'1'", "known: 1% g64"),
+            ("nuq3-", "''", "known: 1% g64"),
+            ("nuq3-sinks1", "'sinks1'", "known:"),
+            ("nuq3--1%", "''", "known:"),
+            ("nuq3-1%-2%", "percent", "keep one"),
+            ("nuq3-sink1-sink2", "sink", "keep one"),
+            ("nuq3-qnorm-qnorm", "qnorm", "keep one"),
+            ("nuq3-fisher-nofisher", "fisher and nofisher", "keep one"),
+            ("nuq3-50%", "50%", "use 1% or less"),
+            ("nuq3-g64", "-g64", "drop -g or use int"),
+            ("int4-g4", "-g4", "groups of 8 or more"),
+            ("int4-qnorm", "int4", "belong to nuq"),
+            ("nf4-pc", "nf4", "belong to nuq"),
+            ("int4-nofisher", "int4", "belong to nuq"),
+            ("int4-g64-pertoken", "-pertoken", "drop it"),
+            ("nuq3-cap4", "-cap4", "nuq3-1%-cap4"),
+            ("nuq3-1%-cap0", "-cap0", "nuq3-1%-cap4"),
+            ("nuq3-1%-pertoken-cap4", "-cap4", "nuq3-1%-cap4"),
+            ("nuq3-pertoken-pc", "-pc", "drop -pertoken"),
+            ("fp-1%", "fp", "do not apply"),
+            ("fp/nuq3", "fp", "or neither"),
+            ("nuq3/fp", "fp", "or neither"),
+            ("nuq3/nuq3/nuq3", "3 parts", "write KEYS/VALUES"),
+            ("nuq3-sink1/nuq3-sink2", "sink", "holds for the whole cache"),
+            ("nuq3-r1/nuq3-r2", "r differs", "holds for the whole cache"),
+            ("nuq3/nuq3-pc", "pc", "write it before the /"),
+            ("nuq3/nuq3-postrope", "postrope", "write it before the /"),
+            ("nuq3/nuq3-1%-cap4", "cap", "write it before the /"),
+            ("nuq3/nuq3-pertoken", "pertoken", "write it before the /"),
+        ],
+    )
+    def test_a_string_is_refused_with_value_and_remedy(
+        self, text: str, value: str, remedy: str
+    ) -> None:
+        with pytest.raises(SpecError) as info:
+            parse_spec(text)
+        message = str(info.value)
+        assert value in message
+        assert remedy in message
+        assert "\n" not in message
+
+    def test_values_are_per_token(self) -> None:
+        key = QuantSpec("nuq", 3, pre_rope=True, per_channel=True)
+        with pytest.raises(SpecError, match=r"values are quantized per token"):
+            KvSpec(key=key, value=key)
+
+    @pytest.mark.parametrize("sizes", [(-1, 0), (0, -1)])
+    def test_lengths_are_not_negative(self, sizes: tuple[int, int]) -> None:
+        side = QuantSpec("nuq", 3)
+        with pytest.raises(SpecError, match=r"must not be negative"):
+            KvSpec(side, side, *sizes)
+
+    def test_weighting_is_known(self) -> None:
+        with pytest.raises(SpecError, match=r"'hessian'; use one of: fisher-scale, fisher, none"):
+            QuantSpec("nuq", 3, weighting="hessian")
+
+    def test_a_spec_error_ends_a_command_with_two(self) -> None:
+        assert SpecError.exit_code == 2
