@@ -157,22 +157,21 @@ def _draw(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    drawn = RichTable(box=box.SIMPLE_HEAD, header_style="bold")
+    drawn = RichTable(
+        box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False
+    )
     shown = [table.columns.index(name) for name in table.on_terminal or table.columns]
     for column in shown:
         values = [row[column] for row in table.rows]
         justify: Literal["left", "right"] = "left"
         if all(isinstance(value, (int, float)) for value in values):
             justify = "right"
-        widest = max((len(_short(value)) for value in values), default=0)
-        name = table.columns[column].replace("_", " ")
-        drawn.add_column(name, justify=justify, min_width=widest)
+        drawn.add_column(table.columns[column].replace("_", "\n"), justify=justify)
     for row in table.rows:
         drawn.add_row(*(_short(row[column]) for column in shown))
     console = Console()
-    # Too narrow a terminal wraps lines itself; Rich would break numbers.
-    needed = Console(width=10_000).measure(drawn).minimum + len(shown) + 1  # with separators
-    console.width = max(console.width, needed)
+    # Too narrow a terminal wraps lines itself; Rich would break or cut numbers.
+    console.width = max(console.width, Console(width=10_000).measure(drawn).maximum)
     console.print(drawn)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from kvqtool import __version__
-from kvqtool.cli import output
 from kvqtool.cli.output import Output, Table, say_error, to_json, to_tsv, values_table
 from kvqtool.errors import InputError
 
@@ -94,7 +93,7 @@ def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table(("spec", "cache_bytes"), [("fp", 1234567)], on_terminal=("cache_bytes",))
     Output("ppl").result(spec="fp", model="m", result=SAMPLE, table=table)
     assert "1,234,567" in screen.said
-    assert "cache bytes" in screen.said
+    assert "cache_bytes" not in screen.said
     assert "spec" not in screen.said
     assert "\t" not in screen.said
 
@@ -144,3 +143,13 @@ def test_a_narrow_terminal_never_breaks_a_number(monkeypatch: pytest.MonkeyPatch
     assert "nuq4-1%-sink1-r128" in screen.said
     for i in range(9):
         assert f"{123456789012 + i:,}" in screen.said
+
+
+def test_bars_are_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with Output("ppl").progress() as progress:
+        progress("scoring", 0, 2)
+        progress("scoring", 2, 2)
+    assert "scoring" in screen.said
+    assert "started" not in screen.said
