@@ -14,6 +14,8 @@ os.environ["COLUMNS"] = "80"  # help wraps at the terminal's width, the page at 
 from typer.testing import CliRunner
 
 from kvqtool.cli import COMMANDS, app
+from kvqtool.methods import METHODS
+from kvqtool.spec import EXACT, METHOD_BITS
 
 DOCS: Final = Path(__file__).parent
 _CLI_INTRO: Final = """\
@@ -54,7 +56,23 @@ def _help_of(*command: str) -> str:
     return f"```text\n{done.stdout.rstrip()}\n```\n"
 
 
-PAGES: Final[dict[str, Callable[[], str]]] = {"cli.md": cli_page}
+def methods_page() -> str:
+    """Return methods.md: its own prose, with the table of METHODS between the two markers."""
+    rows = ["| method | levels | paper |", "|---|---|---|"]
+    for method in METHODS:
+        widths = METHOD_BITS.get(method.name, ())
+        names = " ".join(f"`{method.name}{bits}`" for bits in widths) or f"`{EXACT}`"
+        rows.append(f"| {names} | {method.summary} | {method.paper or '-'} |")
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    head, marker, rest = page.partition("<!-- methods:begin")
+    opening, _, rest = rest.partition("\n")
+    _, end, tail = rest.partition("<!-- methods:end -->")
+    if not (marker and end):
+        raise RuntimeError("docs/methods.md lacks its methods:begin and methods:end markers")
+    return f"{head}{marker}{opening}\n" + "\n".join(rows) + f"\n{end}{tail}"
+
+
+PAGES: Final[dict[str, Callable[[], str]]] = {"cli.md": cli_page, "methods.md": methods_page}
 
 
 def main() -> int:
