@@ -35,7 +35,6 @@ SETS: dict[str, list[str]] = {
     "main": [*_NUQ, *(f"{spec}-pc" for spec in _NUQ), *(f"{spec}-qnorm" for spec in _NUQ), "int4-sink1", "int3-sink1"],
     "ladder": [
         "fp",
-        "nuq8-sink1",
         "int8-sink1",
         *_NUQ,
         *(f"{spec}-pc" for spec in _NUQ),

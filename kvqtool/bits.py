@@ -7,6 +7,7 @@ of the stream, the last word is padded with zeros. Three-bit codes 10 and 21 of 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,14 +30,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     periods = -(-channels // period)
     padded = torch.nn.functional.pad(codes.to(torch.int32), (0, periods * period - channels))
     lanes = padded.view(rows, periods, period)
-    words = torch.zeros(rows, periods, words_per_period, dtype=torch.int32, device=codes.device)
-    for lane in range(period):
-        word, shift = divmod(lane * bits, WORD_BITS)
-        words[..., word] |= lanes[..., lane] << shift
-        if shift + bits > WORD_BITS:
-            words[..., word + 1] |= lanes[..., lane] >> (WORD_BITS - shift)
+    words = []
+    for first, last, shifts in _codes_by_word(bits, codes.device):
+        # Codes share no bit, so their sum is their union.
+        word = (lanes[..., first:last] << shifts).sum(-1, dtype=torch.int32)
+        if first * bits % WORD_BITS:
+            word |= lanes[..., first - 1] >> (WORD_BITS - (first - 1) * bits % WORD_BITS)
+        words.append(word)
     used = -(-channels * bits // WORD_BITS)
-    return words.view(rows, -1)[:, :used].contiguous()
+    return torch.stack(words, dim=-1).view(rows, periods * words_per_period)[:, :used].contiguous()
 
 
 def unpack_words(words: Tensor, bits: int, channels: int) -> Tensor:
@@ -56,18 +58,26 @@ def unpack_words(words: Tensor, bits: int, channels: int) -> Tensor:
     padded = torch.nn.functional.pad(words, (0, periods * words_per_period - words.shape[1]))
     lanes = padded.view(rows, periods, words_per_period)
     codes = torch.empty(rows, periods, period, dtype=torch.int32, device=words.device)
-    mask = (1 << bits) - 1
-    for lane in range(period):
-        word, shift = divmod(lane * bits, WORD_BITS)
-        low = lanes[..., word] >> shift
-        if shift + bits > WORD_BITS:
-            # The arithmetic shift copied the sign into the upper bits; only 32 - shift bits of the first word count.
-            low = (low & ((1 << (WORD_BITS - shift)) - 1)) | (lanes[..., word + 1] << (WORD_BITS - shift))
-        codes[..., lane] = low & mask
-    return codes.view(rows, -1)[:, :channels]
+    for word, (first, last, shifts) in enumerate(_codes_by_word(bits, words.device)):
+        codes[..., first:last] = lanes[..., word, None] >> shifts
+        kept = WORD_BITS - (last - 1) * bits % WORD_BITS
+        if kept < bits:
+            # The last code goes on in the next word; the arithmetic shift filled its upper bits with the sign.
+            codes[..., last - 1] = (codes[..., last - 1] & ((1 << kept) - 1)) | (lanes[..., word + 1] << kept)
+    return (codes & ((1 << bits) - 1)).view(rows, -1)[:, :channels]
 
 
 def _period(bits: int) -> tuple[int, int]:
     """Return (codes, words) after which the bit stream's alignment repeats: 3 bits -> (32, 3), 4 bits -> (8, 1)."""
     stream = math.lcm(bits, WORD_BITS)
     return stream // bits, stream // WORD_BITS
+
+
+def _codes_by_word(bits: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield, for each word of a period, the codes whose lowest bit lies in it, first and past the last, and where."""
+    period, words = _period(bits)
+    for word in range(words):
+        first = -(-word * WORD_BITS // bits)
+        last = min(-(-(word + 1) * WORD_BITS // bits), period)
+        start = first * bits - word * WORD_BITS
+        yield first, last, torch.arange(start, start + (last - first) * bits, bits, dtype=torch.int32, device=device)

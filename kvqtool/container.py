@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kvqtool.errors import BundleError
@@ -37,7 +37,7 @@ def save_container(
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
     header = {"format": kind, "version": str(version), "metadata": text, "sha256": _digest(text, tensors)}
     with atomic_output(path, force=force) as part:
-        save_file(tensors, part, metadata=header)
+        part.write_bytes(_with_sorted_header(save(tensors, metadata=header)))
 
 
 def load_container(path: str | Path, kind: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -66,6 +66,14 @@ def load_container(path: str | Path, kind: str, version: int) -> tuple[dict[str,
     if header.get("sha256") != _digest(header.get("metadata", ""), tensors):
         raise BundleError(f"{what} {path} is damaged (its checksum does not match); make it again")
     return json.loads(header["metadata"]), tensors
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """Return a safetensors file with its header's keys in order; the library shuffles metadata from run to run."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
