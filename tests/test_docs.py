@@ -16,6 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kvqtool.cli import COMMANDS, app
+from kvqtool.spec import _FLAGS as MODIFIERS
+from kvqtool.spec import METHOD_BITS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -120,3 +122,42 @@ def test_the_ci_pipeline_runs_and_its_gate_closes(
     assert closed.stderr.startswith("gate not met: total_bytes")
     kept = json.loads((tmp_path / "work" / "plan.json").read_text())
     assert kept["result"]["rows"][0]["fits"] is False
+
+
+@pytest.mark.parametrize("name", ["python.md", "add-a-method.md"])
+def test_the_python_of_a_page_runs_in_order(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / name).read_text(encoding="utf-8")
+    session: dict[str, Any] = {"__name__": name}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page, flags=re.S), start=1):
+        exec(compile(block, f"{name}, block {number}", "exec"), session)
+    assert capsys.readouterr().out
+
+
+def test_every_method_and_modifier_is_documented() -> None:
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    for method, widths in METHOD_BITS.items():
+        assert all(f"`{method}{bits}`" in page for bits in widths)
+    table = section(page, "Modifiers")
+    documented = re.findall(r"^\| `-(\w+%?)`", table, flags=re.M)
+    assert sorted(documented) == sorted([*MODIFIERS, "F%", "gN", "capN", "sinkN", "rN"])
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*DOCS.glob("*.md"), ROOT / "README.md"]), ids=lambda path: path.name
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_architecture_page_lists_every_file_of_the_package() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^(?:    )?(\S+\.py) ", section(page, "Files"), flags=re.M)
+    package = ROOT / "kvqtool"
+    flat = [path.name for path in package.glob("*.py")]
+    folders = [path.name for path in package.glob("*/*.py")]
+    assert sorted(listed) == sorted(flat + folders)
