@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole tool on the built-in model, in about two minutes on two cores: quality against bytes, then a document's
+# The whole tool on the built-in model, in a few minutes on two cores: quality against bytes, then a document's
 # cache saved, continued and planned. No GPU, no network, nothing left behind. `make demo` runs it;
 #
 #     PYTHON=/path/to/python benchmarks/demo.sh

@@ -161,3 +161,27 @@ def test_the_architecture_page_lists_every_file_of_the_package() -> None:
     flat = [path.name for path in package.glob("*.py")]
     folders = [path.name for path in package.glob("*/*.py")]
     assert sorted(listed) == sorted(flat + folders)
+
+
+def test_the_readme_lists_the_same_files_as_the_architecture_page() -> None:
+    page = section((DOCS / "architecture.md").read_text(encoding="utf-8"), "Files")
+    listing = [line for line in page.splitlines() if line.startswith("    ")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert listing
+    assert "\n".join(listing) in readme
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_commands_of_a_page_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("document.txt").write_text("A list is a mutable sequence. A tuple is not.\n" * 8)
+    smaller = {"calibrate": "--samples 2 --seq-len 128", "ppl": "--seq-len 128 --windows 2"}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = re.findall(r"^(?:\$ )?(kvqtool .*)$", text, flags=re.M)
+    assert [line.split()[1] for line in lines] == list(COMMANDS)
+    for line in lines:
+        command = shlex.split(re.sub(r" --(samples|seq-len|windows) \d+", "", line))[1:]
+        done = CliRunner().invoke(app, [*command, *smaller.get(command[0], "").split()])
+        assert done.exit_code == 0, (line, done.stderr)
