@@ -64,7 +64,7 @@ def unpack_words(words: Tensor, bits: int, channels: int) -> Tensor:
         if kept < bits:
             # The last code goes on in the next word; the arithmetic shift filled its upper bits with the sign.
             codes[..., last - 1] = (codes[..., last - 1] & ((1 << kept) - 1)) | (lanes[..., word + 1] << kept)
-    return (codes & ((1 << bits) - 1)).view(rows, -1)[:, :channels]
+    return (codes & ((1 << bits) - 1)).flatten(1)[:, :channels]
 
 
 def _period(bits: int) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def decode_dense(buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec
         scale, offset = channel_affine(codebook)
         return values * scale + offset
     scale, offset = buffers["ranges"].float().unbind(-1)
-    grouped = values.view(values.shape[0], scale.shape[1], -1)
+    grouped = values.unflatten(1, (scale.shape[1], channels // scale.shape[1]))
     return (grouped * scale[..., None] + offset[..., None]).view(values.shape)
 
 
@@ -96,6 +96,7 @@ def normalize(states: Tensor, codebook: Codebook, spec: QuantSpec) -> Normalized
     Keys per channel take range and thresholds from the codebook; everything else finds its outliers by rank and its
     range among the rest, per token over all KV heads of the layer, or per group of channels.
     """
+    states = states.contiguous()
     if spec.per_channel:
         return _normalize_per_channel(states, codebook, spec)
     return _normalize_per_token(states, spec)
@@ -129,13 +130,14 @@ def _normalize_per_token(states: Tensor, spec: QuantSpec) -> Normalized:
         outliers = rank_mask(states, outliers_per_tail(spec, channels))
         low_source = states.masked_fill(outliers, float("inf"))
         high_source = states.masked_fill(outliers, float("-inf"))
-    low = low_source.view(rows, groups, -1).amin(-1)
-    high = high_source.view(rows, groups, -1).amax(-1)
+    shape = (groups, channels // groups)
+    low = low_source.unflatten(1, shape).amin(-1)
+    high = high_source.unflatten(1, shape).amax(-1)
     empty = low > high  # every element of the group is an outlier
     low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
     scale, offset = as_half(high * 0.5 - low * 0.5), as_half(high * 0.5 + low * 0.5)
-    normalized = (states.view(rows, groups, -1) - offset[..., None]) * _inverse(scale)[..., None]
-    wide = scale[..., None].expand(rows, groups, channels // groups).reshape(rows, channels)
+    normalized = (states.unflatten(1, shape) - offset[..., None]) * _inverse(scale)[..., None]
+    wide = scale[..., None].expand(rows, *shape).reshape(rows, channels)
     return Normalized(normalized.view(rows, channels), wide, outliers, torch.stack([scale, offset], -1).half())
 
 

@@ -201,8 +201,8 @@ class TestGain:
     ) -> None:
         """methods.md 7.7: N(0, 1) cut at its 1 % tails; mean squared error over the variance.
 
-        The golden numbers are Lloyd's on a sample; the exact optimum at 4 bits is 5 % lower, 0.00738,
-        which is also what Panter and Dite's integral (1 / 12 L^2) (int f^(1/3))^3 comes to.
+        The golden numbers are Lloyd's, on a sample. The exact optimum at 4 bits is 5 % lower, at
+        0.00738, which Panter and Dite's integral (1 / 12 L^2) (int f^(1/3))^3 comes to as well.
         """
         tail = NormalDist().cdf(-2.5758)
         z = NormalDist().inv_cdf
