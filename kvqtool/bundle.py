@@ -14,7 +14,7 @@ from kvqtool.container import load_container, save_container
 from kvqtool.errors import BundleError, KvqError
 from kvqtool.memory import LayerGeometry
 from kvqtool.methods import get_method
-from kvqtool.spec import KvSpec, parse_spec
+from kvqtool.spec import EXACT, KvSpec, parse_spec
 
 KIND: Final = "kvqtool-bundle"
 VERSION: Final = 1
@@ -110,7 +110,7 @@ class Bundle:
             layers = sorted({int(name.split(".")[1]) for name in tensors})
             books = {(layer, side): _codebook(tensors, layer, side, spec) for layer in layers for side in SIDES}
             return Bundle(spec, dict(metadata["model"]), books, dict(metadata["provenance"]))
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise BundleError(f"bundle lacks or garbles {error}; calibrate it again") from error
         except KvqError as error:
             raise BundleError(f"bundle cannot be read: {error}") from error
@@ -152,8 +152,13 @@ def _codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpec) -
     lower, upper = (tensors[f"{prefix}.{end}"].float() if quant.per_channel else None for end in ("lower", "upper"))
     decoded = tensors.get(f"{prefix}.decode_levels")
     book = Codebook(levels, levels if decoded is None else decoded.float(), lower, upper)
-    if levels.numel() and (levels.shape[-1] != 1 << quant.bits or not torch.isfinite(book.decode_levels).all()):
-        raise ValueError(f"the levels of layer {layer} {side}")
+    shape: tuple[int, ...] = (0 if quant.method == EXACT else 1 << quant.bits,)
+    if quant.channel_levels and lower is not None:
+        shape = (len(lower), *shape)
+    ends = () if lower is None or upper is None else (lower, upper)
+    shapes_fit = tuple(levels.shape) == tuple(book.decode_levels.shape) == shape and len({len(end) for end in ends}) < 2
+    if not shapes_fit or not all(torch.isfinite(t).all() for t in (levels, book.decode_levels, *ends)):
+        raise ValueError(f"the codebook of layer {layer} {side}")
     return book
 
 

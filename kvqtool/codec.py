@@ -68,7 +68,7 @@ def decode_dense(buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec
         scale, offset = channel_affine(codebook)
         return values * scale + offset
     scale, offset = buffers["ranges"].float().unbind(-1)
-    grouped = values.unflatten(1, (scale.shape[1], channels // scale.shape[1]))
+    grouped = values.view(*scale.shape, channels // scale.shape[1])
     return (grouped * scale[..., None] + offset[..., None]).view(values.shape)
 
 
@@ -130,14 +130,14 @@ def _normalize_per_token(states: Tensor, spec: QuantSpec) -> Normalized:
         outliers = rank_mask(states, outliers_per_tail(spec, channels))
         low_source = states.masked_fill(outliers, float("inf"))
         high_source = states.masked_fill(outliers, float("-inf"))
-    shape = (groups, channels // groups)
-    low = low_source.unflatten(1, shape).amin(-1)
-    high = high_source.unflatten(1, shape).amax(-1)
+    shape = (rows, groups, channels // groups)
+    low = low_source.view(shape).amin(-1)
+    high = high_source.view(shape).amax(-1)
     empty = low > high  # every element of the group is an outlier
     low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
     scale, offset = as_half(high * 0.5 - low * 0.5), as_half(high * 0.5 + low * 0.5)
-    normalized = (states.unflatten(1, shape) - offset[..., None]) * _inverse(scale)[..., None]
-    wide = scale[..., None].expand(rows, *shape).reshape(rows, channels)
+    normalized = (states.view(shape) - offset[..., None]) * _inverse(scale)[..., None]
+    wide = scale[..., None].expand(shape).reshape(rows, channels)
     return Normalized(normalized.view(rows, channels), wide, outliers, torch.stack([scale, offset], -1).half())
 
 
