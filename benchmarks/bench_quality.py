@@ -20,19 +20,25 @@ from pathlib import Path
 
 import torch
 
-from kvqtool.attach import probe
+from kvqtool.bundle import Bundle, load_bundle, save_bundle
 from kvqtool.calibrate import calibrate
-from kvqtool.data import calibration_windows, evaluation_windows, load_text
+from kvqtool.data import Windows, calibration_windows, evaluation_windows, load_text
 from kvqtool.files import atomic_output, check_output
-from kvqtool.models import load_model
+from kvqtool.models import LoadedModel, load_model
 from kvqtool.perplexity import PplResult, evaluate
-from kvqtool.spec import parse_spec
+from kvqtool.spec import KvSpec, parse_spec
 
 _WIDTHS = (4, 3, 2)
 _NUQ = [f"nuq{b}-1%-sink1" for b in _WIDTHS]
 SETS: dict[str, list[str]] = {
     "demo": ["fp", *_NUQ, "int4-sink1", "int3-sink1"],
-    "main": [*_NUQ, *(f"{spec}-pc" for spec in _NUQ), *(f"{spec}-qnorm" for spec in _NUQ), "int4-sink1", "int3-sink1"],
+    "main": [
+        *_NUQ,
+        *(f"{spec}-pc" for spec in _NUQ),
+        *(f"{spec}-qnorm" for spec in _NUQ),
+        "int4-sink1",
+        "int3-sink1",
+    ],
     "ladder": [
         "fp",
         "int8-sink1",
@@ -80,16 +86,19 @@ def main() -> None:
         check_output(options.output, options.force)
     loaded = load_model(options.model, device=options.device, dtype=options.dtype)
     specs = [parse_spec(text) for text in options.spec or SETS[options.set]]
-    seam = probe(loaded.model)
     started = time.perf_counter()
     source = load_text(options.calibration, part="calibration")
     seq_len = min(options.calibration_seq_len, loaded.identity.max_context)
-    learned = calibration_windows(source, loaded.tokenizer, samples=options.samples, seq_len=seq_len, seed=0)
-    bundles = calibrate(loaded, learned, specs, seam=seam, progress=_note)
+    learned = calibration_windows(
+        source, loaded.tokenizer, samples=options.samples, seq_len=seq_len, seed=0
+    )
+    bundles = _bundles(options, loaded, learned, specs)
     calibrated = time.perf_counter()
     text = load_text(options.dataset, part="evaluation")
-    windows = evaluation_windows(text, loaded.tokenizer, seq_len=options.seq_len, windows=options.windows, stride=None)
-    results = evaluate(loaded, windows, bundles, protocol=options.protocol, seam=seam, progress=_note)
+    windows = evaluation_windows(
+        text, loaded.tokenizer, seq_len=options.seq_len, windows=options.windows, stride=None
+    )
+    results = evaluate(loaded, windows, bundles, protocol=options.protocol, progress=_note)
     evaluated = time.perf_counter()
     _print_table(results)
     if options.output:
@@ -98,8 +107,9 @@ def main() -> None:
             "machine": machine(),
             "commit": options.commit or commit(),
             "date": time.strftime("%Y-%m-%d"),
-            "model": loaded.identity.as_json() | {"parameters": sum(p.numel() for p in loaded.model.parameters())},
-            "calibration": bundles[0].provenance,
+            "model": loaded.identity.as_json()
+            | {"parameters": sum(p.numel() for p in loaded.model.parameters())},
+            "calibration": next((b.provenance for b in bundles if b.spec.needs_calibration), None),
             "calibrate_seconds": calibrated - started,
             "evaluate_seconds": evaluated - calibrated,
             "protocol": results[0].protocol,
@@ -107,6 +117,22 @@ def main() -> None:
         }
         with atomic_output(options.output, force=options.force) as part:
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _bundles(
+    options: argparse.Namespace, loaded: LoadedModel, learned: Windows, specs: list[KvSpec]
+) -> list[Bundle]:
+    """Calibrate, or take bundles that an earlier run left in --bundles."""
+    if options.bundles is None:
+        return calibrate(loaded, learned, specs, progress=_note)
+    paths = [options.bundles / f"{str(spec).replace('/', '_')}.safetensors" for spec in specs]
+    if not all(path.exists() for path in paths):
+        options.bundles.mkdir(parents=True, exist_ok=True)
+        for bundle, path in zip(
+            calibrate(loaded, learned, specs, progress=_note), paths, strict=True
+        ):
+            save_bundle(bundle, path, force=True)
+    return [load_bundle(path) for path in paths]
 
 
 def machine() -> str:
@@ -119,13 +145,19 @@ def machine() -> str:
 def commit() -> str | None:
     """Return the checkout's commit, or None outside one."""
     answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     return answer.stdout.strip() or None
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="builtin, a folder or a hub id")
     parser.add_argument("--calibration", help="calibration text; the built-in one by default")
     parser.add_argument("--dataset", help="evaluation text; the built-in one by default")
@@ -139,6 +171,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--commit", help="for checkouts without git")
+    parser.add_argument(
+        "--bundles", type=Path, help="folder to keep bundles in, or to take them from"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--force", action="store_true")
     return parser.parse_args()
@@ -147,12 +182,20 @@ def _options() -> argparse.Namespace:
 def _print_table(results: list[PplResult]) -> None:
     print(f"baseline perplexity {results[0].ppl_baseline:.4f}")
     rows = [list(_COLUMNS)] + [
-        [form.format(value) if (value := getattr(result, name)) is not None else "-" for name, form in _COLUMNS.items()]
+        [
+            form.format(value) if (value := getattr(result, name)) is not None else "-"
+            for name, form in _COLUMNS.items()
+        ]
         for result in results
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     for row in rows:
-        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        )
 
 
 def _row(result: PplResult) -> dict[str, object]:

@@ -21,7 +21,6 @@ import time
 import torch
 from bench_quality import commit, machine
 
-from kvqtool.attach import probe
 from kvqtool.calibrate import calibrate
 from kvqtool.data import calibration_windows, evaluation_windows, load_text
 from kvqtool.models import load_model
@@ -42,17 +41,21 @@ def main() -> None:
     }
     loaded = load_model(options.model, device=options.device, dtype="float32")
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    seam, specs = probe(loaded.model), [parse_spec(options.spec)]
+    specs = [parse_spec(options.spec)]
     text = load_text(options.calibration, part="calibration")
-    learned = calibration_windows(text, loaded.tokenizer, samples=options.samples, seq_len=2048, seed=0)
+    learned = calibration_windows(
+        text, loaded.tokenizer, samples=options.samples, seq_len=2048, seed=0
+    )
     before = _resident()
     digests = []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        (bundle,) = calibrate(loaded, learned, specs, seam=seam)
+        (bundle,) = calibrate(loaded, learned, specs)
         record["calibrate_seconds"] = time.perf_counter() - started
         parts = sorted(bundle.tensors().items())
-        digests.append(hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in parts)).hexdigest()[:16])
+        digests.append(
+            hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in parts)).hexdigest()[:16]
+        )
     record |= {
         "weights_bytes": weights,
         "calibrate_peak_bytes": _peak() - before,
@@ -60,12 +63,16 @@ def main() -> None:
         "calibrate_is_deterministic": len(set(digests)) == 1,
     }
     text = load_text(options.dataset, part="evaluation")
-    windows = evaluation_windows(text, loaded.tokenizer, seq_len=2048, windows=options.windows, stride=None)
+    windows = evaluation_windows(
+        text, loaded.tokenizer, seq_len=2048, windows=options.windows, stride=None
+    )
     started = time.perf_counter()
-    evaluate(loaded, windows, [bundle], seam=seam)
+    evaluate(loaded, windows, [bundle])
     record["ppl_seconds"] = time.perf_counter() - started
     record["ppl_windows"] = len(windows.ids)
-    record["ppl_over_two_forwards"] = record["ppl_seconds"] / (2 * _forward_seconds(loaded, windows.ids))
+    record["ppl_over_two_forwards"] = record["ppl_seconds"] / (
+        2 * _forward_seconds(loaded, windows.ids)
+    )
     print(json.dumps(record, indent=1))
 
 
@@ -74,7 +81,9 @@ def _command_seconds(*arguments: str) -> float:
     runs = []
     for _ in range(7):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "kvqtool", *arguments], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "kvqtool", *arguments], check=True, capture_output=True
+        )
         runs.append(time.perf_counter() - started)
     return statistics.median(runs)
 
@@ -104,7 +113,9 @@ def _peak() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="builtin, a folder or a hub id")
     parser.add_argument("--calibration")
     parser.add_argument("--dataset")

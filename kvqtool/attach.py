@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 
 _PROBE_TOKENS: Final = 32
 # Un-rotating reproduces the true key to rounding; a wrong rotation is off by tens of percent.
-_TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float64: 1e-8}
+_TOLERANCE: Final = {
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+    torch.float64: 1e-8,
+}
 
 
 class _RecordingCache(DynamicCache):
@@ -75,9 +80,7 @@ def probe(model: PreTrainedModel) -> Seam:
         cache = _RecordingCache(callers, config=model.config)
         ids = (torch.arange(_PROBE_TOKENS) * 7919 + 11) % model.config.get_text_config().vocab_size
         model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
-        layers = tuple(
-            _probe_layer(model, index, cache, calls) for index in sorted(cache.seen)
-        )
+        layers = tuple(_probe_layer(model, index, cache, calls) for index in sorted(cache.seen))
     if not any(layer.is_packed for layer in layers):
         raise InputError(f"{type(model).__name__} has no full-attention cache layer to compress")
     return Seam(_number_groups(layers))
@@ -92,7 +95,9 @@ def _probe_layer(
     module, key, value = cache.seen[index]
     stock = type(cache.layers[index])
     geometry = LayerGeometry(key.shape[1], key.shape[3], value.shape[3])
-    seam = LayerSeam(index, geometry, module, stock is DynamicLayer, None, None, f"cache layer {stock.__name__}")
+    seam = LayerSeam(
+        index, geometry, module, stock is DynamicLayer, None, None, f"cache layer {stock.__name__}"
+    )
     if not seam.is_packed:
         return replace(seam, note=f"left as it is: {stock.__name__}")
     if module is None:
@@ -111,7 +116,11 @@ def _probe_layer(
 
 
 def _replay_without_rotation(
-    model: PreTrainedModel, module: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    module: nn.Module,
+    index: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Tensor:
     """Run one attention module again with cos = 1 and sin = 0 and return the key it writes."""
     given = kwargs["position_embeddings"]
@@ -149,7 +158,10 @@ def _fit_rotation(key: Tensor, true_key: Tensor, tables: tuple[Tensor, Tensor]) 
 
 
 def _fit_formula(
-    model: PreTrainedModel, rotation: Rotation, tables: tuple[Tensor, Tensor], positions: Tensor | None
+    model: PreTrainedModel,
+    rotation: Rotation,
+    tables: tuple[Tensor, Tensor],
+    positions: Tensor | None,
 ) -> AngleFormula | None:
     """Return the frequencies whose angles equal the model's tables bit for bit; None if no module has them."""
     if positions is None or positions.dim() != 2:
@@ -162,7 +174,9 @@ def _fit_formula(
             scaling = float(getattr(module, name.replace("inv_freq", "attention_scaling"), 1.0))
             formula = AngleFormula(buffer.detach().float().clone(), scaling, tables[0].dtype)
             made_cos, made_sin = formula.tables(positions.to(torch.int32))
-            if torch.equal(made_cos.float(), cos) and torch.equal(rotation.sign * made_sin.float(), sin):
+            if torch.equal(made_cos.float(), cos) and torch.equal(
+                rotation.sign * made_sin.float(), sin
+            ):
                 return formula
     return None
 
@@ -199,14 +213,20 @@ class Session:
         """
         if prefill not in ("exact", "decode-exact"):
             raise InputError(f"prefill {prefill!r} is unknown; use exact or decode-exact")
-        bundle.check_layers({layer.index: layer.geometry for layer in self.seam.layers if layer.is_packed})
+        bundle.check_layers(
+            {layer.index: layer.geometry for layer in self.seam.layers if layer.is_packed}
+        )
         if bundle.spec.residual_length and self.model.config._attn_implementation != BAND:
-            raise InputError(f"{bundle.spec} keeps a recent window; pass the spec to attach(model, bundle) to use it")
+            raise InputError(
+                f"{bundle.spec} keeps a recent window; pass the spec to attach(model, bundle) to use it"
+            )
         return KvqCache(self.seam, bundle, self.model.config, prefill)
 
 
 @contextmanager
-def attach(model: PreTrainedModel, bundle: Bundle | None = None, *, seam: Seam | None = None) -> Iterator[Session]:
+def attach(
+    model: PreTrainedModel, bundle: Bundle | None = None, *, seam: Seam | None = None
+) -> Iterator[Session]:
     """Let a model feed compressed caches inside a `with` block; everything is put back afterwards.
 
     Args:
@@ -218,7 +238,9 @@ def attach(model: PreTrainedModel, bundle: Bundle | None = None, *, seam: Seam |
         InputError: when the model's attention cannot be replaced and the spec's recent window needs that.
     """
     seam = seam or probe(model)
-    modules = {layer.module: layer for layer in seam.layers if layer.module is not None and layer.is_packed}
+    modules = {
+        layer.module: layer for layer in seam.layers if layer.module is not None and layer.is_packed
+    }
 
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -242,7 +264,9 @@ def _band_attention(model: PreTrainedModel, spec: KvSpec | None) -> Iterator[Non
 
 
 @contextmanager
-def replaced_attention(model: PreTrainedModel, name: str, register: Callable[[], None]) -> Iterator[None]:
+def replaced_attention(
+    model: PreTrainedModel, name: str, register: Callable[[], None]
+) -> Iterator[None]:
     """Run a model on a registered attention function, and on its own again afterwards.
 
     Raises:
@@ -253,7 +277,9 @@ def replaced_attention(model: PreTrainedModel, name: str, register: Callable[[],
     model.set_attn_implementation(name)
     try:
         if model.config._attn_implementation != name:
-            raise InputError(f"{type(model).__name__} does not let its attention be replaced; use a spec without -r")
+            raise InputError(
+                f"{type(model).__name__} does not let its attention be replaced; use a spec without -r"
+            )
         yield
     finally:
         model.set_attn_implementation(before)

@@ -74,7 +74,9 @@ def band_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if options.get(unsupported) is not None:
-            raise RunError(f"a recent window (-r) does not work with attention that uses {unsupported}; drop -r")
+            raise RunError(
+                f"a recent window (-r) does not work with attention that uses {unsupported}; drop -r"
+            )
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return _mixed_attention(query, (key, value), band, attention_mask, scaling), None
 

@@ -63,7 +63,9 @@ def unpack_words(words: Tensor, bits: int, channels: int) -> Tensor:
         kept = WORD_BITS - (last - 1) * bits % WORD_BITS
         if kept < bits:
             # The last code goes on in the next word; the arithmetic shift filled its upper bits with the sign.
-            codes[..., last - 1] = (codes[..., last - 1] & ((1 << kept) - 1)) | (lanes[..., word + 1] << kept)
+            codes[..., last - 1] = (codes[..., last - 1] & ((1 << kept) - 1)) | (
+                lanes[..., word + 1] << kept
+            )
     return (codes & ((1 << bits) - 1)).flatten(1)[:, :channels]
 
 
@@ -80,4 +82,10 @@ def _codes_by_word(bits: int, device: torch.device) -> Iterator[tuple[int, int, 
         first = -(-word * WORD_BITS // bits)
         last = min(-(-(word + 1) * WORD_BITS // bits), period)
         start = first * bits - word * WORD_BITS
-        yield first, last, torch.arange(start, start + (last - first) * bits, bits, dtype=torch.int32, device=device)
+        yield (
+            first,
+            last,
+            torch.arange(
+                start, start + (last - first) * bits, bits, dtype=torch.int32, device=device
+            ),
+        )

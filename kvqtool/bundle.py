@@ -20,7 +20,14 @@ KIND: Final = "kvqtool-bundle"
 VERSION: Final = 1
 SIDES: Final = ("key", "value")
 # Two models whose bundles fit each other agree in all of these; the name may differ (a copied folder, a fine-tune).
-_IDENTITY: Final = ("architecture", "num_layers", "layers", "vocab_size", "tokenizer_sha256", "rope_sha256")
+_IDENTITY: Final = (
+    "architecture",
+    "num_layers",
+    "layers",
+    "vocab_size",
+    "tokenizer_sha256",
+    "rope_sha256",
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,9 @@ class Bundle:
         """
         for index, layer in layers.items():
             if (index, "key") not in self.codebooks:
-                raise BundleError(f"bundle has no codebook for layer {index}; calibrate a bundle for this model")
+                raise BundleError(
+                    f"bundle has no codebook for layer {index}; calibrate a bundle for this model"
+                )
             lower = self.codebooks[index, "key"].lower
             if lower is not None and len(lower) != layer.key_channels:
                 raise BundleError(
@@ -91,7 +100,10 @@ class Bundle:
             if not torch.equal(book.levels, book.decode_levels):
                 named[f"{prefix}.decode_levels"] = book.decode_levels.half()
             if book.lower is not None and book.upper is not None:
-                named[f"{prefix}.lower"], named[f"{prefix}.upper"] = book.lower.half(), book.upper.half()
+                named[f"{prefix}.lower"], named[f"{prefix}.upper"] = (
+                    book.lower.half(),
+                    book.upper.half(),
+                )
         return named
 
     def metadata(self) -> dict[str, Any]:
@@ -108,7 +120,11 @@ class Bundle:
         try:
             spec = parse_spec(metadata["spec"])
             layers = sorted({int(name.split(".")[1]) for name in tensors})
-            books = {(layer, side): _codebook(tensors, layer, side, spec) for layer in layers for side in SIDES}
+            books = {
+                (layer, side): _codebook(tensors, layer, side, spec)
+                for layer in layers
+                for side in SIDES
+            }
             return Bundle(spec, dict(metadata["model"]), books, dict(metadata["provenance"]))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise BundleError(f"bundle lacks or garbles {error}; calibrate it again") from error
@@ -138,7 +154,7 @@ def uncalibrated_bundle(spec: KvSpec, model: dict[str, Any], layers: list[int]) 
         model: the model's identity, as JSON.
         layers: indices of the packed cache layers.
     """
-    books = {}
+    books: dict[tuple[int, str], Codebook] = {}
     for side, quant in zip(SIDES, (spec.key, spec.value), strict=True):
         levels = get_method(quant.method).fit(quant, None)
         books |= {(layer, side): Codebook(*levels) for layer in layers}
@@ -149,15 +165,23 @@ def _codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpec) -
     quant = spec.key if side == "key" else spec.value
     prefix = f"layers.{layer}.{side}"
     levels = tensors[f"{prefix}.levels"].float()
-    lower, upper = (tensors[f"{prefix}.{end}"].float() if quant.per_channel else None for end in ("lower", "upper"))
+    lower, upper = (
+        tensors[f"{prefix}.{end}"].float() if quant.per_channel else None
+        for end in ("lower", "upper")
+    )
     decoded = tensors.get(f"{prefix}.decode_levels")
     book = Codebook(levels, levels if decoded is None else decoded.float(), lower, upper)
     shape: tuple[int, ...] = (0 if quant.method == EXACT else 1 << quant.bits,)
     if quant.channel_levels and lower is not None:
         shape = (len(lower), *shape)
     ends = () if lower is None or upper is None else (lower, upper)
-    shapes_fit = tuple(levels.shape) == tuple(book.decode_levels.shape) == shape and len({len(end) for end in ends}) < 2
-    if not shapes_fit or not all(torch.isfinite(t).all() for t in (levels, book.decode_levels, *ends)):
+    shapes_fit = (
+        tuple(levels.shape) == tuple(book.decode_levels.shape) == shape
+        and len({len(end) for end in ends}) < 2
+    )
+    if not shapes_fit or not all(
+        torch.isfinite(t).all() for t in (levels, book.decode_levels, *ends)
+    ):
         raise ValueError(f"the codebook of layer {layer} {side}")
     return book
 

@@ -1,7 +1,7 @@
 """The compressed cache as transformers sees it: a `Cache` whose full-attention layers are `LayerStore`s.
 
-    with attach(model, bundle) as session:
-        model.generate(**inputs, past_key_values=session.new_cache(bundle))
+with attach(model, bundle) as session:
+    model.generate(**inputs, past_key_values=session.new_cache(bundle))
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class KvqLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: a store starts with the first states."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store new states and return what the new tokens attend to.
 
         Args:
@@ -116,7 +118,9 @@ class KvqLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens: `tokens_to_remove` is minus their number (a positive value is the length to keep)."""
         if not self.store.is_empty:
-            keep = tokens_to_remove if tokens_to_remove > 0 else self.store.tokens + tokens_to_remove
+            keep = (
+                tokens_to_remove if tokens_to_remove > 0 else self.store.tokens + tokens_to_remove
+            )
             self.store.truncate(max(keep, 0))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -146,7 +150,9 @@ class KvqCache(Cache):
         self.seam = seam
         self.bundle = bundle
         self.prefill = prefill
-        self.angles = {layer.group: _angle_store(layer) for layer in seam.packed if _is_rotated(layer, bundle)}
+        self.angles = {
+            layer.group: _angle_store(layer) for layer in seam.packed if _is_rotated(layer, bundle)
+        }
         self._announced: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         layers = DynamicCache(config=config).layers
         for layer in seam.packed:
@@ -180,11 +186,15 @@ class KvqCache(Cache):
     def _extend_angles(self, layer: KvqLayer, layer_idx: int, key_states: Tensor) -> None:
         announced = self._announced.pop(layer_idx, None)
         if announced is None:
-            raise RunError("the cache was used outside `with attach(model, bundle)`; keep the forward inside the block")
+            raise RunError(
+                "the cache was used outside `with attach(model, bundle)`; keep the forward inside the block"
+            )
         assert layer.angles is not None
         # The first layer of a group to arrive brings the angles for all of them.
         if layer.angles.tokens < layer.store.tokens + key_states.shape[2]:
-            cos, sin, positions = (part if part is None else part.to(key_states.device) for part in announced)
+            cos, sin, positions = (
+                part if part is None else part.to(key_states.device) for part in announced
+            )
             assert cos is not None and sin is not None
             layer.angles.extend(cos, sin, positions, key_states.shape[0])
 
@@ -200,7 +210,7 @@ class KvqCache(Cache):
         for angles in self.angles.values():
             angles.truncate(0)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Put the batch into the order of the chosen beams."""
         super().reorder_cache(beam_idx)
         self._select_angles(beam_idx)
@@ -232,7 +242,11 @@ class KvqCache(Cache):
         tensors += [t for angles in self.angles.values() for t in angles.tensors]
         for layer in self.layers:
             if not isinstance(layer, KvqLayer):
-                tensors += [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+                tensors += [
+                    t
+                    for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
+                    if t is not None
+                ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def usage(self) -> CacheUsage:

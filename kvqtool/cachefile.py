@@ -83,7 +83,13 @@ class SavedCache:
 
 @torch.no_grad()
 def quantize_text(
-    loaded: LoadedModel, bundle: Bundle, text: Text, path: str | Path, *, prefill: str = "exact", force: bool = False
+    loaded: LoadedModel,
+    bundle: Bundle,
+    text: Text,
+    path: str | Path,
+    *,
+    prefill: str = "exact",
+    force: bool = False,
 ) -> CacheReport:
     """Read a document and write its compressed cache.
 
@@ -104,8 +110,10 @@ def quantize_text(
     ids = torch.tensor(loaded.tokenizer(text.text, verbose=False)["input_ids"], dtype=torch.int64)
     room = loaded.identity.max_context
     if not 0 < len(ids) <= room:
-        raise InputError(f"the document has {len(ids)} tokens, the model takes 1 to {room}; cut it to fit")
-    with attach(loaded.model, bundle) as session:
+        raise InputError(
+            f"the document has {len(ids)} tokens, the model takes 1 to {room}; cut it to fit"
+        )
+    with attach(loaded.model, bundle, seam=loaded.seam) as session:
         cache = session.new_cache(bundle, prefill=prefill)
         logits = next_logits(loaded.model, ids[None].to(loaded.device), cache)[0]
     extra = {"token_ids": ids, "next_logits": logits}
@@ -114,7 +122,12 @@ def quantize_text(
 
 @torch.no_grad()
 def quantize_states(
-    loaded: LoadedModel, bundle: Bundle, states: str | Path, path: str | Path, *, force: bool = False
+    loaded: LoadedModel,
+    bundle: Bundle,
+    states: str | Path,
+    path: str | Path,
+    *,
+    force: bool = False,
 ) -> CacheReport:
     """Compress key and value states from a safetensors file.
 
@@ -134,16 +147,24 @@ def quantize_states(
     try:
         tensors = load_file(str(states))
     except (SafetensorError, OSError) as error:
-        raise InputError(f"states file {states} cannot be read: {error}; write it with safetensors") from error
-    with attach(loaded.model, bundle) as session:
+        raise InputError(
+            f"states file {states} cannot be read: {error}; write it with safetensors"
+        ) from error
+    with attach(loaded.model, bundle, seam=loaded.seam) as session:
         cache = session.new_cache(bundle)
         for layer in session.seam.packed:
             key, value = _states_of(tensors, layer.index, layer.geometry, loaded)
             if layer.rotation is not None and cache.angles:
                 if layer.formula is None:
-                    raise InputError("this model's rotary angles are no function of position; use --text instead")
+                    raise InputError(
+                        "this model's rotary angles are no function of position; use --text instead"
+                    )
                 positions = torch.arange(key.shape[2], device=loaded.device)[None]
-                cache.announce(layer.index, *layer.rotation.model_tables(*layer.formula.tables(positions)), positions)
+                cache.announce(
+                    layer.index,
+                    *layer.rotation.model_tables(*layer.formula.tables(positions)),
+                    positions,
+                )
             cache.update(key, value, layer.index)
     return _save(cache, loaded, {}, Path(path), force, started)
 
@@ -155,7 +176,9 @@ def load_cache(path: str | Path) -> SavedCache:
         BundleError: when the file is missing, damaged, or of another kind or version.
     """
     metadata, tensors = load_container(path, KIND, VERSION)
-    books = {name.removeprefix("bundle."): t for name, t in tensors.items() if name.startswith("bundle.")}
+    books = {
+        name.removeprefix("bundle."): t for name, t in tensors.items() if name.startswith("bundle.")
+    }
     try:
         return SavedCache(
             bundle=Bundle.from_parts(metadata["bundle"], books),
@@ -163,7 +186,9 @@ def load_cache(path: str | Path) -> SavedCache:
             prefill=str(metadata["prefill"]),
             token_ids=tensors.get("token_ids"),
             next_logits=tensors.get("next_logits"),
-            tensors={name: t for name, t in tensors.items() if name.startswith(("layers.", "angles."))},
+            tensors={
+                name: t for name, t in tensors.items() if name.startswith(("layers.", "angles."))
+            },
             angle_kinds=dict(metadata["angles"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -185,11 +210,18 @@ def restore_cache(session: Session, saved: SavedCache, loaded: LoadedModel) -> K
 
 
 def _save(
-    cache: KvqCache, loaded: LoadedModel, extra: dict[str, Tensor], path: Path, force: bool, started: float
+    cache: KvqCache,
+    loaded: LoadedModel,
+    extra: dict[str, Tensor],
+    path: Path,
+    force: bool,
+    started: float,
 ) -> CacheReport:
     tensors = {f"bundle.{name}": tensor for name, tensor in cache.bundle.tensors().items()} | extra
     for store in cache.stores:
-        tensors |= {f"layers.{store.layer}.{name}": tensor for name, tensor in store.canonical().items()}
+        tensors |= {
+            f"layers.{store.layer}.{name}": tensor for name, tensor in store.canonical().items()
+        }
     for group, angles in cache.angles.items():
         tensors[f"angles.{group}"] = angles.canonical()
     usage = cache.usage()
@@ -228,37 +260,67 @@ def _states_of(
     for side, width in zip(SIDES, (geometry.key_dim, geometry.value_dim), strict=True):
         tensor = tensors.get(f"layers.{index}.{side}")
         if tensor is None:
-            raise InputError(f"states file has no layers.{index}.{side}; it has {sorted(tensors)[:4]}...")
+            raise InputError(
+                f"states file has no layers.{index}.{side}; it has {sorted(tensors)[:4]}..."
+            )
         heads = geometry.num_kv_heads
-        if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != (1, heads, width):
-            raise InputError(f"layers.{index}.{side} has shape {tuple(tensor.shape)}, expected (1, {heads}, T, {width})")
+        if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != (
+            1,
+            heads,
+            width,
+        ):
+            raise InputError(
+                f"layers.{index}.{side} has shape {tuple(tensor.shape)}, expected (1, {heads}, T, {width})"
+            )
         states.append(tensor.to(loaded.device, loaded.dtype))
     if states[0].shape[2] != states[1].shape[2] or not states[0].shape[2]:
-        raise InputError(f"layers.{index} has {states[0].shape[2]} keys and {states[1].shape[2]} values; give as many")
+        raise InputError(
+            f"layers.{index} has {states[0].shape[2]} keys and {states[1].shape[2]} values; give as many"
+        )
     return states[0], states[1]
 
 
-def _restore_layer(store: LayerStore, geometry: LayerGeometry, saved: SavedCache, loaded: LoadedModel) -> None:
+def _restore_layer(
+    store: LayerStore, geometry: LayerGeometry, saved: SavedCache, loaded: LoadedModel
+) -> None:
     prefix, spec = f"layers.{store.layer}", saved.bundle.spec
     exact, widths = {}, (geometry.key_dim, geometry.value_dim)
     for part in _PARTS:
         pair = [_take(saved, f"{prefix}.{part}.{side}") for side in SIDES]
         for tensor, width in zip(pair, widths, strict=True):
-            if tensor.dim() != 4 or tensor.shape[:2] != (1, geometry.num_kv_heads) or tensor.shape[3] != width:
-                raise BundleError(f"saved cache holds {prefix}.{part} of shape {tuple(tensor.shape)}; make it again")
-        exact[part] = pair[0].to(loaded.device, loaded.dtype), pair[1].to(loaded.device, loaded.dtype)
+            if (
+                tensor.dim() != 4
+                or tensor.shape[:2] != (1, geometry.num_kv_heads)
+                or tensor.shape[3] != width
+            ):
+                raise BundleError(
+                    f"saved cache holds {prefix}.{part} of shape {tuple(tensor.shape)}; make it again"
+                )
+        exact[part] = (
+            pair[0].to(loaded.device, loaded.dtype),
+            pair[1].to(loaded.device, loaded.dtype),
+        )
     body = saved.tokens - sum(pair[0].shape[2] for pair in exact.values())
-    sides = zip(SIDES, (spec.key, spec.value), (geometry.key_channels, geometry.value_channels), strict=True)
-    rows = [_rows_of(saved, f"{prefix}.{side}", quant, channels, body) for side, quant, channels in sides]
+    sides = zip(
+        SIDES, (spec.key, spec.value), (geometry.key_channels, geometry.value_channels), strict=True
+    )
+    rows = [
+        _rows_of(saved, f"{prefix}.{side}", quant, channels, body)
+        for side, quant, channels in sides
+    ]
     moved = [{name: tensor.to(loaded.device) for name, tensor in side.items()} for side in rows]
     store.restore(exact, (moved[0], moved[1]), body)
 
 
-def _rows_of(saved: SavedCache, prefix: str, spec: QuantSpec, channels: int, body: int) -> dict[str, Tensor]:
+def _rows_of(
+    saved: SavedCache, prefix: str, spec: QuantSpec, channels: int, body: int
+) -> dict[str, Tensor]:
     """Return one side's encoded rows, each buffer checked against the shape the memory table gives it."""
     if body <= 0:
         if body < 0:
-            raise BundleError(f"saved cache claims {saved.tokens} tokens but holds more; make it again")
+            raise BundleError(
+                f"saved cache claims {saved.tokens} tokens but holds more; make it again"
+            )
         return {}
     names = body_buffers(spec, channels, 0, 0, "float32")
     rows = {name: _take(saved, f"{prefix}.{name}") for name in names}
@@ -269,20 +331,28 @@ def _rows_of(saved: SavedCache, prefix: str, spec: QuantSpec, channels: int, bod
         dtype_fits = spec.method == "fp" or str(rows[name].dtype) == f"torch.{buffer.dtype}"
         if tuple(rows[name].shape) != buffer.shape or not dtype_fits:
             found = f"{rows[name].dtype} {tuple(rows[name].shape)}"
-            raise BundleError(f"saved cache holds {prefix}.{name} as {found}, expected {buffer}; make it again")
+            raise BundleError(
+                f"saved cache holds {prefix}.{name} as {found}, expected {buffer}; make it again"
+            )
     index = rows.get("outlier_channels", torch.empty(0)).long()
     if not ((index >= 0) & (index < channels)).all():
-        raise BundleError(f"saved cache holds {prefix} outliers beyond channel {channels - 1}; make it again")
+        raise BundleError(
+            f"saved cache holds {prefix} outliers beyond channel {channels - 1}; make it again"
+        )
     return rows
 
 
-def _restore_angles(angles: AngleStore, group: str, saved: SavedCache, device: torch.device) -> None:
+def _restore_angles(
+    angles: AngleStore, group: str, saved: SavedCache, device: torch.device
+) -> None:
     rows = _take(saved, f"angles.{group}").to(device)
     kind = saved.angle_kinds.get(group)
     width = angles.rotation.width // 2
     shape = (saved.tokens, 1) if kind == "positions" else (saved.tokens, 1, width, 2)
     if tuple(rows.shape) != shape or (kind == "positions" and angles.formula is None):
-        raise BundleError(f"saved cache holds angles {tuple(rows.shape)} as {kind}, expected {shape}; make it again")
+        raise BundleError(
+            f"saved cache holds angles {tuple(rows.shape)} as {kind}, expected {shape}; make it again"
+        )
     angles.restore(rows, kind=str(kind))
 
 

@@ -56,7 +56,9 @@ class Watcher(ABC):
 
 
 @contextmanager
-def capture(model: PreTrainedModel, seam: Seam, watcher: Watcher, *, gradients: bool) -> Iterator[Capture]:
+def capture(
+    model: PreTrainedModel, seam: Seam, watcher: Watcher, *, gradients: bool
+) -> Iterator[Capture]:
     """Let a watcher see the states of every packed layer while windows run inside the block.
 
     Args:
@@ -82,7 +84,9 @@ def capture(model: PreTrainedModel, seam: Seam, watcher: Watcher, *, gradients: 
 class Capture:
     """Runs windows through a model and hands what attention sees to a watcher."""
 
-    def __init__(self, model: PreTrainedModel, seam: Seam, watcher: Watcher, *, gradients: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, seam: Seam, watcher: Watcher, *, gradients: bool
+    ) -> None:
         """Prepare; use `capture`."""
         self.model = model
         self.watcher = watcher
@@ -120,14 +124,18 @@ class Capture:
             angles = tuple(part[0, :, None] for part in layer.rotation.angles(*tables))
         module._kvqtool_capture = (self, layer, angles)  # type: ignore[assignment]  # read by capture_attention
 
-    def see(self, layer: LayerSeam, angles: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor) -> None:
+    def see(
+        self, layer: LayerSeam, angles: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor
+    ) -> None:
         """Hand on one layer's states, or ask for their gradients and hand on both."""
 
         def key_states(states: Tensor, turn: str) -> KeyStates:
             rows = _rows(states)
             if angles is None or layer.rotation is None:
                 return KeyStates(rows.flatten(1), rows.flatten(1))
-            return KeyStates(getattr(layer.rotation, turn)(rows, *angles).flatten(1), rows.flatten(1))
+            return KeyStates(
+                getattr(layer.rotation, turn)(rows, *angles).flatten(1), rows.flatten(1)
+            )
 
         if not self.gradients:
             self.watcher.key(layer.index, key_states(key, "unrotate"), None)
@@ -135,15 +143,24 @@ class Capture:
             return
         plain_key, plain_value = key.detach(), value.detach()
         key.register_hook(
-            lambda g: self.watcher.key(layer.index, key_states(plain_key, "unrotate"), key_states(g, "pull_back"))
+            lambda g: self.watcher.key(
+                layer.index, key_states(plain_key, "unrotate"), key_states(g, "pull_back")
+            )
         )
         value.register_hook(
-            lambda g: self.watcher.value(layer.index, _rows(plain_value).flatten(1), _rows(g).flatten(1))
+            lambda g: self.watcher.value(
+                layer.index, _rows(plain_value).flatten(1), _rows(g).flatten(1)
+            )
         )
 
 
 def capture_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend by sdpa, showing keys (1, num_kv_heads, tokens, head_dim) and values to the running capture."""
     run, layer, angles = getattr(module, "_kvqtool_capture", (None, None, None))
@@ -180,26 +197,41 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 def _checkpointed(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     """Recompute layers in the backward pass where keeping their activations would take too much memory."""
     config = model.config.get_text_config()
-    width = 16 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    if config.num_hidden_layers * tokens * width * 4 < _ACTIVATION_BYTES or not model.supports_gradient_checkpointing:
+    width = 16 * config.hidden_size + 4 * (
+        getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    )
+    if (
+        config.num_hidden_layers * tokens * width * 4 < _ACTIVATION_BYTES
+        or not model.supports_gradient_checkpointing
+    ):
         yield
         return
-    dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
-    attention = [(m, m.attention_dropout) for m in model.modules() if isinstance(getattr(m, "attention_dropout", None), float)]
     # transformers 5.17 has only the older names, later versions warn about them.
-    verb = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
-    getattr(model, f"{verb}_enable")({"use_reentrant": False})
-    model.train()
-    for module, _ in dropouts:
-        module.p = 0.0
-    for module, _ in attention:
-        module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain float attribute
+    is_new = hasattr(model, "activation_checkpointing_enable")
+    verb = "activation_checkpointing" if is_new else "gradient_checkpointing"
+    with _without_dropout(model):
+        getattr(model, f"{verb}_enable")({"use_reentrant": False})
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
+            getattr(model, f"{verb}_disable")()
+
+
+@contextmanager
+def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """Set every dropout to zero inside the block: checkpointing needs training mode, we do not."""
+    rates: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        names = ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout",)
+        for name in names:
+            rate = getattr(module, name, None)
+            if isinstance(rate, float):
+                rates.append((module, name, rate))
+                setattr(module, name, 0.0)
     try:
         yield
     finally:
-        model.eval()
-        getattr(model, f"{verb}_disable")()
-        for module, p in dropouts:
-            module.p = p
-        for module, p in attention:
-            module.attention_dropout = p  # type: ignore[assignment]  # a plain float attribute
+        for module, name, rate in rates:
+            setattr(module, name, rate)

@@ -47,13 +47,28 @@ class Codebook:
             return None if tensor is None else tensor.to(device)
 
         return Codebook(
-            self.levels.to(device), self.decode_levels.to(device), move(self.lower), move(self.upper)
+            self.levels.to(device),
+            self.decode_levels.to(device),
+            move(self.lower),
+            move(self.upper),
         )
 
 
 def as_half(values: Tensor) -> Tensor:
     """Round to what fp16 stores, kept in float32 for arithmetic; beyond fp16's range is clamped to its ends."""
     return values.float().clamp(-65504.0, 65504.0).half().float()
+
+
+def round_range(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Round ranges to fp16 outwards, so that no value inside becomes an outlier by rounding; float32 results."""
+    low, high = as_half(lower), as_half(upper)
+    low = torch.where(
+        low > lower, torch.nextafter(low.half(), torch.tensor(-torch.inf).half()).float(), low
+    )
+    high = torch.where(
+        high < upper, torch.nextafter(high.half(), torch.tensor(torch.inf).half()).float(), high
+    )
+    return as_half(low), as_half(high)
 
 
 def uniform_levels(bits: int) -> Tensor:
@@ -129,7 +144,10 @@ def _next_row(best: FloatArray, prefix: tuple[FloatArray, ...]) -> tuple[FloatAr
 
 
 def _best_splits(
-    best: FloatArray, prefix: tuple[FloatArray, ...], base: IntArray, bounds: tuple[IntArray, IntArray, IntArray]
+    best: FloatArray,
+    prefix: tuple[FloatArray, ...],
+    base: IntArray,
+    bounds: tuple[IntArray, IntArray, IntArray],
 ) -> tuple[FloatArray, IntArray]:
     """Minimise best[i] + cost(i, middle) over low <= i <= high, the ranges of all problems laid end to end."""
     low, middle, high = bounds
@@ -153,7 +171,9 @@ def _levels_of(splits: list[IntArray], prefix: tuple[FloatArray, ...]) -> FloatA
         start = np.zeros_like(stop) if split is None else split[problem, stop]
         w = weight[problem, stop] - weight[problem, start]
         with np.errstate(divide="ignore", invalid="ignore"):
-            means.append(np.where(w > 0, (weighted[problem, stop] - weighted[problem, start]) / w, np.nan))
+            means.append(
+                np.where(w > 0, (weighted[problem, stop] - weighted[problem, start]) / w, np.nan)
+            )
         stop = start
     levels = np.sort(np.stack(means, axis=1), axis=1)  # NaN, a segment without weight, sorts last
     greatest = np.nanmax(np.where(np.isnan(levels[:, :1]), 0.0, levels), axis=1, keepdims=True)

@@ -38,7 +38,9 @@ def encode(states: Tensor, codebook: Codebook, spec: QuantSpec) -> dict[str, Ten
     return buffers
 
 
-def decode(buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec, channels: int) -> Tensor:
+def decode(
+    buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec, channels: int
+) -> Tensor:
     """Decode rows; the inverse of `encode` up to the quantization error.
 
     Args:
@@ -56,7 +58,9 @@ def decode(buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec, chan
     return states
 
 
-def decode_dense(buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec, channels: int) -> Tensor:
+def decode_dense(
+    buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec, channels: int
+) -> Tensor:
     """Decode the codes alone, as if there were no outliers: (rows, channels) float32."""
     codes = unpack_words(buffers["words"], spec.bits, channels)
     levels = codebook.decode_levels
@@ -75,7 +79,9 @@ def decode_dense(buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec
 class Normalized:
     """Rows in normalised space, with what was found on the way."""
 
-    def __init__(self, normalized: Tensor, scale: Tensor, outliers: Tensor | None, ranges: Tensor | None) -> None:
+    def __init__(
+        self, normalized: Tensor, scale: Tensor, outliers: Tensor | None, ranges: Tensor | None
+    ) -> None:
         """Keep the results.
 
         Args:
@@ -138,7 +144,9 @@ def _normalize_per_token(states: Tensor, spec: QuantSpec) -> Normalized:
     scale, offset = as_half(high * 0.5 - low * 0.5), as_half(high * 0.5 + low * 0.5)
     normalized = (states.view(shape) - offset[..., None]) * _inverse(scale)[..., None]
     wide = scale[..., None].expand(shape).reshape(rows, channels)
-    return Normalized(normalized.view(rows, channels), wide, outliers, torch.stack([scale, offset], -1).half())
+    return Normalized(
+        normalized.view(rows, channels), wide, outliers, torch.stack([scale, offset], -1).half()
+    )
 
 
 def nearest_level(normalized: Tensor, levels: Tensor) -> Tensor:

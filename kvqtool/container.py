@@ -21,7 +21,12 @@ from kvqtool.files import atomic_output
 
 
 def save_container(
-    path: str | Path, kind: str, version: int, content: tuple[dict[str, Any], dict[str, Tensor]], *, force: bool = False
+    path: str | Path,
+    kind: str,
+    version: int,
+    content: tuple[dict[str, Any], dict[str, Tensor]],
+    *,
+    force: bool = False,
 ) -> None:
     """Write a file of a kind; whole or not at all.
 
@@ -35,12 +40,19 @@ def save_container(
     metadata, tensors = content
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
-    header = {"format": kind, "version": str(version), "metadata": text, "sha256": _digest(text, tensors)}
+    header = {
+        "format": kind,
+        "version": str(version),
+        "metadata": text,
+        "sha256": _digest(text, tensors),
+    }
     with atomic_output(path, force=force) as part:
         part.write_bytes(_with_sorted_header(save(tensors, metadata=header)))
 
 
-def load_container(path: str | Path, kind: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_container(
+    path: str | Path, kind: str, version: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file of a kind: its metadata, and its tensors on the CPU.
 
     Raises:
@@ -54,7 +66,9 @@ def load_container(path: str | Path, kind: str, version: int) -> tuple[dict[str,
             header = file.metadata() or {}
             if header.get("format") != kind:
                 found = header.get("format", "no kvqtool format")
-                raise BundleError(f"{path} is not a {kind} file (found: {found}); name another file")
+                raise BundleError(
+                    f"{path} is not a {kind} file (found: {found}); name another file"
+                )
             if header.get("version") != str(version):
                 raise BundleError(
                     f"{what} {path} has format version {header.get('version')}, this kvqtool reads version {version}; "

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 _CHUNK_BYTES: Final = 128 << 20
 
 
-def hidden_states(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, inputs: dict[str, Tensor], cache: Cache | None = None
+) -> Tensor:
     """Run the layers without the head.
 
     Args:
@@ -28,7 +30,9 @@ def hidden_states(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Cach
     Returns:
         (batch, tokens, hidden) after the last norm.
     """
-    output: Tensor = model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    output: Tensor = model.base_model(
+        **inputs, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
     return output
 
 

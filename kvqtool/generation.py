@@ -100,7 +100,7 @@ def generate(
     if not ids:
         raise InputError("the prompt has no tokens; give some text")
     _check_room(loaded, len(ids), sampling)
-    with attach(loaded.model, bundle) as session:
+    with attach(loaded.model, bundle, seam=loaded.seam) as session:
         cache = session.new_cache(bundle, prefill=prefill)
         logits = next_logits(loaded.model, torch.tensor([ids], device=loaded.device), cache)[0]
         return _Run(loaded, cache, sampling, on_text).result(logits, len(ids))
@@ -130,11 +130,15 @@ def resume(
     """
     saved: SavedCache = load_cache(path)
     saved.bundle.check_model(loaded.identity.as_json())
-    ids: list[int] = loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    ids: list[int] = (
+        loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    )
     _check_room(loaded, saved.tokens + len(ids), sampling)
     if not ids and saved.next_logits is None:
-        raise InputError(f"cache {path} was made from states and has no next token; give a prompt to go on with")
-    with attach(loaded.model, saved.bundle) as session:
+        raise InputError(
+            f"cache {path} was made from states and has no next token; give a prompt to go on with"
+        )
+    with attach(loaded.model, saved.bundle, seam=loaded.seam) as session:
         cache = restore_cache(session, saved, loaded)
         if ids:
             logits = next_logits(loaded.model, torch.tensor([ids], device=loaded.device), cache)[0]
@@ -168,7 +172,11 @@ class _Run:
     """One generation: tokens, text and figures."""
 
     def __init__(
-        self, loaded: LoadedModel, cache: KvqCache, sampling: Sampling, on_text: Callable[[str], None]
+        self,
+        loaded: LoadedModel,
+        cache: KvqCache,
+        sampling: Sampling,
+        on_text: Callable[[str], None],
     ) -> None:
         self.loaded = loaded
         self.cache = cache
@@ -210,11 +218,15 @@ class _Run:
         generator = torch.Generator().manual_seed(self.sampling.seed)
         for count in range(1, self.sampling.max_new_tokens + 1):
             if not torch.isfinite(logits).all():
-                raise RunError("logits hold NaN or infinity; run in float32 or check the model's weights")
+                raise RunError(
+                    "logits hold NaN or infinity; run in float32 or check the model's weights"
+                )
             token = choose_token(logits, self.sampling, generator)
             yield token
             if count < self.sampling.max_new_tokens:
-                logits = next_logits(self.loaded.model, torch.tensor([[token]], device=logits.device), self.cache)[0]
+                logits = next_logits(
+                    self.loaded.model, torch.tensor([[token]], device=logits.device), self.cache
+                )[0]
 
     def _ends(self) -> set[int]:
         config = self.loaded.model.generation_config
@@ -246,8 +258,7 @@ class _TextStream:
             self._send(self._decoded())
 
     def _decoded(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _send(self, text: str) -> None:
         fresh = text[len(self.sent) :]

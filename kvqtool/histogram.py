@@ -38,7 +38,9 @@ class LevelHistogram:
         count = kept.double()
         weight = count if weights is None else count * weights.double()
         flat = index.flatten()
-        for sums, term in zip(self._sums, (weight, weight * values, count, count * values), strict=True):
+        for sums, term in zip(
+            self._sums, (weight, weight * values, count, count * values), strict=True
+        ):
             sums.scatter_add_(0, flat, term.flatten())
 
     def weighted(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -79,12 +79,6 @@ def identify(
     )
 
 
-def identity_json(identity: ModelIdentity) -> dict[str, Any]:
-    """Return an identity as what it is after writing it to JSON and reading it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(identity)))
-    return plain
-
-
 def _geometry(config: PretrainedConfig) -> tuple[LayerGeometry, ...]:
     """Return the promised shapes of each layer that transformers gives a growing KV cache."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer

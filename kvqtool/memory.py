@@ -16,7 +16,15 @@ from kvqtool.spec import EXACT, KvSpec, QuantSpec
 
 PAGE_TOKENS: Final = 128
 WORD_BITS: Final = 32
-ITEM_BYTES: Final[dict[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int16": 2, "uint8": 1}
+MAX_CHANNELS: Final = 32767  # what a 16-bit outlier index and count can say
+ITEM_BYTES: Final[dict[str, int]] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "int16": 2,
+    "uint8": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ def groups_per_token(spec: QuantSpec, channels: int) -> int:
         return 0
     size = spec.group_size or channels
     if channels % size:
-        raise InputError(f"groups of {size} do not divide the {channels} channels of a layer; choose a divisor")
+        raise InputError(
+            f"groups of {size} do not divide the {channels} channels of a layer; choose a divisor"
+        )
     return channels // size
 
 
@@ -102,7 +112,9 @@ def words_per_token(spec: QuantSpec, channels: int) -> int:
     return -(-channels * spec.bits // WORD_BITS)
 
 
-def body_buffers(spec: QuantSpec, channels: int, rows: int, outliers: int, dtype: str) -> dict[str, Buffer]:
+def body_buffers(
+    spec: QuantSpec, channels: int, rows: int, outliers: int, dtype: str
+) -> dict[str, Buffer]:
     """Return the buffers of one side of a packed body.
 
     Args:
@@ -146,15 +158,21 @@ def layer_buffers(
     rows = capacity(body) * batch
     buffers = {
         f"key.{name}": buffer
-        for name, buffer in body_buffers(spec.key, layer.key_channels, rows, outliers.key, dtype).items()
+        for name, buffer in body_buffers(
+            spec.key, layer.key_channels, rows, outliers.key, dtype
+        ).items()
     }
     buffers |= {
         f"value.{name}": buffer
-        for name, buffer in body_buffers(spec.value, layer.value_channels, rows, outliers.value, dtype).items()
+        for name, buffer in body_buffers(
+            spec.value, layer.value_channels, rows, outliers.value, dtype
+        ).items()
     }
     for part, length in (("sink", sink), ("window", window)):
         buffers[f"{part}.key"] = Buffer(dtype, (batch, layer.num_kv_heads, length, layer.key_dim))
-        buffers[f"{part}.value"] = Buffer(dtype, (batch, layer.num_kv_heads, length, layer.value_dim))
+        buffers[f"{part}.value"] = Buffer(
+            dtype, (batch, layer.num_kv_heads, length, layer.value_dim)
+        )
     return buffers
 
 
@@ -192,7 +210,11 @@ def _outliers(spec: QuantSpec, channels: int, rows: int, *, bound: bool) -> int:
     if not spec.per_channel:
         return 2 * outliers_per_tail(spec, channels) * rows
     limit = channels if spec.outlier_cap is None else min(spec.outlier_cap, channels)
-    return limit * rows if bound else min(limit * rows, math.ceil(Fraction(str(spec.outlier_fraction)) * channels * rows))
+    return (
+        limit * rows
+        if bound
+        else min(limit * rows, math.ceil(Fraction(str(spec.outlier_fraction)) * channels * rows))
+    )
 
 
 def paper_bits(spec: QuantSpec, channels: int) -> float:
@@ -224,7 +246,12 @@ def exact_bytes(layers: tuple[LayerGeometry, ...], batch: int, tokens: int) -> i
 
 
 def planned_bytes(
-    spec: KvSpec, layers: tuple[LayerGeometry, ...], batch: int, tokens: int, outliers: list[Outliers], dtype: str
+    spec: KvSpec,
+    layers: tuple[LayerGeometry, ...],
+    batch: int,
+    tokens: int,
+    outliers: list[Outliers],
+    dtype: str,
 ) -> int:
     """Return the bytes a cache allocates, given each layer's number of outliers; equal to the allocated `nbytes`."""
     total = sum(

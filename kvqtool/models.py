@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,17 +13,18 @@ import torch
 from safetensors import SafetensorError
 
 from kvqtool.errors import InputError
-from kvqtool.identity import ModelIdentity, identify, identity_json
+from kvqtool.identity import ModelIdentity, identify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvqtool.seam import Seam
 
 __all__ = [
     "LoadedModel",
     "ModelIdentity",
     "builtin_folder",
     "identify",
-    "identity_json",
     "load_model",
     "resolve_device",
 ]
@@ -48,6 +50,13 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
+
+    @cached_property
+    def seam(self) -> Seam:
+        """What probing finds of the model's attention layers; probed once."""
+        from kvqtool.attach import probe
+
+        return probe(self.model)
 
 
 def builtin_folder() -> Path:

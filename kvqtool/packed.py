@@ -105,7 +105,8 @@ class PackedBody:
         self.tokens = 0
         names = body_buffers(self.spec, self.channels, 0, 0, "float32")
         self._buffers: dict[str, PagedBuffer | RunBuffer] = {
-            name: RunBuffer() if name in SPARSE else PagedBuffer(PAGE_TOKENS * batch) for name in names
+            name: RunBuffer() if name in SPARSE else PagedBuffer(PAGE_TOKENS * batch)
+            for name in names
         }
 
     def append(self, rows: dict[str, Tensor]) -> None:
@@ -116,7 +117,9 @@ class PackedBody:
 
     def read(self) -> dict[str, Tensor]:
         """Return the buffers of all stored rows in the canonical layout, spare room left out; {} while empty."""
-        return {name: buffer.read() for name, buffer in self._buffers.items()} if self.tokens else {}
+        return (
+            {name: buffer.read() for name, buffer in self._buffers.items()} if self.tokens else {}
+        )
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens of every sequence."""

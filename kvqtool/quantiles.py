@@ -25,7 +25,9 @@ class ChannelQuantiles:
         """Start empty for `channels` channels."""
         self.minimum = torch.full((channels,), float("inf"), device=device)
         self.maximum = torch.full((channels,), float("-inf"), device=device)
-        self._exponent = torch.full((channels,), _SMALLEST_EXPONENT, dtype=torch.int64, device=device)
+        self._exponent = torch.full(
+            (channels,), _SMALLEST_EXPONENT, dtype=torch.int64, device=device
+        )
         self._first = torch.zeros(channels, dtype=torch.int64, device=device)
         self._counts = torch.zeros(channels, BINS, dtype=torch.int32, device=device)
 
@@ -36,7 +38,9 @@ class ChannelQuantiles:
             RunError: when a value is not finite.
         """
         if not torch.isfinite(states).all():
-            raise RunError("activations hold NaN or infinity; calibrate in float32 or check the model's weights")
+            raise RunError(
+                "activations hold NaN or infinity; calibrate in float32 or check the model's weights"
+            )
         self.minimum = torch.minimum(self.minimum, states.amin(0))
         self.maximum = torch.maximum(self.maximum, states.amax(0))
         self._widen()
@@ -50,7 +54,10 @@ class ChannelQuantiles:
         total = int(self._counts[0].sum())
         cumulative = self._counts.long().cumsum(1)
         rank = q * (total - 1)
-        below, above = self._order_statistic(cumulative, int(rank)), self._order_statistic(cumulative, -int(-rank // 1))
+        below, above = (
+            self._order_statistic(cumulative, int(rank)),
+            self._order_statistic(cumulative, -int(-rank // 1)),
+        )
         value = below + (above - below) * (rank - int(rank))
         return value.clamp(self.minimum.double(), self.maximum.double()).float()
 
@@ -77,7 +84,9 @@ class ChannelQuantiles:
         shift = (exponent - self._exponent).clamp_max(63)
         moved = (old >> shift[:, None]) - low[:, None]
         # Empty bins may lie outside the new range; they carry nothing, so where they land does not matter.
-        self._counts = torch.zeros_like(self._counts).scatter_add_(1, moved.clamp(0, BINS - 1), self._counts)
+        self._counts = torch.zeros_like(self._counts).scatter_add_(
+            1, moved.clamp(0, BINS - 1), self._counts
+        )
         self._exponent, self._first = exponent, low
 
 

@@ -39,7 +39,9 @@ class Rotation:
     def angles(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Return each pair's own (cos, sin), (..., width / 2) float32, from the model's tables."""
         half = self.width // 2
-        pick = {"halves": slice(0, half), "pairs": slice(0, None, 2), "unique": slice(None)}[self.table]
+        pick = {"halves": slice(0, half), "pairs": slice(0, None, 2), "unique": slice(None)}[
+            self.table
+        ]
         return cos[..., pick].float(), self.sign * sin[..., pick].float()
 
     def model_tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,9 @@ class Rotation:
         """Undo `rotate` with the exact 2x2 inverse; low-precision tables are no unit rotations, nor scaled ones."""
         first, second = self._split(states)
         norm = cos * cos + sin * sin
-        return self._join(states, (first * cos + second * sin) / norm, (second * cos - first * sin) / norm)
+        return self._join(
+            states, (first * cos + second * sin) / norm, (second * cos - first * sin) / norm
+        )
 
     def pull_back(self, gradient: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return the gradient before the rotation from the one after it: the transpose of `rotate`."""
@@ -81,7 +85,9 @@ class Rotation:
 
     def _join(self, states: Tensor, first: Tensor, second: Tensor) -> Tensor:
         pairs = (first, second)
-        turned = torch.cat(pairs, -1) if self.layout == "half" else torch.stack(pairs, -1).flatten(-2)
+        turned = (
+            torch.cat(pairs, -1) if self.layout == "half" else torch.stack(pairs, -1).flatten(-2)
+        )
         if self.width == states.shape[-1]:
             return turned
         before, after = states[..., : self.offset], states[..., self.offset + self.width :]
@@ -95,7 +101,9 @@ def candidate_rotations(head_dim: int, table_width: int) -> Iterator[Rotation]:
         if width > head_dim or width % 2:
             continue
         offsets = sorted({0, head_dim - width})
-        for layout, offset, sign, table in product(("half", "interleaved"), offsets, (1, -1), tables):
+        for layout, offset, sign, table in product(
+            ("half", "interleaved"), offsets, (1, -1), tables
+        ):
             yield Rotation(layout, width, offset, sign, table)
 
 
@@ -116,7 +124,9 @@ class AngleFormula:
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (cos, sin), (..., width / 2) in the model's dtype, for integer positions (...)."""
         phase = positions[..., None].float() * self.inv_freq.to(positions.device)
-        return (phase.cos() * self.scaling).to(self.dtype), (phase.sin() * self.scaling).to(self.dtype)
+        return (phase.cos() * self.scaling).to(self.dtype), (phase.sin() * self.scaling).to(
+            self.dtype
+        )
 
 
 class AngleStore:
@@ -149,7 +159,9 @@ class AngleStore:
             batch: sequences in the cache.
         """
         self.forget()
-        fresh = tuple(part.transpose(0, 1).expand(-1, batch, -1) for part in self.rotation.angles(cos, sin))
+        fresh = tuple(
+            part.transpose(0, 1).expand(-1, batch, -1) for part in self.rotation.angles(cos, sin)
+        )
         if self.formula is not None and not self._holds(fresh, positions):
             self._become_table()
         if self._rows is None:

@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from fractions import Fraction
 from typing import Final
 
 from kvqtool.errors import SpecError
 
-METHOD_BITS: Final[dict[str, tuple[int, ...]]] = {"nuq": (2, 3, 4, 8), "int": (2, 3, 4, 8), "nf": (2, 3, 4)}
+METHOD_BITS: Final[dict[str, tuple[int, ...]]] = {
+    "nuq": (2, 3, 4, 8),
+    "int": (2, 3, 4, 8),
+    "nf": (2, 3, 4),
+}
 EXACT: Final = "fp"
 DEFAULT_SPEC: Final = "nuq3-1%-sink1"
 WEIGHTINGS: Final = ("fisher-scale", "fisher", "none")
@@ -57,29 +62,58 @@ class QuantSpec:
             names = " ".join(f"{m}{b}" for m, widths in METHOD_BITS.items() for b in widths)
             raise SpecError(f"unknown method {self.method}{self.bits}; use fp or one of: {names}")
         if not 0 <= self.outlier_fraction < 0.5:
-            raise SpecError(f"outlier share {self.outlier_fraction * 100:g}% is not in 0%..50%; use 1% or less")
+            raise SpecError(
+                f"outlier share {self.outlier_fraction * 100:g}% is not in 0%..50%; use 1% or less"
+            )
         if self.weighting not in WEIGHTINGS:
-            raise SpecError(f"unknown weighting {self.weighting!r}; use one of: {', '.join(WEIGHTINGS)}")
+            raise SpecError(
+                f"unknown weighting {self.weighting!r}; use one of: {', '.join(WEIGHTINGS)}"
+            )
         if self.group_size is not None and (self.method != "int" or self.group_size < 8):
-            raise SpecError(f"-g{self.group_size}: groups of 8 or more channels are for int methods; drop -g or use int")
-        if self.method == EXACT and (self.outlier_fraction or self.moment_match or self.outlier_cap is not None):
-            raise SpecError("fp stores everything exactly; outliers, caps and qnorm do not apply to it")
-        if self.method != "nuq" and (self.weighting != "fisher-scale" or self.channel_levels or self.moment_match):
-            raise SpecError(f"{self.method}{self.bits}: -fisher, -nofisher, -qnorm and -pc belong to nuq methods")
-        if self.outlier_cap is not None and (self.outlier_cap < 1 or not (self.per_channel and self.outlier_fraction)):
-            raise SpecError(f"-cap{self.outlier_cap} needs key outliers with thresholds per channel, as in nuq3-1%-cap4")
+            raise SpecError(
+                f"-g{self.group_size}: groups of 8 or more channels are for int methods; drop -g or use int"
+            )
+        if self.group_size is not None and self.per_channel:
+            raise SpecError(
+                f"-g{self.group_size}: groups bring a range per token, channels have theirs; keep one"
+            )
+        if self.method == EXACT and (
+            self.outlier_fraction or self.moment_match or self.outlier_cap is not None
+        ):
+            raise SpecError(
+                "fp stores everything exactly; outliers, caps and qnorm do not apply to it"
+            )
+        if self.method != "nuq" and (
+            self.weighting != "fisher-scale" or self.channel_levels or self.moment_match
+        ):
+            raise SpecError(
+                f"{self.method}{self.bits}: -fisher, -nofisher, -qnorm and -pc belong to nuq methods"
+            )
+        if self.outlier_cap is not None and (
+            self.outlier_cap < 1 or not (self.per_channel and self.outlier_fraction)
+        ):
+            raise SpecError(
+                f"-cap{self.outlier_cap} needs key outliers with thresholds per channel, as in nuq3-1%-cap4"
+            )
         if self.channel_levels and not self.per_channel:
-            raise SpecError("-pc (a codebook per key channel) needs keys per channel; drop -pertoken")
+            raise SpecError(
+                "-pc (a codebook per key channel) needs keys per channel; drop -pertoken"
+            )
+
+    @property
+    def fits_levels(self) -> bool:
+        """Whether levels are fitted to data, by calibration."""
+        return self.method == "nuq"
 
     @property
     def needs_calibration(self) -> bool:
         """Whether encoding needs numbers that only calibration on text can give."""
-        return self.method == "nuq" or self.per_channel
+        return self.fits_levels or self.per_channel
 
     @property
     def needs_gradients(self) -> bool:
         """Whether calibration has to run the backward pass (Fisher information)."""
-        return self.method == "nuq" and self.weighting != "none"
+        return self.fits_levels and self.weighting != "none"
 
 
 @dataclass(frozen=True)
@@ -100,21 +134,27 @@ class KvSpec:
 
     def __post_init__(self) -> None:
         if self.value.per_channel or self.value.pre_rope or self.value.channel_levels:
-            raise SpecError("values are quantized per token; -pc, per-channel and pre-RoPE storage are for keys")
+            raise SpecError(
+                "values are quantized per token; -pc, per-channel and pre-RoPE storage are for keys"
+            )
         if self.sink_tokens < 0 or self.residual_length < 0:
-            raise SpecError(f"sink{self.sink_tokens} and r{self.residual_length} must not be negative")
+            raise SpecError(
+                f"sink{self.sink_tokens} and r{self.residual_length} must not be negative"
+            )
         if (self.key.method == EXACT) != (self.value.method == EXACT):
             raise SpecError("fp is for both sides at once; quantize keys and values, or neither")
 
     def __str__(self) -> str:
         key, value = self._print(self.key, is_key=True), self._print(self.value, is_key=False)
-        alone = replace(self.key, pre_rope=False, per_channel=False, channel_levels=False, outlier_cap=None)
+        alone = replace(
+            self.key, pre_rope=False, per_channel=False, channel_levels=False, outlier_cap=None
+        )
         return key if alone == self.value else f"{key}/{value}"
 
     def _print(self, spec: QuantSpec, *, is_key: bool) -> str:
         parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
         if spec.outlier_fraction:
-            parts.append(f"{float(Fraction(str(spec.outlier_fraction)) * 100):g}%")
+            parts.append(f"{(Decimal(str(spec.outlier_fraction)) * 100).normalize():f}%")
         if spec.group_size:
             parts.append(f"g{spec.group_size}")
         if spec.outlier_cap is not None:
@@ -126,7 +166,9 @@ class KvSpec:
         parts += ["qnorm"] * spec.moment_match
         if is_key:
             parts += ["postrope"] * (not spec.pre_rope)
-            parts += ["pertoken"] * (not spec.per_channel and spec.group_size is None and spec.method != EXACT)
+            parts += ["pertoken"] * (
+                not spec.per_channel and spec.group_size is None and spec.method != EXACT
+            )
         parts += {"fisher-scale": [], "fisher": ["fisher"], "none": ["nofisher"]}[spec.weighting]
         parts += ["pc"] * spec.channel_levels
         return "-".join(parts)
@@ -161,7 +203,9 @@ def parse_spec(text: str) -> KvSpec:
     """
     sides = text.strip().split("/")
     if len(sides) > 2:
-        raise SpecError(f"spec {text!r} has {len(sides)} parts; write KEYS/VALUES, as in nuq4-1%/nuq3-1%")
+        raise SpecError(
+            f"spec {text!r} has {len(sides)} parts; write KEYS/VALUES, as in nuq4-1%/nuq3-1%"
+        )
     words = [_side_words(side, text) for side in sides]
     shared = {name: _agree(name, words, text) for name in ("sink", "r")}
     key, value = words[0], words[-1]
@@ -181,7 +225,9 @@ def _side_words(side: str, text: str) -> dict[str, str]:
     head, *rest = side.split("-")
     match = _HEAD.fullmatch(head)
     if match is None:
-        raise SpecError(f"spec {text!r}: {head!r} is not a method with bits; start with nuq3, int4, nf4 or fp")
+        raise SpecError(
+            f"spec {text!r}: {head!r} is not a method with bits; start with nuq3, int4, nf4 or fp"
+        )
     words = {"method": match[1] or EXACT, "bits": match[2] or "16"}
     for word in rest:
         percent, numbered = _PERCENT.fullmatch(word), _NUMBERED.fullmatch(word)
@@ -205,14 +251,20 @@ def _side_words(side: str, text: str) -> dict[str, str]:
 def _agree(name: str, sides: list[dict[str, str]], text: str) -> int:
     found = {int(words[name]) for words in sides if name in words}
     if len(found) > 1:
-        raise SpecError(f"spec {text!r}: {name} differs between keys and values; it holds for the whole cache")
+        raise SpecError(
+            f"spec {text!r}: {name} differs between keys and values; it holds for the whole cache"
+        )
     return found.pop() if found else 0
 
 
 def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
-    per_channel = is_key and words["method"] != EXACT and "pertoken" not in words and "g" not in words
+    per_channel = (
+        is_key and words["method"] != EXACT and "pertoken" not in words and "g" not in words
+    )
     if is_key and "g" in words and "pertoken" in words:
-        raise SpecError("-g groups the channels of each token; -pertoken beside it says nothing more, drop it")
+        raise SpecError(
+            "-g groups the channels of each token; -pertoken beside it says nothing more, drop it"
+        )
     return QuantSpec(
         method=words["method"],
         bits=int(words["bits"]),
@@ -222,6 +274,10 @@ def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
         moment_match="qnorm" in words,
         pre_rope=is_key and "postrope" not in words,
         per_channel=per_channel,
-        weighting="fisher" if "fisher" in words else "none" if "nofisher" in words else "fisher-scale",
+        weighting="fisher"
+        if "fisher" in words
+        else "none"
+        if "nofisher" in words
+        else "fisher-scale",
         channel_levels=is_key and "pc" in words,
     )

@@ -26,7 +26,11 @@ class LayerStore:
     """Everything one layer has stored, and the only code that encodes and decodes it."""
 
     def __init__(
-        self, spec: KvSpec, codebooks: tuple[Codebook, Codebook], rotation: Rotation | None, layer: int
+        self,
+        spec: KvSpec,
+        codebooks: tuple[Codebook, Codebook],
+        rotation: Rotation | None,
+        layer: int,
     ) -> None:
         """Start empty.
 
@@ -105,7 +109,10 @@ class LayerStore:
 
     def read(self, angles: Angles) -> tuple[Tensor, Tensor]:
         """Return all stored tokens' keys (after RoPE) and values, (B, H, tokens, D) in the model's dtype."""
-        (sink_key, sink_value), (window_key, window_value) = self._exact["sink"], self._exact["window"]
+        (sink_key, sink_value), (window_key, window_value) = (
+            self._exact["sink"],
+            self._exact["window"],
+        )
         keys, values = [sink_key], [sink_value]
         if self.bodies[0].tokens:
             body_key, body_value = (self._decode(side) for side in (0, 1))
@@ -141,20 +148,31 @@ class LayerStore:
         """Every allocated tensor, by the buffer names of `memory.layer_buffers`."""
         if self._bodies is None:
             return {}
-        named = {f"{part}.{side}": [t] for part, pair in self._exact.items() for side, t in zip(_SIDES, pair)}
+        named = {
+            f"{part}.{side}": [t]
+            for part, pair in self._exact.items()
+            for side, t in zip(_SIDES, pair)
+        }
         for side, body in zip(_SIDES, self._bodies):
             named |= {f"{side}.{name}": tensors for name, tensors in body.tensors.items()}
         return named
 
     def canonical(self) -> dict[str, Tensor]:
         """Return the layer's content in the layout of saved caches, spare room left out."""
-        named = {f"{part}.{side}": t for part, pair in self._exact.items() for side, t in zip(_SIDES, pair)}
+        named = {
+            f"{part}.{side}": t
+            for part, pair in self._exact.items()
+            for side, t in zip(_SIDES, pair)
+        }
         for side, body in zip(_SIDES, self.bodies):
             named |= {f"{side}.{name}": tensor for name, tensor in body.read().items()}
         return named
 
     def restore(
-        self, exact: dict[str, tuple[Tensor, Tensor]], rows: tuple[dict[str, Tensor], dict[str, Tensor]], body: int
+        self,
+        exact: dict[str, tuple[Tensor, Tensor]],
+        rows: tuple[dict[str, Tensor], dict[str, Tensor]],
+        body: int,
     ) -> None:
         """Fill an empty store from saved parts: sink and window states, and encoded rows of `body` tokens."""
         self._start(*exact["window"])
@@ -179,16 +197,24 @@ class LayerStore:
         if self.rotation is not None:
             cos, sin = angles(start, start + key.shape[2])
             rows = self.rotation.unrotate(rows[0], cos[:, :, None], sin[:, :, None]), rows[1]
-        for body, states, spec, book in zip(self.bodies, rows, (self.spec.key, self.spec.value), self._codebooks):
+        for body, states, spec, book in zip(
+            self.bodies, rows, (self.spec.key, self.spec.value), self._codebooks
+        ):
             if not torch.isfinite(states).all():
-                raise RunError(f"layer {self.layer} produced NaN or infinite states; run in float32 or check the model")
+                raise RunError(
+                    f"layer {self.layer} produced NaN or infinite states; run in float32 or check the model"
+                )
             flat = states.reshape(-1, body.channels)
-            body.append(get_method(spec.method).quantize(_stored_dtype(flat, spec, key.dtype), book, spec))
+            body.append(
+                get_method(spec.method).quantize(_stored_dtype(flat, spec, key.dtype), book, spec)
+            )
 
     def _decode(self, side: int) -> Tensor:
         """Return one side's body as (tokens, batch, heads, head_dim) float32, keys as they were stored."""
         body, spec = self.bodies[side], (self.spec.key, self.spec.value)[side]
-        flat = get_method(spec.method).dequantize(body.read(), self._codebooks[side], spec, body.channels)
+        flat = get_method(spec.method).dequantize(
+            body.read(), self._codebooks[side], spec, body.channels
+        )
         return flat.view(body.tokens, body.batch, self._exact["window"][side].shape[1], -1)
 
 

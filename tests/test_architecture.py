@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("container", "methods", "bundle"),
     ("rope", "seam", "store"),
     ("identity", "models", "tables", "data", "attach", "attention", "cache", "forward", "capture"),
-    ("calibrate", "perplexity", "generation", "cachefile"),
+    ("collect", "calibrate", "perplexity", "generation", "cachefile"),
     ("cli", "__main__", "__init__"),
 )
 # What a floor may import from outside, beside the standard library and what the floors below may.

@@ -8,7 +8,7 @@ import pytest
 from conftest import TinyLlama
 
 from kvqtool.errors import InputError
-from kvqtool.identity import ModelIdentity, identify, identity_json
+from kvqtool.identity import ModelIdentity, identify
 from kvqtool.memory import LayerGeometry
 from kvqtool.models import LoadedModel
 from kvqtool.shape import read_shape
@@ -95,7 +95,7 @@ def test_vocabulary_is_compared_not_its_order(tiny_llama: TinyLlama) -> None:
 
 
 def test_json_form_survives_json(builtin: LoadedModel) -> None:
-    plain = identity_json(builtin.identity)
+    plain = builtin.identity.as_json()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["layers"][0] == {"num_kv_heads": 2, "key_dim": 64, "value_dim": 64}
     assert set(plain) == {field.name for field in dataclasses.fields(ModelIdentity)}

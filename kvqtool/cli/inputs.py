@@ -89,10 +89,9 @@ class Scheme:
 def make_bundle(loaded: LoadedModel, spec: KvSpec, calibration: Calibration, out: Output) -> Bundle:
     """Calibrate a spec on its text, or return a plain bundle for a spec that needs none."""
     if not spec.needs_calibration:
-        from kvqtool.attach import probe
         from kvqtool.bundle import uncalibrated_bundle
 
-        packed = [layer.index for layer in probe(loaded.model).packed]
+        packed = [layer.index for layer in loaded.seam.packed]
         return uncalibrated_bundle(spec, loaded.identity.as_json(), packed)
     from kvqtool.calibrate import calibrate
     from kvqtool.data import calibration_windows, load_text

@@ -9,7 +9,12 @@ from kvqtool.methods.normalfloat import NormalFloatMethod
 from kvqtool.methods.nuq import NuqMethod
 from kvqtool.methods.uniform import UniformMethod
 
-METHODS: Final[tuple[type[Method], ...]] = (ExactMethod, UniformMethod, NormalFloatMethod, NuqMethod)
+METHODS: Final[tuple[type[Method], ...]] = (
+    ExactMethod,
+    UniformMethod,
+    NormalFloatMethod,
+    NuqMethod,
+)
 
 
 def get_method(name: str) -> Method:

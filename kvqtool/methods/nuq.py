@@ -30,7 +30,9 @@ class NuqMethod(Method):
         decoded = levels
         if spec.moment_match:
             points, counts = histogram.counted()
-            decoded = as_half(torch.from_numpy(match_moments(points, counts, levels.double().numpy())))
+            decoded = as_half(
+                torch.from_numpy(match_moments(points, counts, levels.double().numpy()))
+            )
         if spec.channel_levels:
             return levels, decoded
         return levels[0], decoded[0]
