@@ -1,10 +1,13 @@
-"""Quality against true bytes: one table of many schemes on one model and text, sharing calibration and baseline.
+r"""Quality against true bytes: one table of many schemes on one model and text, sharing calibration
+and baseline.
 
     python benchmarks/bench_quality.py builtin --set demo
-    python benchmarks/bench_quality.py data/smollm2 --calibration wiki.train.part.tokens --dataset wiki.test.raw \\
+    python benchmarks/bench_quality.py data/smollm2 \
+        --calibration wiki.train.part.tokens --dataset wiki.test.raw \
         --windows 40 --set ladder --output benchmarks/results/quality-wikitext2-2048.json
 
-The table goes to stdout, everything else to stderr; --output writes every figure with machine, commit and command.
+The table goes to stdout, everything else to stderr; --output writes every figure with machine,
+commit and command.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """What the commands cost in time and memory on this machine.
 
     python benchmarks/bench_speed.py builtin
-    python benchmarks/bench_speed.py data/smollm2 --calibration wiki.train.part.tokens --dataset wiki.test.raw --windows 4
+    python benchmarks/bench_speed.py data/smollm2 --calibration wiki.train.part.tokens --dataset
+    wiki.test.raw --windows 4
 
-Start-up of the command line, calibration of one spec, and `ppl` decode-exact against the two plain forwards it holds.
-One JSON object on stdout.
+Start-up of the command line, calibration of one spec, and `ppl` decode-exact against the two plain
+forwards it holds. One JSON object on stdout.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from bench_quality import commit, machine
@@ -102,8 +104,7 @@ def _resident() -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _peak() -> int:

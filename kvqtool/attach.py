@@ -1,8 +1,10 @@
-"""Find a model's attention layers, learn how each rotates its keys, and feed a compressed cache from them.
+"""Find a model's attention layers, learn how each rotates its keys, and feed a compressed cache
+from them.
 
-Nothing is looked up by model family. `probe` runs the model once on a few tokens, notes which module wrote which cache
-layer, and runs each such module again with its rotation replaced by the identity: that hands over the true pre-RoPE
-keys, against which every possible rotation is tried. A layer none of them fits is quantized as it comes, and named.
+Nothing is looked up by model family. `probe` runs the model once on a few tokens, notes which
+module wrote which cache layer, and runs each such module again with its rotation replaced by the
+identity: that hands over the true pre-RoPE keys, against which every possible rotation is tried. A
+layer none of them fits is quantized as it comes, and named.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -134,7 +136,9 @@ def _replay_without_rotation(
 
 
 def _tables(position_embeddings: Any) -> tuple[Tensor, Tensor] | None:
-    """Return (cos, sin), each (batch, tokens, width), from what a module is given; None where that is not angles."""
+    """Return (cos, sin), each (batch, tokens, width), from what a module is given; None where that
+    is not angles.
+    """
     if isinstance(position_embeddings, Tensor) and position_embeddings.is_complex():
         return position_embeddings.real, position_embeddings.imag
     if isinstance(position_embeddings, tuple) and len(position_embeddings) == 2:
@@ -145,7 +149,9 @@ def _tables(position_embeddings: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _fit_rotation(key: Tensor, true_key: Tensor, tables: tuple[Tensor, Tensor]) -> Rotation | None:
-    """Return the rotation that takes `key` back to `true_key`, both (1, H, T, D); None if none does."""
+    """Return the rotation that takes `key` back to `true_key`, both (1, H, T, D); None if none
+    does.
+    """
     target = true_key.float()
     tolerance = _TOLERANCE[key.dtype] * target.norm()
     best: tuple[Tensor, Rotation] | None = None
@@ -163,7 +169,9 @@ def _fit_formula(
     tables: tuple[Tensor, Tensor],
     positions: Tensor | None,
 ) -> AngleFormula | None:
-    """Return the frequencies whose angles equal the model's tables bit for bit; None if no module has them."""
+    """Return the frequencies whose angles equal the model's tables bit for bit; None if no module
+    has them.
+    """
     if positions is None or positions.dim() != 2:
         return None
     cos, sin = rotation.angles(*tables)
@@ -182,7 +190,9 @@ def _fit_formula(
 
 
 def _number_groups(layers: tuple[LayerSeam, ...]) -> tuple[LayerSeam, ...]:
-    """Give layers that were handed the same angles the same group, so that angles are stored once."""
+    """Give layers that were handed the same angles the same group, so that angles are stored
+    once.
+    """
     leaders: list[LayerSeam] = []
     numbered = []
     for layer in layers:
@@ -208,8 +218,8 @@ class Session:
 
         Args:
             bundle: scheme and codebooks.
-            prefill: `exact` lets the first call attend to exact states and packs them afterwards; `decode-exact`
-                lets every token attend to what is stored, itself included.
+            prefill: `exact` lets the first call attend to exact states and packs them afterwards;
+                `decode-exact` lets every token attend to what is stored, itself included.
         """
         if prefill not in ("exact", "decode-exact"):
             raise InputError(f"prefill {prefill!r} is unknown; use exact or decode-exact")
@@ -218,7 +228,8 @@ class Session:
         )
         if bundle.spec.residual_length and self.model.config._attn_implementation != BAND:
             raise InputError(
-                f"{bundle.spec} keeps a recent window; pass the spec to attach(model, bundle) to use it"
+                f"{bundle.spec} keeps a recent window; pass the spec to attach(model, "
+                "bundle) to use it"
             )
         return KvqCache(self.seam, bundle, self.model.config, prefill)
 
@@ -231,11 +242,13 @@ def attach(
 
     Args:
         model: a causal language model of transformers, in eval mode.
-        bundle: what caches of this session will be made with; a spec with a recent window needs it here.
+        bundle: what caches of this session will be made with; a spec with a recent window needs it
+            here.
         seam: what an earlier `probe` of this model found; None to probe now.
 
     Raises:
-        InputError: when the model's attention cannot be replaced and the spec's recent window needs that.
+        InputError: when the model's attention cannot be replaced and the spec's recent window needs
+            that.
     """
     seam = seam or probe(model)
     modules = {
@@ -278,7 +291,8 @@ def replaced_attention(
     try:
         if model.config._attn_implementation != name:
             raise InputError(
-                f"{type(model).__name__} does not let its attention be replaced; use a spec without -r"
+                f"{type(model).__name__} does not let its attention be replaced; "
+                "use a spec without -r"
             )
         yield
     finally:
@@ -286,7 +300,9 @@ def replaced_attention(
 
 
 def _layer_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules that know their layer's index and take a cache: attention modules among them."""
+    """Return the modules that know their layer's index and take a cache: attention modules among
+    them.
+    """
     return [
         module
         for module in model.modules()

@@ -1,7 +1,8 @@
 """Attention functions that kvqtool registers with transformers, by explicit call only.
 
-`kvqtool_band` is sdpa, except where a cache hands over keys that some queries see exactly and others as packed (the
-recent window moves along inside a multi-token call): there every query attends to what decoding would have stored.
+`kvqtool_band` is sdpa, except where a cache hands over keys that some queries see exactly and
+others as packed (the recent window moves along inside a multi-token call): there every query
+attends to what decoding would have stored.
 """
 
 from __future__ import annotations
@@ -37,13 +38,17 @@ class Band:
 
 
 def mark_band(keys: Tensor, band: Band) -> Tensor:
-    """Attach a band to the keys a cache returns; the model hands this very tensor to the attention function."""
+    """Attach a band to the keys a cache returns; the model hands this very tensor to the attention
+    function.
+    """
     setattr(keys, _BAND_ATTRIBUTE, band)
     return keys
 
 
 def register_band_attention() -> None:
-    """Make `kvqtool_band` known to transformers, its mask function with it (without one, padding is ignored)."""
+    """Make `kvqtool_band` known to transformers, its mask function with it (without one, padding is
+    ignored).
+    """
     AttentionInterface.register(BAND, band_attention)
     AttentionMaskInterface.register(BAND, sdpa_mask)
 
@@ -56,7 +61,8 @@ def band_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, mixing exact and packed scores where the keys carry a band; plain sdpa where they do not.
+    """Attend, mixing exact and packed scores where the keys carry a band; plain sdpa where they do
+    not.
 
     Args:
         module: the attention module.
@@ -75,7 +81,8 @@ def band_attention(
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if options.get(unsupported) is not None:
             raise RunError(
-                f"a recent window (-r) does not work with attention that uses {unsupported}; drop -r"
+                f"a recent window (-r) does not work with attention that uses {unsupported}; "
+                "drop -r"
             )
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return _mixed_attention(query, (key, value), band, attention_mask, scaling), None
@@ -84,7 +91,9 @@ def band_attention(
 def _mixed_attention(
     query: Tensor, packed: tuple[Tensor, Tensor], band: Band, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """S = where(age < R, q.K_exact, q.K_packed); one softmax; P_exact V_exact + P_packed V_packed."""
+    """S = where(age < R, q.K_exact, q.K_packed); one softmax; P_exact V_exact + P_packed
+    V_packed.
+    """
     key, value = packed
     batch, heads, queries, _ = query.shape
     groups = heads // key.shape[1]

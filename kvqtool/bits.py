@@ -1,7 +1,8 @@
 """Pack and unpack codes: the reference layout of every packed row.
 
-A row's codes form one little-endian bit stream over 32-bit words: code c occupies bits `bits*c .. bits*c + bits - 1`
-of the stream, the last word is padded with zeros. Three-bit codes 10 and 21 of every 32 straddle two words.
+A row's codes form one little-endian bit stream over 32-bit words: code c occupies bits `bits*c ..
+bits*c + bits - 1` of the stream, the last word is padded with zeros. Three-bit codes 10 and 21 of
+every 32 straddle two words.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def unpack_words(words: Tensor, bits: int, channels: int) -> Tensor:
         codes[..., first:last] = lanes[..., word, None] >> shifts
         kept = WORD_BITS - (last - 1) * bits % WORD_BITS
         if kept < bits:
-            # The last code goes on in the next word; the arithmetic shift filled its upper bits with the sign.
+            # The last code goes on in the next word; the arithmetic shift filled its upper bits
+            # with the sign.
             codes[..., last - 1] = (codes[..., last - 1] & ((1 << kept) - 1)) | (
                 lanes[..., word + 1] << kept
             )
@@ -70,13 +72,17 @@ def unpack_words(words: Tensor, bits: int, channels: int) -> Tensor:
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """Return (codes, words) after which the bit stream's alignment repeats: 3 bits -> (32, 3), 4 bits -> (8, 1)."""
+    """Return (codes, words) after which the bit stream's alignment repeats: 3 bits -> (32, 3), 4
+    bits -> (8, 1).
+    """
     stream = math.lcm(bits, WORD_BITS)
     return stream // bits, stream // WORD_BITS
 
 
 def _codes_by_word(bits: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield, for each word of a period, the codes whose lowest bit lies in it, first and past the last, and where."""
+    """Yield, for each word of a period, the codes whose lowest bit lies in it, first and past the
+    last, and where.
+    """
     period, words = _period(bits)
     for word in range(words):
         first = -(-word * WORD_BITS // bits)

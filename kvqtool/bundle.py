@@ -1,4 +1,6 @@
-"""Bundle: what calibration leaves behind. A scheme, its codebooks, and the model and text they belong to."""
+"""Bundle: what calibration leaves behind. A scheme, its codebooks, and the model and text they
+belong to.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from kvqtool.spec import EXACT, KvSpec, parse_spec
 KIND: Final = "kvqtool-bundle"
 VERSION: Final = 1
 SIDES: Final = ("key", "value")
-# Two models whose bundles fit each other agree in all of these; the name may differ (a copied folder, a fine-tune).
+# Two models whose bundles fit each other agree in all of these; the name may differ (a copied
+# folder, a fine-tune).
 _IDENTITY: Final = (
     "architecture",
     "num_layers",
@@ -38,8 +41,8 @@ class Bundle:
         spec: the scheme.
         model: identity of the model, as JSON (see `models.ModelIdentity`).
         codebooks: by (layer, "key" or "value").
-        provenance: text, windows, seed, device and versions it was made with; no dates, so equal inputs give equal
-            files.
+        provenance: text, windows, seed, device and versions it was made with; no dates, so equal
+            inputs give equal files.
     """
 
     spec: KvSpec
@@ -87,12 +90,15 @@ class Bundle:
             lower = self.codebooks[index, "key"].lower
             if lower is not None and len(lower) != layer.key_channels:
                 raise BundleError(
-                    f"bundle has {len(lower)} key channels in layer {index}, the model has {layer.key_channels}; "
+                    f"bundle has {len(lower)} key channels in layer {index}, "
+                    f"the model has {layer.key_channels}; "
                     "calibrate a bundle for this model"
                 )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the file format, `layers.{i}.{key|value}.{levels|decode_levels|lower|upper}`."""
+        """Return the tensors of the file format,
+        `layers.{i}.{key|value}.{levels|decode_levels|lower|upper}`.
+        """
         named = {}
         for (layer, side), book in self.codebooks.items():
             prefix = f"layers.{layer}.{side}"

@@ -1,4 +1,5 @@
-"""The compressed cache as transformers sees it: a `Cache` whose full-attention layers are `LayerStore`s.
+"""The compressed cache as transformers sees it: a `Cache` whose full-attention layers are
+`LayerStore`s.
 
 with attach(model, bundle) as session:
     model.generate(**inputs, past_key_values=session.new_cache(bundle))
@@ -52,14 +53,18 @@ class CacheUsage:
 
 
 class KvqLayer(CacheLayerMixin):
-    """One layer of the cache: hands states to its store and the store's contents back to the model."""
+    """One layer of the cache: hands states to its store and the store's contents back to the
+    model.
+    """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
     def __init__(self, store: LayerStore, angles: AngleStore | None, prefill: str) -> None:
-        """Wrap a store; `angles` is the angle store it shares with other layers, None where keys are not rotated."""
+        """Wrap a store; `angles` is the angle store it shares with other layers, None where keys
+        are not rotated.
+        """
         super().__init__()
         self.store = store
         self.angles = angles
@@ -76,6 +81,8 @@ class KvqLayer(CacheLayerMixin):
         Args:
             key_states: (batch, num_kv_heads, tokens, key_dim) after RoPE.
             value_states: (batch, num_kv_heads, tokens, value_dim).
+            *args: ignored; transformers passes none.
+            **kwargs: likewise.
 
         Returns:
             Keys after RoPE and values of all stored tokens, in the model's dtype.
@@ -95,7 +102,9 @@ class KvqLayer(CacheLayerMixin):
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the keys a call with `query_length` queries will see, and the first one's index."""
+        """Return the keys a call with `query_length` queries will see, and the first one's
+        index.
+        """
         return self.store.tokens + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -116,7 +125,9 @@ class KvqLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens: `tokens_to_remove` is minus their number (a positive value is the length to keep)."""
+        """Drop the last tokens: `tokens_to_remove` is minus their number (a positive value is the
+        length to keep).
+        """
         if not self.store.is_empty:
             keep = (
                 tokens_to_remove if tokens_to_remove > 0 else self.store.tokens + tokens_to_remove
@@ -163,13 +174,16 @@ class KvqCache(Cache):
         super().__init__(layers=layers)
 
     def announce(self, layer_idx: int, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
-        """Take note of the angles a layer's next states are rotated by; called before the attention module runs."""
+        """Take note of the angles a layer's next states are rotated by; called before the attention
+        module runs.
+        """
         self._announced[layer_idx] = cos, sin, positions
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new states and return what its new tokens attend to; see `KvqLayer.update`.
+        """Store a layer's new states and return what its new tokens attend to; see
+        `KvqLayer.update`.
 
         Raises:
             RunError: outside `with attach(model)`, where nothing says how keys are rotated.
@@ -187,7 +201,8 @@ class KvqCache(Cache):
         announced = self._announced.pop(layer_idx, None)
         if announced is None:
             raise RunError(
-                "the cache was used outside `with attach(model, bundle)`; keep the forward inside the block"
+                "the cache was used outside `with attach(model, bundle)`; "
+                "keep the forward inside the block"
             )
         assert layer.angles is not None
         # The first layer of a group to arrive brings the angles for all of them.

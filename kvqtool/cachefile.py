@@ -1,7 +1,8 @@
 """Saved caches: a document's compressed cache as a file, with all that is needed to go on from it.
 
-The file carries its bundle, the token ids, the logits after the last token, and every layer's sinks, packed rows and
-window in the canonical layout, so a model and this file continue where the document ended.
+The file carries its bundle, the token ids, the logits after the last token, and every layer's
+sinks, packed rows and window in the canonical layout, so a model and this file continue where the
+document ended.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ def quantize_states(
     Args:
         loaded: the model they belong to.
         bundle: scheme and codebooks.
-        states: file with `layers.{i}.key` and `layers.{i}.value`, each (1, num_kv_heads, tokens, head_dim), keys after
-            RoPE at positions 0, 1, 2, ...
+        states: file with `layers.{i}.key` and `layers.{i}.value`, each (1, num_kv_heads, tokens,
+            head_dim), keys after RoPE at positions 0, 1, 2, ...
         path: the file to write.
         force: whether an existing file may be replaced.
 
@@ -199,7 +200,8 @@ def restore_cache(session: Session, saved: SavedCache, loaded: LoadedModel) -> K
     """Return a live cache that holds what a file held.
 
     Raises:
-        BundleError: when a tensor is missing or does not have the shape the spec and the model ask for.
+        BundleError: when a tensor is missing or does not have the shape the spec and the model ask
+            for.
     """
     cache = session.new_cache(saved.bundle, prefill=saved.prefill)
     for layer, store in zip(session.seam.packed, cache.stores, strict=True):
@@ -270,12 +272,14 @@ def _states_of(
             width,
         ):
             raise InputError(
-                f"layers.{index}.{side} has shape {tuple(tensor.shape)}, expected (1, {heads}, T, {width})"
+                f"layers.{index}.{side} has shape {tuple(tensor.shape)}, expected (1, {heads}, "
+                f"T, {width})"
             )
         states.append(tensor.to(loaded.device, loaded.dtype))
     if states[0].shape[2] != states[1].shape[2] or not states[0].shape[2]:
         raise InputError(
-            f"layers.{index} has {states[0].shape[2]} keys and {states[1].shape[2]} values; give as many"
+            f"layers.{index} has {states[0].shape[2]} keys and {states[1].shape[2]} values; "
+            "give as many"
         )
     return states[0], states[1]
 
@@ -294,7 +298,8 @@ def _restore_layer(
                 or tensor.shape[3] != width
             ):
                 raise BundleError(
-                    f"saved cache holds {prefix}.{part} of shape {tuple(tensor.shape)}; make it again"
+                    f"saved cache holds {prefix}.{part} of shape {tuple(tensor.shape)}; "
+                    "make it again"
                 )
         exact[part] = (
             pair[0].to(loaded.device, loaded.dtype),
@@ -315,7 +320,9 @@ def _restore_layer(
 def _rows_of(
     saved: SavedCache, prefix: str, spec: QuantSpec, channels: int, body: int
 ) -> dict[str, Tensor]:
-    """Return one side's encoded rows, each buffer checked against the shape the memory table gives it."""
+    """Return one side's encoded rows, each buffer checked against the shape the memory table gives
+    it.
+    """
     if body <= 0:
         if body < 0:
             raise BundleError(
@@ -351,7 +358,8 @@ def _restore_angles(
     shape = (saved.tokens, 1) if kind == "positions" else (saved.tokens, 1, width, 2)
     if tuple(rows.shape) != shape or (kind == "positions" and angles.formula is None):
         raise BundleError(
-            f"saved cache holds angles {tuple(rows.shape)} as {kind}, expected {shape}; make it again"
+            f"saved cache holds angles {tuple(rows.shape)} as {kind}, expected {shape}; "
+            "make it again"
         )
     angles.restore(rows, kind=str(kind))
 

@@ -1,7 +1,8 @@
 """Calibrate: run text through a model twice, fit ranges and codebooks, return bundles.
 
-Pass 1 sketches each key channel's distribution and fixes its outlier thresholds. Pass 2 runs forward and backward and
-collects Fisher-weighted histograms of the normalised states. Neither keeps a state, so memory does not grow with text.
+Pass 1 sketches each key channel's distribution and fixes its outlier thresholds. Pass 2 runs
+forward and backward and collects Fisher-weighted histograms of the normalised states. Neither keeps
+a state, so memory does not grow with text.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def calibrate(
 
 
 def describe_run(loaded: LoadedModel, windows: Windows, seed: int) -> dict[str, Any]:
-    """Return what a bundle says of how it was made; no dates, so that equal runs give equal files."""
+    """Return what a bundle says of how it was made; no dates, so that equal runs give equal
+    files.
+    """
     return {
         "calibrated": True,
         "dataset": windows.source.name,
@@ -140,18 +143,22 @@ def _check_shapes(spec: KvSpec, seam: Seam) -> None:
         ):
             if channels > MAX_CHANNELS:
                 raise InputError(
-                    f"layer {layer.index} has {channels} channels; kvqtool indexes {MAX_CHANNELS} at most"
+                    f"layer {layer.index} has {channels} channels; "
+                    f"kvqtool indexes {MAX_CHANNELS} at most"
                 )
             if not quant.per_channel and 2 * outliers_per_tail(quant, channels) >= channels:
                 share = f"{quant.outlier_fraction * 100:g}%"
                 raise InputError(
-                    f"{share} outliers leave none of layer {layer.index}'s {channels} channels; use less"
+                    f"{share} outliers leave none of layer {layer.index}'s {channels} channels; "
+                    "use less"
                 )
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Use torch's deterministic sums on a GPU, so that equal runs give equal bundles; put the setting back after."""
+    """Use torch's deterministic sums on a GPU, so that equal runs give equal bundles; put the
+    setting back after.
+    """
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

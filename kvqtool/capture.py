@@ -1,8 +1,9 @@
 """Watch key and value states, and what the loss is sensitive to, layer by layer while a model runs.
 
-Weights are frozen and no activation is kept for us: an attention function that transformers calls with every layer's
-keys and values hands them on, and hooks on the two tensors hand on their gradients as they are computed. Keys and
-their gradients are taken back before RoPE where the layer's rotation is known.
+Weights are frozen and no activation is kept for us: an attention function that transformers calls
+with every layer's keys and values hands them on, and hooks on the two tensors hand on their
+gradients as they are computed. Keys and their gradients are taken back before RoPE where the
+layer's rotation is known.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CAPTURE: Final = "kvqtool_capture"
-# Above this estimate of one window's activations, layers are recomputed in the backward pass instead of kept.
+# Above this estimate of one window's activations, layers are recomputed in the backward pass
+# instead of kept.
 _ACTIVATION_BYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True)
 class KeyStates:
-    """One layer's keys in both forms, each (tokens, channels) float32; the same tensor where nothing rotates."""
+    """One layer's keys in both forms, each (tokens, channels) float32; the same tensor where
+    nothing rotates.
+    """
 
     before_rope: Tensor
     after_rope: Tensor
@@ -44,7 +48,9 @@ class KeyStates:
 
 
 class Watcher(ABC):
-    """Takes what a capture sees; tokens are those of one window, in order, channels all KV heads of the layer."""
+    """Takes what a capture sees; tokens are those of one window, in order, channels all KV heads of
+    the layer.
+    """
 
     @abstractmethod
     def key(self, layer: int, states: KeyStates, gradients: KeyStates | None) -> None:
@@ -52,7 +58,9 @@ class Watcher(ABC):
 
     @abstractmethod
     def value(self, layer: int, states: Tensor, gradients: Tensor | None) -> None:
-        """Take a layer's values (tokens, channels) float32, with gradients if they were asked for."""
+        """Take a layer's values (tokens, channels) float32, with gradients if they were asked
+        for.
+        """
 
 
 @contextmanager
@@ -115,7 +123,9 @@ class Capture:
         hidden.backward(leaf.grad)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Leave a note for the attention function: which layer it is called for, and its angles (a forward hook)."""
+        """Leave a note for the attention function: which layer it is called for, and its angles (a
+        forward hook).
+        """
         layer = self._layers[module]
         angles = None
         if layer.rotation is not None:
@@ -162,7 +172,9 @@ def capture_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by sdpa, showing keys (1, num_kv_heads, tokens, head_dim) and values to the running capture."""
+    """Attend by sdpa, showing keys (1, num_kv_heads, tokens, head_dim) and values to the running
+    capture.
+    """
     run, layer, angles = getattr(module, "_kvqtool_capture", (None, None, None))
     if run is not None and (key.requires_grad or not run.gradients):
         run.see(layer, angles, key, value)
@@ -195,7 +207,9 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _checkpointed(model: PreTrainedModel, tokens: int) -> Iterator[None]:
-    """Recompute layers in the backward pass where keeping their activations would take too much memory."""
+    """Recompute layers in the backward pass where keeping their activations would take too much
+    memory.
+    """
     config = model.config.get_text_config()
     width = 16 * config.hidden_size + 4 * (
         getattr(config, "intermediate_size", None) or 4 * config.hidden_size

@@ -1,7 +1,7 @@
 """Codebooks: the levels a code stands for, and the fits that find them.
 
-Levels live in normalised space: a vector's range [lower, upper] maps to [-1, 1] by u = (x - offset) / scale with
-offset = (upper + lower) / 2 and scale = (upper - lower) / 2 (KVQuant, section 3.3).
+Levels live in normalised space: a vector's range [lower, upper] maps to [-1, 1] by u = (x - offset)
+/ scale with offset = (upper + lower) / 2 and scale = (upper - lower) / 2 (KVQuant, section 3.3).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# NormalFloat's outermost probability (QLoRA's NF4 constant, used for every width by KVQuant's baseline).
+# NormalFloat's outermost probability (QLoRA's NF4 constant, used for every width by KVQuant's
+# baseline).
 _NF_TAIL: Final = 0.5 * (1 / 32 + 1 / 30)
 
 
@@ -27,9 +28,12 @@ class Codebook:
     """What encoding and decoding one layer's keys or values needs.
 
     Args:
-        levels: sorted levels codes are chosen by, (L,) or one row per channel (channels, L); float32 that fp16 holds.
-        decode_levels: levels that are read back; differ from `levels` under moment matching only. Same shape.
-        lower: (channels,) float32, fp16 values: each channel's least packed value; None where tokens bring ranges.
+        levels: sorted levels codes are chosen by, (L,) or one row per channel (channels, L);
+            float32 that fp16 holds.
+        decode_levels: levels that are read back; differ from `levels` under moment matching only.
+            Same shape.
+        lower: (channels,) float32, fp16 values: each channel's least packed value; None where
+            tokens bring ranges.
         upper: (channels,) float32, likewise the greatest.
 
     Example: nuq3 keys of a layer with 192 channels -> levels (8,), lower (192,), upper (192,).
@@ -55,12 +59,16 @@ class Codebook:
 
 
 def as_half(values: Tensor) -> Tensor:
-    """Round to what fp16 stores, kept in float32 for arithmetic; beyond fp16's range is clamped to its ends."""
+    """Round to what fp16 stores, kept in float32 for arithmetic; beyond fp16's range is clamped to
+    its ends.
+    """
     return values.float().clamp(-65504.0, 65504.0).half().float()
 
 
 def round_range(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Round ranges to fp16 outwards, so that no value inside becomes an outlier by rounding; float32 results."""
+    """Round ranges to fp16 outwards, so that no value inside becomes an outlier by rounding;
+    float32 results.
+    """
     low, high = as_half(lower), as_half(upper)
     low = torch.where(
         low > lower, torch.nextafter(low.half(), torch.tensor(-torch.inf).half()).float(), low
@@ -72,12 +80,16 @@ def round_range(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def uniform_levels(bits: int) -> Tensor:
-    """Return 2**bits equally spaced levels from -1 to 1: asymmetric integer quantization with a float zero point."""
+    """Return 2**bits equally spaced levels from -1 to 1: asymmetric integer quantization with a
+    float zero point.
+    """
     return torch.linspace(-1.0, 1.0, 1 << bits, dtype=torch.float64).float()
 
 
 def normalfloat_levels(bits: int) -> Tensor:
-    """Return NormalFloat levels (QLoRA; KVQuant's nf baseline): normal quantiles, zero included, ends at -1 and 1."""
+    """Return NormalFloat levels (QLoRA; KVQuant's nf baseline): normal quantiles, zero included,
+    ends at -1 and 1.
+    """
     half = 1 << (bits - 1)
     quantile = NormalDist().inv_cdf
     negative = [quantile(p) for p in np.linspace(_NF_TAIL, 0.5, half)]
@@ -87,11 +99,13 @@ def normalfloat_levels(bits: int) -> Tensor:
 
 
 def weighted_kmeans(points: FloatArray, weights: FloatArray, count: int) -> FloatArray:
-    """Fit `count` levels to weighted points on a line, exactly: the global optimum of weighted 1-D k-means.
+    """Fit `count` levels to weighted points on a line, exactly: the global optimum of weighted 1-D
+    k-means.
 
-    Dynamic programming over sorted points: D_k[j] = min_i D_{k-1}[i] + cost(i, j), where cost(i, j) is the weighted
-    squared error of points i..j-1 about their mean. The cost satisfies the quadrangle inequality, so each row is solved
-    by divide and conquer, all midpoints of a depth and all problems of the batch at once.
+    Dynamic programming over sorted points: D_k[j] = min_i D_{k-1}[i] + cost(i, j), where cost(i, j)
+    is the weighted squared error of points i..j-1 about their mean. The cost satisfies the
+    quadrangle inequality, so each row is solved by divide and conquer, all midpoints of a depth and
+    all problems of the batch at once.
 
     Args:
         points: (problems, n) ascending along the last axis.
@@ -99,7 +113,8 @@ def weighted_kmeans(points: FloatArray, weights: FloatArray, count: int) -> Floa
         count: levels per problem.
 
     Returns:
-        (problems, count) ascending. Levels no point needs repeat the greatest; all are 0 where there is no weight.
+        (problems, count) ascending. Levels no point needs repeat the greatest; all are 0 where
+        there is no weight.
     """
     problems, n = points.shape
     prefix = tuple(
@@ -117,7 +132,9 @@ def weighted_kmeans(points: FloatArray, weights: FloatArray, count: int) -> Floa
 
 
 def _cost(prefix: tuple[FloatArray, ...], start: IntArray, stop: IntArray) -> FloatArray:
-    """Return the weighted squared error of points start..stop-1 about their mean; flat prefix indices."""
+    """Return the weighted squared error of points start..stop-1 about their mean; flat prefix
+    indices.
+    """
     w, wx, wxx = (sums[stop] - sums[start] for sums in prefix)
     with np.errstate(divide="ignore", invalid="ignore"):
         cost = wxx - wx * wx / w
@@ -125,7 +142,9 @@ def _cost(prefix: tuple[FloatArray, ...], start: IntArray, stop: IntArray) -> Fl
 
 
 def _next_row(best: FloatArray, prefix: tuple[FloatArray, ...]) -> tuple[FloatArray, IntArray]:
-    """Return D_k and its splits from D_{k-1}: positions at odd multiples of 2**p, p falling, between solved ones."""
+    """Return D_k and its splits from D_{k-1}: positions at odd multiples of 2**p, p falling,
+    between solved ones.
+    """
     problems, width = best.shape
     row, split = np.zeros_like(best), np.zeros(best.shape, dtype=np.int64)
     base = np.arange(problems)[:, None] * width
@@ -149,7 +168,9 @@ def _best_splits(
     base: IntArray,
     bounds: tuple[IntArray, IntArray, IntArray],
 ) -> tuple[FloatArray, IntArray]:
-    """Minimise best[i] + cost(i, middle) over low <= i <= high, the ranges of all problems laid end to end."""
+    """Minimise best[i] + cost(i, middle) over low <= i <= high, the ranges of all problems laid end
+    to end.
+    """
     low, middle, high = bounds
     lengths = (high - low + 1).ravel()
     starts = np.cumsum(lengths) - lengths
@@ -162,7 +183,9 @@ def _best_splits(
 
 
 def _levels_of(splits: list[IntArray], prefix: tuple[FloatArray, ...]) -> FloatArray:
-    """Walk the splits back from the last point and return each segment's mean, empty segments filled in."""
+    """Walk the splits back from the last point and return each segment's mean, empty segments
+    filled in.
+    """
     weight, weighted, _ = prefix
     problem = np.arange(weight.shape[0])
     stop = np.full(weight.shape[0], weight.shape[1] - 1)
@@ -181,9 +204,11 @@ def _levels_of(splits: list[IntArray], prefix: tuple[FloatArray, ...]) -> FloatA
 
 
 def match_moments(points: FloatArray, counts: FloatArray, levels: FloatArray) -> FloatArray:
-    """Return decode levels g * c + o that give the quantized data its mean and deviation back (KVQuant's Q-Norm).
+    """Return decode levels g * c + o that give the quantized data its mean and deviation back
+    (KVQuant's Q-Norm).
 
-    g = sd(u) / sd(Q(u)), o = mean(u) - g * mean(Q(u)); codes are still chosen by the levels themselves.
+    g = sd(u) / sd(Q(u)), o = mean(u) - g * mean(Q(u)); codes are still chosen by the levels
+    themselves.
 
     Args:
         points: (problems, n) values u.

@@ -1,8 +1,11 @@
-"""Encode rows of states to codes and back: nearest level in each vector's range, outliers kept beside them.
+"""Encode rows of states to codes and back: nearest level in each vector's range, outliers kept
+beside them.
 
-    u = (x - offset) / scale,   code = index of the nearest level,   x' = decode_level[code] * scale + offset
+    u = (x - offset) / scale,   code = index of the nearest level,   x' = decode_level[code] * scale
+    + offset
 
-This is the reference every kernel equals: each operation below is one IEEE float32 operation, in this order.
+This is the reference every kernel equals: each operation below is one IEEE float32 operation, in
+this order.
 """
 
 from __future__ import annotations
@@ -88,7 +91,8 @@ class Normalized:
             normalized: (rows, channels) float32 u.
             scale: float32 that broadcasts to (rows, channels): half of each element's range.
             outliers: (rows, channels) bool, or None where the spec keeps none.
-            ranges: (rows, groups, 2) fp16 scale and offset of each token, or None where calibration fixed them.
+            ranges: (rows, groups, 2) fp16 scale and offset of each token, or None where calibration
+                fixed them.
         """
         self.normalized = normalized
         self.scale = scale
@@ -99,8 +103,9 @@ class Normalized:
 def normalize(states: Tensor, codebook: Codebook, spec: QuantSpec) -> Normalized:
     """Find outliers and ranges and map rows to normalised space.
 
-    Keys per channel take range and thresholds from the codebook; everything else finds its outliers by rank and its
-    range among the rest, per token over all KV heads of the layer, or per group of channels.
+    Keys per channel take range and thresholds from the codebook; everything else finds its outliers
+    by rank and its range among the rest, per token over all KV heads of the layer, or per group of
+    channels.
     """
     states = states.contiguous()
     if spec.per_channel:
@@ -122,7 +127,8 @@ def _normalize_per_channel(states: Tensor, codebook: Codebook, spec: QuantSpec) 
         assert codebook.lower is not None and codebook.upper is not None
         outliers = threshold_mask(states, codebook.lower, codebook.upper)
         if spec.outlier_cap is not None and spec.outlier_cap < states.shape[1]:
-            # A channel without range has u = 0 everywhere; whatever leaves it counts as one half range away.
+            # A channel without range has u = 0 everywhere; whatever leaves it counts as one half
+            # range away.
             outliers = cap_mask(outliers, normalized.abs().clamp_min(1.0), spec.outlier_cap)
     return Normalized(normalized, scale, outliers, None)
 
@@ -166,5 +172,7 @@ def nearest_level(normalized: Tensor, levels: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """Return 1 / scale, and 0 where there is no range, so that a constant vector encodes to u = 0."""
+    """Return 1 / scale, and 0 where there is no range, so that a constant vector encodes to u =
+    0.
+    """
     return torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))

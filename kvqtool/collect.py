@@ -1,6 +1,8 @@
-"""What calibration collects while a model runs: key ranges in the first pass, histograms of levels in the second.
+"""What calibration collects while a model runs: key ranges in the first pass, histograms of levels
+in the second.
 
-A collector is fed layer by layer and keeps sketches only, whose size does not depend on how much text there is.
+A collector is fed layer by layer and keeps sketches only, whose size does not depend on how much
+text there is.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ NO_LEVELS = torch.empty(0)
 
 
 class RangeCollector(Watcher):
-    """Pass 1: quantile sketches of key channels, sinks left out, one for all specs that see the same keys."""
+    """Pass 1: quantile sketches of key channels, sinks left out, one for all specs that see the
+    same keys.
+    """
 
     def __init__(self, specs: Sequence[KvSpec]) -> None:
         """Prepare for the specs whose keys have calibrated ranges."""
@@ -141,5 +145,7 @@ def view_of(spec: KvSpec, side: str) -> View:
 
 
 def _keys_seen(spec: KvSpec) -> tuple[bool, int]:
-    """Return what a key range depends on, beside the outlier share: the form of the keys, and the sinks left out."""
+    """Return what a key range depends on, beside the outlier share: the form of the keys, and the
+    sinks left out.
+    """
     return spec.key.pre_rope, spec.sink_tokens

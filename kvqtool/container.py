@@ -1,7 +1,9 @@
-"""Files of tensors that say what they are: safetensors with a kind, a version, JSON metadata and a checksum.
+"""Files of tensors that say what they are: safetensors with a kind, a version, JSON metadata and a
+checksum.
 
-Bundles and saved caches are both such files. safetensors metadata is a flat map of strings, so the JSON object travels
-as one string; `sha256` covers it and every tensor, which safetensors itself does not check.
+Bundles and saved caches are both such files. safetensors metadata is a flat map of strings, so the
+JSON object travels as one string; `sha256` covers it and every tensor, which safetensors itself
+does not check.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def load_container(
                 )
             if header.get("version") != str(version):
                 raise BundleError(
-                    f"{what} {path} has format version {header.get('version')}, this kvqtool reads version {version}; "
+                    f"{what} {path} has format version {header.get('version')}, "
+                    f"this kvqtool reads version {version}; "
                     "make it again, or use the kvqtool that wrote it"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
@@ -83,7 +86,9 @@ def load_container(
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """Return a safetensors file with its header's keys in order; the library shuffles metadata from run to run."""
+    """Return a safetensors file with its header's keys in order; the library shuffles metadata from
+    run to run.
+    """
     end = 8 + int.from_bytes(data[:8], "little")
     text = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -1,4 +1,6 @@
-"""Run a model in two halves: the layers once, the output head on as many positions at a time as memory allows."""
+"""Run a model in two halves: the layers once, the output head on as many positions at a time as
+memory allows.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,11 @@ def position_chunks(model: PreTrainedModel, positions: int) -> Iterator[slice]:
 
 @contextmanager
 def head_of(model: PreTrainedModel) -> Iterator[HeadOnly]:
-    """Give the model's own output head inside the block: all that its forward does after the layers.
+    """Give the model's own output head inside the block: all that its forward does after the
+    layers.
 
-    The layers are swapped for a module that returns what it is given, so scaling, soft-capping and whatever else a
-    family puts behind them is the model's own code.
+    The layers are swapped for a module that returns what it is given, so scaling, soft-capping and
+    whatever else a family puts behind them is the model's own code.
     """
     prefix = model.base_model_prefix
     layers = getattr(model, prefix)
@@ -83,7 +86,9 @@ class HeadOnly:
         self.model = model
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return logits (batch, positions, vocabulary) in float32 for hidden states (batch, positions, hidden)."""
+        """Return logits (batch, positions, vocabulary) in float32 for hidden states (batch,
+        positions, hidden).
+        """
         logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
         return logits.float()
 

@@ -1,6 +1,7 @@
 """Generate text with a compressed cache, from a prompt or on from a saved cache.
 
-Library users get the same tokens from transformers: `model.generate(**inputs, past_key_values=session.new_cache(...))`.
+Library users get the same tokens from transformers: `model.generate(**inputs,
+past_key_values=session.new_cache(...))`.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def generate(
         bundle: scheme and codebooks of the cache.
         prompt: text to continue.
         sampling: how tokens are chosen.
-        prefill: `exact` (the prompt attends to exact states, then they are packed) or `decode-exact`.
+        prefill: `exact` (the prompt attends to exact states, then they are packed) or
+            `decode-exact`.
         on_text: given each piece of text as soon as it is whole.
 
     Raises:
@@ -271,6 +273,7 @@ def _check_room(loaded: LoadedModel, tokens: int, sampling: Sampling) -> None:
     room = loaded.identity.max_context
     if tokens + sampling.max_new_tokens > room:
         raise InputError(
-            f"{tokens} tokens and {sampling.max_new_tokens} new ones exceed the model's context of {room}; "
+            f"{tokens} tokens and {sampling.max_new_tokens} new ones exceed the model's context "
+            f"of {room}; "
             "shorten the text or lower --max-new-tokens"
         )

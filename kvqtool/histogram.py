@@ -1,4 +1,6 @@
-"""Weighted histograms of normalised values: all that a codebook fit needs to know of a calibration set."""
+"""Weighted histograms of normalised values: all that a codebook fit needs to know of a calibration
+set.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ CHANNEL_BINS = 1024
 class LevelHistogram:
     """Counts, weights and sums of u in equal bins over [-1, 1], for one problem or one per channel.
 
-    Args (of `update`) are rows of normalised states; the fit sees each bin as a point at its weighted mean.
+    Args (of `update`) are rows of normalised states; the fit sees each bin as a point at its
+    weighted mean.
     """
 
     def __init__(self, problems: int, bins: int, device: torch.device) -> None:
@@ -29,7 +32,8 @@ class LevelHistogram:
         Args:
             normalized: (rows, channels) float32 u.
             weights: (rows, channels) float32, or None to count every element once.
-            kept: (rows, channels) bool; False for elements that are stored exactly and so need no level.
+            kept: (rows, channels) bool; False for elements that are stored exactly and so need no
+                level.
         """
         values = normalized.double().clamp(-1.0, 1.0)
         index = ((values + 1.0) * (self.bins / 2)).long().clamp_max(self.bins - 1)
@@ -48,7 +52,9 @@ class LevelHistogram:
         return self._points(0)
 
     def counted(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (points, counts), each (problems, bins): bin means with every element counted once."""
+        """Return (points, counts), each (problems, bins): bin means with every element counted
+        once.
+        """
         return self._points(2)
 
     def _points(self, which: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

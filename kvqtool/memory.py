@@ -1,7 +1,8 @@
 """The size of every buffer of a compressed cache, from a spec and shapes; arithmetic only.
 
-One truth for three readers: the store allocates what `body_buffers` says, the report sums real tensors that have these
-shapes, and the planner sums the same table for a cache nobody has allocated. Bytes are bytes, never GB or GiB.
+One truth for three readers: the store allocates what `body_buffers` says, the report sums real
+tensors that have these shapes, and the planner sums the same table for a cache nobody has
+allocated. Bytes are bytes, never GB or GiB.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def index_dtype(channels: int) -> str:
 
 
 def count_dtype(channels: int) -> str:
-    """Return the dtype of a token's outlier count, which runs from 0 to `channels` and so needs 16 bits at 256."""
+    """Return the dtype of a token's outlier count, which runs from 0 to `channels` and so needs 16
+    bits at 256.
+    """
     return "uint8" if channels <= 255 else "int16"
 
 
@@ -93,7 +96,8 @@ def outliers_per_tail(spec: QuantSpec, channels: int) -> int:
 
 
 def groups_per_token(spec: QuantSpec, channels: int) -> int:
-    """Return the number of (scale, offset) pairs a token brings; 0 where calibration fixed the ranges.
+    """Return the number of (scale, offset) pairs a token brings; 0 where calibration fixed the
+    ranges.
 
     Example: 192 channels, int4-g64 -> 3 pairs; nuq3 values -> 1 pair; nuq3 keys -> 0.
     """
@@ -125,7 +129,8 @@ def body_buffers(
         dtype: the model's dtype, which `fp` stores in.
 
     Example: nuq3-1% keys, C = 192, 128 rows, 270 outliers ->
-        words int32 (128, 18), outlier_counts uint8 (128,), outlier_values float16 (270,), outlier_channels uint8 (270,)
+        words int32 (128, 18), outlier_counts uint8 (128,), outlier_values float16 (270,),
+        outlier_channels uint8 (270,)
     """
     if spec.method == EXACT:
         return {"states": Buffer(dtype, (rows, channels))}
@@ -184,12 +189,16 @@ def split_tokens(spec: KvSpec, tokens: int) -> tuple[int, int, int]:
 
 
 def position_buffer(batch: int, tokens: int) -> Buffer:
-    """Return the buffer of token positions, kept once per cache to rotate stored keys again on read."""
+    """Return the buffer of token positions, kept once per cache to rotate stored keys again on
+    read.
+    """
     return Buffer("int32", (capacity(tokens), batch))
 
 
 def expected_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers:
-    """Return the outliers to expect in `rows` packed tokens: exact for values, the calibrated share for keys."""
+    """Return the outliers to expect in `rows` packed tokens: exact for values, the calibrated share
+    for keys.
+    """
     return Outliers(
         _outliers(spec.key, layer.key_channels, rows, bound=False),
         _outliers(spec.value, layer.value_channels, rows, bound=False),
@@ -197,7 +206,9 @@ def expected_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers
 
 
 def most_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers:
-    """Return the most outliers `rows` packed tokens can hold: every key element unless the spec caps them."""
+    """Return the most outliers `rows` packed tokens can hold: every key element unless the spec
+    caps them.
+    """
     return Outliers(
         _outliers(spec.key, layer.key_channels, rows, bound=True),
         _outliers(spec.value, layer.value_channels, rows, bound=True),
@@ -218,11 +229,13 @@ def _outliers(spec: QuantSpec, channels: int, rows: int, *, bound: bool) -> int:
 
 
 def paper_bits(spec: QuantSpec, channels: int) -> float:
-    """Return bits per element by KVQuant's own accounting (appendix M): codes, 32 bits an outlier, 32-bit pointers.
+    """Return bits per element by KVQuant's own accounting (appendix M): codes, 32 bits an outlier,
+    32-bit pointers.
 
-    Keys: b + 32 f + 32 / C. Values: b + 32 f + 64 / C, the second 32 being a 16-bit scale and offset per token.
-    Dense schemes have no pointers. It is not what is allocated; compare papers with it, size machines with
-    `layer_buffers`.
+    Keys: b + 32 f + 32 / C. Values: b + 32 f + 64 / C, the second 32 being a 16-bit scale and
+        offset per token.
+    Dense schemes have no pointers. It is not what is allocated; compare papers with it, size
+    machines with `layer_buffers`.
     """
     if spec.method == EXACT:
         return 16.0
@@ -253,7 +266,9 @@ def planned_bytes(
     outliers: list[Outliers],
     dtype: str,
 ) -> int:
-    """Return the bytes a cache allocates, given each layer's number of outliers; equal to the allocated `nbytes`."""
+    """Return the bytes a cache allocates, given each layer's number of outliers; equal to the
+    allocated `nbytes`.
+    """
     total = sum(
         buffer.nbytes
         for layer, count in zip(layers, outliers, strict=True)

@@ -1,6 +1,8 @@
-"""Per-vector outliers: which elements of a row stay exact, and the sparse form they are stored in (KVQuant, 3.4).
+"""Per-vector outliers: which elements of a row stay exact, and the sparse form they are stored in
+(KVQuant, 3.4).
 
-A row is one token over all KV heads of a layer. Its outliers are kept as (fp16 value, channel) in channel order.
+A row is one token over all KV heads of a layer. Its outliers are kept as (fp16 value, channel) in
+channel order.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ def threshold_mask(states: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def cap_mask(mask: Tensor, distance: Tensor, cap: int) -> Tensor:
-    """Keep at most `cap` marks a row: those with the greatest distance, the lower channel first where equal.
+    """Keep at most `cap` marks a row: those with the greatest distance, the lower channel first
+    where equal.
 
     Args:
         mask: (rows, channels) bool.
-        distance: (rows, channels) float32, how far an element lies from the middle of its range, in half ranges.
+        distance: (rows, channels) float32, how far an element lies from the middle of its range, in
+            half ranges.
         cap: most outliers of a row.
     """
     rank = torch.argsort(distance.masked_fill(~mask, -1.0), dim=1, descending=True, stable=True)
@@ -41,7 +45,8 @@ def cap_mask(mask: Tensor, distance: Tensor, cap: int) -> Tensor:
 
 
 def rank_mask(states: Tensor, per_tail: int) -> Tensor:
-    """Mark exactly the `per_tail` least and the `per_tail` greatest elements of each row, by a stable order.
+    """Mark exactly the `per_tail` least and the `per_tail` greatest elements of each row, by a
+    stable order.
 
     Args:
         states: (rows, channels) float32.
@@ -58,10 +63,12 @@ def extract(states: Tensor, mask: Tensor, *, with_counts: bool) -> dict[str, Ten
     Args:
         states: (rows, channels) float32.
         mask: (rows, channels) bool.
-        with_counts: whether rows hold different numbers of outliers, so that each row's count is stored.
+        with_counts: whether rows hold different numbers of outliers, so that each row's count is
+            stored.
 
     Returns:
-        `outlier_values` fp16 (n,), `outlier_channels` (n,), and `outlier_counts` (rows,) where asked for.
+        `outlier_values` fp16 (n,), `outlier_channels` (n,), and `outlier_counts` (rows,) where
+        asked for.
     """
     channels = states.shape[1]
     buffers = {

@@ -1,7 +1,9 @@
-"""Packed storage that grows: pages of rows, runs of outliers, and the body of one side made of both.
+"""Packed storage that grows: pages of rows, runs of outliers, and the body of one side made of
+both.
 
-A row is one token of one sequence; rows run token by token, sequences inside (row = token * batch + sequence), so
-that a new token of a batch is a run at the end. Nothing stored is touched again when a token is appended.
+A row is one token of one sequence; rows run token by token, sequences inside (row = token * batch +
+sequence), so that a new token of a batch is a run at the end. Nothing stored is touched again when
+a token is appended.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from kvqtool.memory import PAGE_TOKENS, body_buffers, outliers_per_tail
 from kvqtool.outliers import row_of_outlier
 from kvqtool.spec import QuantSpec
 
-# Runs of outliers shorter than this are joined, so that appending tokens one by one leaves few of them.
+# Runs of outliers shorter than this are joined, so that appending tokens one by one leaves few of
+# them.
 _JOIN_BELOW = 4096
 SPARSE = ("outlier_values", "outlier_channels")
 
 
 class PagedBuffer:
-    """Rows in pages allocated whole; the room that is left in the last page is zero and counts as stored."""
+    """Rows in pages allocated whole; the room that is left in the last page is zero and counts as
+    stored.
+    """
 
     def __init__(self, page_rows: int) -> None:
         """Start empty, with `page_rows` rows to a page."""
@@ -91,7 +96,9 @@ class RunBuffer:
 
 
 class PackedBody:
-    """The packed rows of one side of one layer; encoding and decoding are the codec's, this keeps the bytes."""
+    """The packed rows of one side of one layer; encoding and decoding are the codec's, this keeps
+    the bytes.
+    """
 
     def __init__(self, spec: QuantSpec, channels: int, batch: int) -> None:
         """Start empty for `batch` sequences of `channels` channels a token."""
@@ -116,7 +123,9 @@ class PackedBody:
         self.tokens += len(next(iter(rows.values()))) // self.batch
 
     def read(self) -> dict[str, Tensor]:
-        """Return the buffers of all stored rows in the canonical layout, spare room left out; {} while empty."""
+        """Return the buffers of all stored rows in the canonical layout, spare room left out; {}
+        while empty.
+        """
         return (
             {name: buffer.read() for name, buffer in self._buffers.items()} if self.tokens else {}
         )
@@ -132,7 +141,9 @@ class PackedBody:
         self.tokens = tokens
 
     def select(self, sequences: Tensor) -> None:
-        """Keep, repeat or reorder sequences: the new batch is `sequences`, (new_batch,) int64 indices."""
+        """Keep, repeat or reorder sequences: the new batch is `sequences`, (new_batch,) int64
+        indices.
+        """
         if not self.tokens:
             self.clear(len(sequences))
             return
@@ -162,7 +173,9 @@ class PackedBody:
 
 
 def gather_rows(stored: dict[str, Tensor], rows: Tensor, per_row: int) -> dict[str, Tensor]:
-    """Return the encoded rows at indices `rows` (n,) int64, in that order, each with its outliers."""
+    """Return the encoded rows at indices `rows` (n,) int64, in that order, each with its
+    outliers.
+    """
     picked = {name: tensor[rows] for name, tensor in stored.items() if name not in SPARSE}
     if "outlier_values" in stored:
         owner = row_of_outlier(stored, len(next(iter(stored.values()))), per_row)

@@ -1,10 +1,13 @@
-"""Measure what a compressed cache costs: perplexity, divergence and bytes, against the same model on its own cache.
+"""Measure what a compressed cache costs: perplexity, divergence and bytes, against the same model
+on its own cache.
 
 Protocols, all with the baseline in the same run and on the same positions:
 
-- `decode-exact`: one forward; every query attends to what decoding would have stored by then, its own token included.
+- `decode-exact`: one forward; every query attends to what decoding would have stored by then, its
+own token included.
 - `true-decode`: token by token through the cache; the definition the first is tested against.
-- `prefill-exact`: the first half of a window attends to exact states and is packed, the second half is scored on it.
+- `prefill-exact`: the first half of a window attends to exact states and is packed, the second half
+is scored on it.
 """
 
 from __future__ import annotations
@@ -117,13 +120,16 @@ def _check_bundle(
         and not allow_calibration_text
     ):
         raise InputError(
-            f"the bundle was calibrated on this very text ({windows.source.name}); name another --dataset, "
+            f"the bundle was calibrated on this very text ({windows.source.name}); "
+            "name another --dataset, "
             "or pass --allow-calibration-text"
         )
 
 
 def _windows_at_once(loaded: LoadedModel, windows: Windows) -> int:
-    """Run several windows as one batch on a GPU, where a single one leaves it waiting for the next launch."""
+    """Run several windows as one batch on a GPU, where a single one leaves it waiting for the next
+    launch.
+    """
     return max(_TOKENS_AT_ONCE // windows.ids.shape[1], 1) if loaded.device.type == "cuda" else 1
 
 
@@ -148,7 +154,9 @@ def describe_protocol(loaded: LoadedModel, windows: Windows, protocol: str) -> d
 def _run(
     session: Session, bundle: Bundle, window: Tensor, protocol: str
 ) -> tuple[Tensor, int, KvqCache]:
-    """Return hidden states of a window run through a cache, the first target that may be scored, and the cache."""
+    """Return hidden states of a window run through a cache, the first target that may be scored,
+    and the cache.
+    """
     model, tokens = session.model, window.shape[1]
     if protocol == "decode-exact":
         cache = session.new_cache(bundle, prefill="decode-exact")

@@ -1,8 +1,9 @@
 """Per-channel quantiles of a stream, in memory that does not grow with it.
 
-Each channel counts its values in bins of width 2**exponent whose edges are multiples of that width. When a value falls
-outside the bins there are, the width doubles and neighbours merge, exactly. The result depends on the values alone,
-not on their order or on how they were split into batches, so sketches of several processes can be merged.
+Each channel counts its values in bins of width 2**exponent whose edges are multiples of that width.
+When a value falls outside the bins there are, the width doubles and neighbours merge, exactly. The
+result depends on the values alone, not on their order or on how they were split into batches, so
+sketches of several processes can be merged.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _SMALLEST_EXPONENT = -1100
 
 
 class ChannelQuantiles:
-    """A sketch of every channel's distribution: counts in power-of-two bins, and the exact least and greatest value."""
+    """A sketch of every channel's distribution: counts in power-of-two bins, and the exact least
+    and greatest value.
+    """
 
     def __init__(self, channels: int, device: torch.device) -> None:
         """Start empty for `channels` channels."""
@@ -39,7 +42,8 @@ class ChannelQuantiles:
         """
         if not torch.isfinite(states).all():
             raise RunError(
-                "activations hold NaN or infinity; calibrate in float32 or check the model's weights"
+                "activations hold NaN or infinity; calibrate in float32 or check the model's "
+                "weights"
             )
         self.minimum = torch.minimum(self.minimum, states.amin(0))
         self.maximum = torch.maximum(self.maximum, states.amax(0))
@@ -50,7 +54,9 @@ class ChannelQuantiles:
         self._counts += counted.view_as(self._counts).to(torch.int32)
 
     def quantile(self, q: float) -> Tensor:
-        """Return each channel's q-quantile, (channels,) float32, by numpy's linear definition within a bin's width."""
+        """Return each channel's q-quantile, (channels,) float32, by numpy's linear definition
+        within a bin's width.
+        """
         total = int(self._counts[0].sum())
         cumulative = self._counts.long().cumsum(1)
         rank = q * (total - 1)
@@ -62,7 +68,9 @@ class ChannelQuantiles:
         return value.clamp(self.minimum.double(), self.maximum.double()).float()
 
     def _order_statistic(self, cumulative: Tensor, rank: int) -> Tensor:
-        """Return the value of 0-based `rank`, taking the values of a bin as spread evenly over it; float64."""
+        """Return the value of 0-based `rank`, taking the values of a bin as spread evenly over it;
+        float64.
+        """
         index = torch.searchsorted(cumulative, torch.full_like(cumulative[:, :1], rank), right=True)
         inside = self._counts.gather(1, index).double()
         before = cumulative.gather(1, index).double() - inside
@@ -83,7 +91,8 @@ class ChannelQuantiles:
         old = torch.arange(BINS, device=exponent.device) + self._first[:, None]
         shift = (exponent - self._exponent).clamp_max(63)
         moved = (old >> shift[:, None]) - low[:, None]
-        # Empty bins may lie outside the new range; they carry nothing, so where they land does not matter.
+        # Empty bins may lie outside the new range; they carry nothing, so where they land does not
+        # matter.
         self._counts = torch.zeros_like(self._counts).scatter_add_(
             1, moved.clamp(0, BINS - 1), self._counts
         )

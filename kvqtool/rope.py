@@ -1,7 +1,9 @@
-"""Rotary embedding as the cache needs it: undo it exactly, do it again, and remember each token's angles in few bytes.
+"""Rotary embedding as the cache needs it: undo it exactly, do it again, and remember each token's
+angles in few bytes.
 
-How a model rotates is not looked up by family: `candidate_rotations` lists what is possible for given shapes, and the
-probe in `attach.py` keeps the one that takes real keys back to what they were before the rotation.
+How a model rotates is not looked up by family: `candidate_rotations` lists what is possible for
+given shapes, and the probe in `attach.py` keeps the one that takes real keys back to what they were
+before the rotation.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ class Rotation:
         width: rotated channels of a head; the rest pass through.
         offset: first rotated channel of a head.
         sign: -1 where the model turns the other way.
-        table: how angles lie in the model's cos and sin, (..., width) or (..., width / 2): `halves` repeats the
-            angles once more after themselves, `pairs` repeats each angle, `unique` has each once.
+        table: how angles lie in the model's cos and sin, (..., width) or (..., width / 2): `halves`
+            repeats the angles once more after themselves, `pairs` repeats each angle, `unique` has
+            each once.
     """
 
     layout: str
@@ -45,7 +48,9 @@ class Rotation:
         return cos[..., pick].float(), self.sign * sin[..., pick].float()
 
     def model_tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tables as the model lays them out, (..., width) or (..., width / 2); the inverse of `angles`."""
+        """Return tables as the model lays them out, (..., width) or (..., width / 2); the inverse
+        of `angles`.
+        """
         sin = self.sign * sin
         if self.table == "halves":
             return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
@@ -58,14 +63,17 @@ class Rotation:
 
         Args:
             states: (..., head_dim) float32 before the rotary embedding.
-            cos: (..., width / 2) float32 that broadcasts against it, from `angles`; scaling included.
+            cos: (..., width / 2) float32 that broadcasts against it, from `angles`; scaling
+                included.
             sin: likewise.
         """
         first, second = self._split(states)
         return self._join(states, first * cos - second * sin, second * cos + first * sin)
 
     def unrotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Undo `rotate` with the exact 2x2 inverse; low-precision tables are no unit rotations, nor scaled ones."""
+        """Undo `rotate` with the exact 2x2 inverse; low-precision tables are no unit rotations, nor
+        scaled ones.
+        """
         first, second = self._split(states)
         norm = cos * cos + sin * sin
         return self._join(
@@ -73,7 +81,9 @@ class Rotation:
         )
 
     def pull_back(self, gradient: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return the gradient before the rotation from the one after it: the transpose of `rotate`."""
+        """Return the gradient before the rotation from the one after it: the transpose of
+        `rotate`.
+        """
         first, second = self._split(gradient)
         return self._join(gradient, first * cos + second * sin, second * cos - first * sin)
 
@@ -95,7 +105,9 @@ class Rotation:
 
 
 def candidate_rotations(head_dim: int, table_width: int) -> Iterator[Rotation]:
-    """List the rotations a head of `head_dim` channels can have under tables of `table_width` angles."""
+    """List the rotations a head of `head_dim` channels can have under tables of `table_width`
+    angles.
+    """
     widths = [(table_width, ("halves", "pairs")), (2 * table_width, ("unique",))]
     for width, tables in widths:
         if width > head_dim or width % 2:
@@ -130,10 +142,12 @@ class AngleFormula:
 
 
 class AngleStore:
-    """Every stored token's angles: four bytes a token where a formula gives them, else the tables themselves.
+    """Every stored token's angles: four bytes a token where a formula gives them, else the tables
+    themselves.
 
-    The formula is checked against the model's own tables each time tokens arrive, bit for bit; the first time it does
-    not hold (dynamic NTK past its length, say) the store turns into a table, and `kind` says so.
+    The formula is checked against the model's own tables each time tokens arrive, bit for bit; the
+    first time it does not hold (dynamic NTK past its length, say) the store turns into a table, and
+    `kind` says so.
     """
 
     def __init__(self, rotation: Rotation, formula: AngleFormula | None) -> None:
@@ -206,7 +220,9 @@ class AngleStore:
             self._rows.append(picked)
 
     def canonical(self) -> Tensor:
-        """Return what is stored, without spare room: positions (tokens, batch) or (tokens, batch, width / 2, 2)."""
+        """Return what is stored, without spare room: positions (tokens, batch) or (tokens, batch,
+        width / 2, 2).
+        """
         assert self._rows is not None, "nothing is stored yet"
         return self._rows.read()
 

@@ -1,4 +1,6 @@
-"""What is known of a model's attention layers once it has been probed: plain data between probe, cache and report."""
+"""What is known of a model's attention layers once it has been probed: plain data between probe,
+cache and report.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""What a quantization scheme is, as a value: `QuantSpec` for one side, `KvSpec` for keys and values.
+"""What a quantization scheme is, as a value: `QuantSpec` for one side, `KvSpec` for keys and
+values.
 
 The short string is the scheme's name everywhere: command line, bundle, reports. Its grammar:
 
-    fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken] [-nofisher|-fisher] [-pc]
+    fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken]
+    [-nofisher|-fisher] [-pc]
 
-`METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4. Two strings joined
-by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). Printing a spec and parsing it gives the same spec.
+`METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4.
+Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). Printing a spec
+and parsing it gives the same spec.
 """
 
 from __future__ import annotations
@@ -36,12 +39,17 @@ class QuantSpec:
         method: `nuq`, `int`, `nf`, or `fp` (stored exactly, in the model's dtype).
         bits: stored bits per code; 16 stands for `fp`.
         outlier_fraction: share of elements kept exactly, both tails together (0.01 is 1 %).
-        group_size: channels of one token that share a scale and an offset (`int` only); None for the side's default.
-        outlier_cap: most outliers a token may keep on a side with offline thresholds; None for no limit.
-        moment_match: KVQuant's Q-Norm; decoded levels are shifted so that mean and deviation are those of the data.
+        group_size: channels of one token that share a scale and an offset (`int` only); None for
+            the side's default.
+        outlier_cap: most outliers a token may keep on a side with offline thresholds; None for no
+            limit.
+        moment_match: KVQuant's Q-Norm; decoded levels are shifted so that mean and deviation are
+            those of the data.
         pre_rope: keys are stored as they were before the rotary embedding.
-        per_channel: a channel's range is fixed by calibration; otherwise each token brings its own range.
-        weighting: what the codebook fit weighs an element with: Fisher times scale squared, Fisher alone, nothing.
+        per_channel: a channel's range is fixed by calibration; otherwise each token brings its own
+            range.
+        weighting: what the codebook fit weighs an element with: Fisher times scale squared, Fisher
+            alone, nothing.
         channel_levels: a codebook per key channel instead of one per layer.
     """
 
@@ -71,11 +79,13 @@ class QuantSpec:
             )
         if self.group_size is not None and (self.method != "int" or self.group_size < 8):
             raise SpecError(
-                f"-g{self.group_size}: groups of 8 or more channels are for int methods; drop -g or use int"
+                f"-g{self.group_size}: groups of 8 or more channels are for int methods; "
+                "drop -g or use int"
             )
         if self.group_size is not None and self.per_channel:
             raise SpecError(
-                f"-g{self.group_size}: groups bring a range per token, channels have theirs; keep one"
+                f"-g{self.group_size}: groups bring a range per token, channels have theirs; "
+                "keep one"
             )
         if self.method == EXACT and (
             self.outlier_fraction or self.moment_match or self.outlier_cap is not None
@@ -87,13 +97,15 @@ class QuantSpec:
             self.weighting != "fisher-scale" or self.channel_levels or self.moment_match
         ):
             raise SpecError(
-                f"{self.method}{self.bits}: -fisher, -nofisher, -qnorm and -pc belong to nuq methods"
+                f"{self.method}{self.bits}: -fisher, -nofisher, "
+                "-qnorm and -pc belong to nuq methods"
             )
         if self.outlier_cap is not None and (
             self.outlier_cap < 1 or not (self.per_channel and self.outlier_fraction)
         ):
             raise SpecError(
-                f"-cap{self.outlier_cap} needs key outliers with thresholds per channel, as in nuq3-1%-cap4"
+                f"-cap{self.outlier_cap} needs key outliers with thresholds per channel, "
+                "as in nuq3-1%-cap4"
             )
         if self.channel_levels and not self.per_channel:
             raise SpecError(
@@ -195,8 +207,8 @@ def parse_spec(text: str) -> KvSpec:
     """Parse a spec string.
 
     Args:
-        text: one scheme (`nuq3-1%-sink1`) or two joined by `/` for keys and values. `sink` and `r` hold for the whole
-            cache and may be written on one side or on both.
+        text: one scheme (`nuq3-1%-sink1`) or two joined by `/` for keys and values. `sink` and `r`
+            hold for the whole cache and may be written on one side or on both.
 
     Raises:
         SpecError: when the string is not in the grammar; the message names the part and the remedy.
@@ -221,7 +233,9 @@ def parse_spec(text: str) -> KvSpec:
 
 
 def _side_words(side: str, text: str) -> dict[str, str]:
-    """Split one side into its words: {'method': 'nuq', 'bits': '3', 'percent': '1', 'sink': '1', 'pc': ''}."""
+    """Split one side into its words: {'method': 'nuq', 'bits': '3', 'percent': '1', 'sink': '1',
+    'pc': ''}.
+    """
     head, *rest = side.split("-")
     match = _HEAD.fullmatch(head)
     if match is None:

@@ -1,7 +1,8 @@
 """One layer's cache: `[sink | packed body | recent window]`, keys and values.
 
-Sinks and window hold what the model handed over (keys after RoPE, in its dtype). The body holds codes of keys before
-RoPE and of values, and nothing else: reading it decodes, rotates and returns fresh tensors.
+Sinks and window hold what the model handed over (keys after RoPE, in its dtype). The body holds
+codes of keys before RoPE and of values, and nothing else: reading it decodes, rotates and returns
+fresh tensors.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class LayerStore:
         Args:
             key: (batch, num_kv_heads, tokens, key_dim) after RoPE.
             value: (batch, num_kv_heads, tokens, value_dim).
-            angles: (start, stop) -> (cos, sin) of stored tokens, each (tokens, batch, width / 2) float32.
+            angles: (start, stop) -> (cos, sin) of stored tokens, each (tokens, batch, width / 2)
+                float32.
 
         Raises:
             RunError: when a state is not finite.
@@ -108,7 +110,9 @@ class LayerStore:
         self._exact["window"] = pool
 
     def read(self, angles: Angles) -> tuple[Tensor, Tensor]:
-        """Return all stored tokens' keys (after RoPE) and values, (B, H, tokens, D) in the model's dtype."""
+        """Return all stored tokens' keys (after RoPE) and values, (B, H, tokens, D) in the model's
+        dtype.
+        """
         (sink_key, sink_value), (window_key, window_value) = (
             self._exact["sink"],
             self._exact["window"],
@@ -125,7 +129,9 @@ class LayerStore:
         return torch.cat([*keys, window_key], dim=2), torch.cat([*values, window_value], dim=2)
 
     def truncate(self, tokens: int) -> None:
-        """Keep the first `tokens` tokens. Tokens that were packed stay packed, also where the window has room again."""
+        """Keep the first `tokens` tokens. Tokens that were packed stay packed, also where the
+        window has room again.
+        """
         sink = min(tokens, self._exact["sink"][0].shape[2])
         body = min(tokens - sink, self.bodies[0].tokens)
         kept = {"sink": sink, "window": tokens - sink - body}
@@ -137,7 +143,9 @@ class LayerStore:
         self.tokens = min(tokens, self.tokens)
 
     def select(self, sequences: Tensor) -> None:
-        """Keep, repeat or reorder sequences: the new batch is `sequences`, (new_batch,) int64 indices."""
+        """Keep, repeat or reorder sequences: the new batch is `sequences`, (new_batch,) int64
+        indices.
+        """
         for part, (key, value) in self._exact.items():
             self._exact[part] = key[sequences], value[sequences]
         for side in self.bodies:
@@ -151,9 +159,9 @@ class LayerStore:
         named = {
             f"{part}.{side}": [t]
             for part, pair in self._exact.items()
-            for side, t in zip(_SIDES, pair)
+            for side, t in zip(_SIDES, pair, strict=True)
         }
-        for side, body in zip(_SIDES, self._bodies):
+        for side, body in zip(_SIDES, self._bodies, strict=True):
             named |= {f"{side}.{name}": tensors for name, tensors in body.tensors.items()}
         return named
 
@@ -162,9 +170,9 @@ class LayerStore:
         named = {
             f"{part}.{side}": t
             for part, pair in self._exact.items()
-            for side, t in zip(_SIDES, pair)
+            for side, t in zip(_SIDES, pair, strict=True)
         }
-        for side, body in zip(_SIDES, self.bodies):
+        for side, body in zip(_SIDES, self.bodies, strict=True):
             named |= {f"{side}.{name}": tensor for name, tensor in body.read().items()}
         return named
 
@@ -174,10 +182,12 @@ class LayerStore:
         rows: tuple[dict[str, Tensor], dict[str, Tensor]],
         body: int,
     ) -> None:
-        """Fill an empty store from saved parts: sink and window states, and encoded rows of `body` tokens."""
+        """Fill an empty store from saved parts: sink and window states, and encoded rows of `body`
+        tokens.
+        """
         self._start(*exact["window"])
         self._exact = dict(exact)
-        for side, buffers in zip(self.bodies, rows):
+        for side, buffers in zip(self.bodies, rows, strict=True):
             if body:
                 side.append(buffers)
         self.tokens = exact["sink"][0].shape[2] + body + exact["window"][0].shape[2]
@@ -198,11 +208,12 @@ class LayerStore:
             cos, sin = angles(start, start + key.shape[2])
             rows = self.rotation.unrotate(rows[0], cos[:, :, None], sin[:, :, None]), rows[1]
         for body, states, spec, book in zip(
-            self.bodies, rows, (self.spec.key, self.spec.value), self._codebooks
+            self.bodies, rows, (self.spec.key, self.spec.value), self._codebooks, strict=True
         ):
             if not torch.isfinite(states).all():
                 raise RunError(
-                    f"layer {self.layer} produced NaN or infinite states; run in float32 or check the model"
+                    f"layer {self.layer} produced NaN or infinite states; "
+                    "run in float32 or check the model"
                 )
             flat = states.reshape(-1, body.channels)
             body.append(
@@ -210,7 +221,9 @@ class LayerStore:
             )
 
     def _decode(self, side: int) -> Tensor:
-        """Return one side's body as (tokens, batch, heads, head_dim) float32, keys as they were stored."""
+        """Return one side's body as (tokens, batch, heads, head_dim) float32, keys as they were
+        stored.
+        """
         body, spec = self.bodies[side], (self.spec.key, self.spec.value)[side]
         flat = get_method(spec.method).dequantize(
             body.read(), self._codebooks[side], spec, body.channels

@@ -1,4 +1,6 @@
-"""Method: the contract of a quantization method, and the plumbing that every method of levels shares."""
+"""Method: the contract of a quantization method, and the plumbing that every method of levels
+shares.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from kvqtool.spec import QuantSpec
 
 
 class Method(ABC):
-    """How levels are chosen; storage, outliers and ranges follow from the spec and are the same for all.
+    """How levels are chosen; storage, outliers and ranges follow from the spec and are the same for
+    all.
 
     A method is one file with one subclass, and one entry in `methods.METHODS`.
     """
@@ -33,7 +36,8 @@ class Method(ABC):
             histogram: what calibration saw; None where the spec needs no calibration.
 
         Returns:
-            Levels to encode by and levels to decode to, each (L,) or (channels, L) float32, ascending, fp16 values.
+            Levels to encode by and levels to decode to, each (L,) or (channels, L) float32,
+            ascending, fp16 values.
         """
 
     def quantize(self, states: Tensor, codebook: Codebook, spec: QuantSpec) -> dict[str, Tensor]:
@@ -48,7 +52,9 @@ class Method(ABC):
 
 
 class ExactMethod(Method):
-    """fp: the states themselves, in the dtype they came in; the control every other method is held against."""
+    """fp: the states themselves, in the dtype they came in; the control every other method is held
+    against.
+    """
 
     name = "fp"
     summary = "no quantization; the control"

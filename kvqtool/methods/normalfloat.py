@@ -1,4 +1,6 @@
-"""nf: NormalFloat levels, quantiles of a normal distribution (QLoRA, arXiv 2305.14314; KVQuant's nf baseline)."""
+"""nf: NormalFloat levels, quantiles of a normal distribution (QLoRA, arXiv 2305.14314; KVQuant's nf
+baseline).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """nuq: KVQuant's non-uniform levels, fitted to what the loss is sensitive to (arXiv 2401.18079).
 
-One codebook per layer and side minimises sum F_ii (A_i - Q(A_i))^2 with the diagonal Fisher information F_ii = g_i^2
-(eq. 1). Clustering happens in normalised space, so an element weighs F_ii * s_i^2, s_i being half the range of its
-channel (keys) or token (values) (eq. 7). The fit is the exact optimum on a histogram, not k-means from random starts.
+One codebook per layer and side minimises sum F_ii (A_i - Q(A_i))^2 with the diagonal Fisher
+information F_ii = g_i^2 (eq. 1). Clustering happens in normalised space, so an element weighs F_ii
+* s_i^2, s_i being half the range of its channel (keys) or token (values) (eq. 7). The fit is the
+exact optimum on a histogram, not k-means from random starts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class NuqMethod(Method):
     paper = "https://arxiv.org/abs/2401.18079"
 
     def fit(self, spec: QuantSpec, histogram: LevelHistogram | None) -> tuple[Tensor, Tensor]:
-        """Fit levels to the calibration histogram, and shift the decoded ones where the spec matches moments."""
+        """Fit levels to the calibration histogram, and shift the decoded ones where the spec
+        matches moments.
+        """
         assert histogram is not None, "nuq levels come from calibration"
         levels = as_half(torch.from_numpy(weighted_kmeans(*histogram.weighted(), 1 << spec.bits)))
         decoded = levels

@@ -1,7 +1,8 @@
 """int: asymmetric uniform quantization with a float offset, the baseline of every KV-cache paper.
 
-u in [-1, 1] is rounded to 2**bits equally spaced levels, the range's ends among them. The offset is not rounded to
-an integer (KVQuant's released `quant_fn_zp` without --clamp), which matters for channels of one sign.
+u in [-1, 1] is rounded to 2**bits equally spaced levels, the range's ends among them. The offset is
+not rounded to an integer (KVQuant's released `quant_fn_zp` without --clamp), which matters for
+channels of one sign.
 """
 
 from __future__ import annotations
