@@ -10,7 +10,7 @@ layer none of them fits is quantized as it comes, and named.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PROBE_TOKENS: Final = 32
+# How attention modules name the cache; the second is what GPT-NeoX, Falcon and their age say.
+_CACHE_NAMES: Final = ("past_key_values", "layer_past")
 # Un-rotating reproduces the true key to rounding; a wrong rotation is off by tens of percent.
 _TOLERANCE: Final = {
     torch.float32: 1e-4,
@@ -131,7 +133,7 @@ def _replay_without_rotation(
     else:
         identity = torch.ones_like(given[0]), torch.zeros_like(given[1])
     recorder = _RecordingCache([module], config=model.config)
-    module(*args, **{**kwargs, "position_embeddings": identity, "past_key_values": recorder})
+    module(*args, **{**kwargs, "position_embeddings": identity, _cache_name(kwargs): recorder})
     return recorder.seen[index][1]
 
 
@@ -256,7 +258,7 @@ def attach(
     }
 
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(_cache_name(kwargs))
         layer = modules[module]
         tables = _tables(kwargs.get("position_embeddings"))
         if isinstance(cache, KvqCache) and layer.rotation is not None and tables is not None:
@@ -299,6 +301,11 @@ def replaced_attention(
         model.set_attn_implementation(before)
 
 
+def _cache_name(names: Container[str]) -> str:
+    """Return what a module calls the cache it is given, or was called with."""
+    return next((name for name in _CACHE_NAMES if name in names), _CACHE_NAMES[0])
+
+
 def _layer_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the modules that know their layer's index and take a cache: attention modules among
     them.
@@ -307,7 +314,7 @@ def _layer_modules(model: PreTrainedModel) -> list[nn.Module]:
         module
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
-        and "past_key_values" in inspect.signature(module.forward).parameters
+        and any(name in inspect.signature(module.forward).parameters for name in _CACHE_NAMES)
     ]
 
 

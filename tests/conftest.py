@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from kvqtool.bundle import Bundle
+from kvqtool.calibrate import calibrate
+from kvqtool.data import calibration_windows, load_text
 from kvqtool.models import LoadedModel, load_model
+from kvqtool.spec import parse_spec
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -83,6 +88,19 @@ def tiny_llama() -> TinyLlama:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return LlamaForCausalLM(LlamaConfig(**(sizes | config))).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def calibrated(builtin: LoadedModel) -> Callable[[str], Bundle]:
+    """Return a maker of bundles for the built-in model, calibrated on a little text and kept."""
+    text = load_text(None, part="calibration")
+    windows = calibration_windows(text, builtin.tokenizer, samples=2, seq_len=160, seed=0)
+
+    @cache
+    def make(spec: str) -> Bundle:
+        return calibrate(builtin, windows, [parse_spec(spec)])[0]
 
     return make
 
