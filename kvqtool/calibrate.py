@@ -2,11 +2,13 @@
 
 Pass 1 sketches each key channel's distribution and fixes its outlier thresholds. Pass 2 runs
 forward and backward and collects Fisher-weighted histograms of the normalised states. Neither keeps
-a state, so memory does not grow with text.
+a state, so memory does not grow with text. Several processes can share the windows of a pass, and a
+run that was stopped can go on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,7 @@ import torch
 
 from kvqtool import __version__
 from kvqtool.bundle import SIDES, Bundle
-from kvqtool.capture import Watcher, capture
+from kvqtool.capture import capture
 from kvqtool.codebook import Codebook
 from kvqtool.collect import HistogramCollector, RangeCollector
 from kvqtool.data import Windows
@@ -26,6 +28,7 @@ from kvqtool.errors import InputError
 from kvqtool.memory import MAX_CHANNELS, outliers_per_tail
 from kvqtool.methods import get_method
 from kvqtool.models import LoadedModel
+from kvqtool.partial import Journal, Partial
 from kvqtool.progress import Progress, silent
 from kvqtool.seam import Seam
 from kvqtool.spec import KvSpec
@@ -38,17 +41,21 @@ def calibrate(
     *,
     seed: int = 0,
     progress: Progress = silent,
+    partial: Partial | None = None,
 ) -> list[Bundle]:
     """Fit a bundle per spec; all specs share the two passes over the text.
 
     Args:
-        loaded: the model.
+        loaded: the model; its `ranks` share the windows, and each gets the same bundles.
         windows: calibration text, cut and tokenised.
         specs: schemes, any mix.
         seed: what the windows were drawn with, for the record.
-        progress: told of every window.
+        progress: told of every window of this process.
+        partial: where to keep the statistics in the meantime; the caller removes the file once
+            the bundles are safe. None to keep none.
 
     Raises:
+        BundleError: when `partial` is of another run.
         InputError: when the model or its shapes do not fit a spec.
         RunError: when activations are not finite.
     """
@@ -56,14 +63,18 @@ def calibrate(
         _check_shapes(spec, loaded.seam)
     ranges = RangeCollector(specs)
     histograms = HistogramCollector(specs, ranges)
-    with _deterministic():
-        if ranges.wanted:
-            _feed(loaded, windows, ranges, False, ("sketching key ranges", progress))
-        if histograms.is_needed:
-            gradients = histograms.needs_gradients
-            phase = "measuring sensitivity" if gradients else "collecting histograms"
-            _feed(loaded, windows, histograms, gradients, (phase, progress))
     provenance, identity = describe_run(loaded, windows, seed), loaded.identity.as_json()
+    journal = Journal(
+        partial,
+        _fingerprint(loaded, windows, specs) | provenance,
+        {"ranges": ranges, "histograms": histograms},
+    )
+    with loaded.ranks.together():
+        journal.resume(_layer_devices(loaded))
+    phase = "measuring sensitivity" if histograms.needs_gradients else "collecting histograms"
+    with _deterministic():
+        _feed(loaded, windows, "ranges", journal, ("sketching key ranges", progress))
+        _feed(loaded, windows, "histograms", journal, (phase, progress))
     bundles = []
     for number, spec in enumerate(specs):
         progress("fitting codebooks", number, len(specs))
@@ -102,20 +113,48 @@ def versions() -> dict[str, str]:
     }
 
 
+def _fingerprint(loaded: LoadedModel, windows: Windows, specs: Sequence[KvSpec]) -> dict[str, Any]:
+    """Return what statistics depend on beside `describe_run`, as it comes back from a file."""
+    return {
+        "model": loaded.identity.as_json(),
+        "specs": [str(spec) for spec in specs],
+        "windows_sha256": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+        "process": f"{loaded.ranks.rank} of {loaded.ranks.world_size}",
+    }
+
+
+def _layer_devices(loaded: LoadedModel) -> dict[int, torch.device]:
+    """Return where each packed layer's states are: with its weights."""
+    devices = {}
+    for layer in loaded.seam.packed:
+        weight = next(layer.module.parameters(), None) if layer.module is not None else None
+        devices[layer.index] = loaded.device if weight is None else weight.device
+    return devices
+
+
 def _feed(
     loaded: LoadedModel,
     windows: Windows,
-    watcher: Watcher,
-    gradients: bool,
+    name: str,
+    journal: Journal,
     report: tuple[str, Progress],
 ) -> None:
-    """Run every window through the model and let a watcher see it."""
+    """Let a collector see this process's windows, from where it was; then merge with the others."""
     phase, progress = report
-    with capture(loaded.model, loaded.seam, watcher, gradients=gradients) as run:
-        for number, ids in enumerate(windows.ids):
-            progress(phase, number, len(windows.ids))
-            run.run(ids)
-    progress(phase, len(windows.ids), len(windows.ids))
+    collector = journal.collectors[name]
+    if not collector.is_needed:
+        return
+    share = loaded.ranks.share(len(windows.ids))
+    with (
+        loaded.ranks.together(),
+        capture(loaded.model, loaded.seam, collector, gradients=collector.needs_gradients) as run,
+    ):
+        for number in range(journal.done[name], len(share)):
+            progress(phase, number, len(share))
+            run.run(windows.ids[share[number]])
+            journal.step(name)
+    progress(phase, len(share), len(share))
+    collector.merge(loaded.ranks)
 
 
 def _fit(

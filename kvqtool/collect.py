@@ -7,7 +7,8 @@ text there is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,12 +19,45 @@ from kvqtool.codebook import Codebook, round_range
 from kvqtool.codec import normalize
 from kvqtool.histogram import CHANNEL_BINS, LAYER_BINS, LevelHistogram
 from kvqtool.quantiles import ChannelQuantiles
+from kvqtool.ranks import Ranks
 from kvqtool.spec import KvSpec, QuantSpec
 
 NO_LEVELS = torch.empty(0)
+Devices = Mapping[int, torch.device]
 
 
-class RangeCollector(Watcher):
+class Collector(Watcher):
+    """A watcher whose sketches can be put aside, taken up again and merged with those of other
+    processes.
+
+    A sketch has a name that ends in its layer's index.
+    """
+
+    @property
+    @abstractmethod
+    def is_needed(self) -> bool:
+        """Whether any spec asks for what is collected."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the pass that feeds it has to run the backward."""
+        return False
+
+    @property
+    @abstractmethod
+    def sketches(self) -> Mapping[str, ChannelQuantiles | LevelHistogram]:
+        """What this process has collected."""
+
+    @abstractmethod
+    def restore(self, states: Mapping[str, dict[str, Tensor]], devices: Devices) -> None:
+        """Take up sketches by their states, each on its layer's device."""
+
+    @abstractmethod
+    def merge(self, ranks: Ranks) -> None:
+        """Let what was collected be that of all processes; call it once, when all are done."""
+
+
+class RangeCollector(Collector):
     """Pass 1: quantile sketches of key channels, sinks left out, one for all specs that see the
     same keys.
     """
@@ -31,23 +65,45 @@ class RangeCollector(Watcher):
     def __init__(self, specs: Sequence[KvSpec]) -> None:
         """Prepare for the specs whose keys have calibrated ranges."""
         self.wanted = sorted({_keys_seen(spec) for spec in specs if spec.key.per_channel})
-        self._sketches: dict[tuple[tuple[bool, int], int], ChannelQuantiles] = {}
+        self._sketches: dict[str, ChannelQuantiles] = {}
+        self._merged: Mapping[str, ChannelQuantiles] = self._sketches
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether any spec has calibrated ranges."""
+        return bool(self.wanted)
+
+    @property
+    def sketches(self) -> Mapping[str, ChannelQuantiles]:
+        """This process's sketches; merging leaves them as they are."""
+        return self._sketches
+
+    def restore(self, states: Mapping[str, dict[str, Tensor]], devices: Devices) -> None:
+        """Take up sketches by their states, each on its layer's device."""
+        for name, state in states.items():
+            device = devices[_layer_of(name)]
+            self._sketches[name] = ChannelQuantiles.from_state(state, device)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Take ranges from the sketches of all processes from now on."""
+        self._merged = {name: self._sketches[name].merged(ranks) for name in sorted(self._sketches)}
 
     def key(self, layer: int, states: KeyStates, gradients: KeyStates | None) -> None:
         """Sketch a layer's keys."""
         for seen in self.wanted:
             pre_rope, sink_tokens = seen
             rows = states.form(pre_rope)[sink_tokens:]
-            if (seen, layer) not in self._sketches:
-                self._sketches[seen, layer] = ChannelQuantiles(rows.shape[1], rows.device)
-            self._sketches[seen, layer].update(rows)
+            name = _range_name(seen, layer)
+            if name not in self._sketches:
+                self._sketches[name] = ChannelQuantiles(rows.shape[1], rows.device)
+            self._sketches[name].update(rows)
 
     def value(self, layer: int, states: Tensor, gradients: Tensor | None) -> None:
         """Ignore values: each token brings its own range."""
 
     def ranges(self, spec: KvSpec, layer: int) -> Codebook:
         """Return a key codebook with a layer's ranges and no levels yet."""
-        sketch = self._sketches[_keys_seen(spec), layer]
+        sketch = self._merged[_range_name(_keys_seen(spec), layer)]
         lower, upper = sketch.minimum, sketch.maximum
         if spec.key.outlier_fraction:
             tail = spec.key.outlier_fraction / 2
@@ -64,7 +120,7 @@ class View:
     sink_tokens: int
 
 
-class HistogramCollector(Watcher):
+class HistogramCollector(Collector):
     """Pass 2: a histogram per layer for every distinct way the specs look at keys and values."""
 
     def __init__(self, specs: Sequence[KvSpec], ranges: RangeCollector) -> None:
@@ -75,12 +131,29 @@ class HistogramCollector(Watcher):
             for side, quant in (("key", spec.key), ("value", spec.value)):
                 if quant.fits_levels:
                     self._views.setdefault(view_of(spec, side), spec)
-        self._histograms: dict[tuple[View, int], LevelHistogram] = {}
+        self._numbers = {view: number for number, view in enumerate(self._views)}
+        self._histograms: dict[str, LevelHistogram] = {}
 
     @property
     def is_needed(self) -> bool:
         """Whether any spec fits levels."""
         return bool(self._views)
+
+    @property
+    def sketches(self) -> Mapping[str, LevelHistogram]:
+        """The histograms: this process's until they are merged."""
+        return self._histograms
+
+    def restore(self, states: Mapping[str, dict[str, Tensor]], devices: Devices) -> None:
+        """Take up histograms by their states, each on its layer's device."""
+        for name, state in states.items():
+            device = devices[_layer_of(name)]
+            self._histograms[name] = LevelHistogram.from_state(state, device)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Replace every histogram by that of all processes."""
+        for name in sorted(self._histograms):
+            self._histograms[name].merge(ranks)
 
     @property
     def needs_gradients(self) -> bool:
@@ -103,7 +176,11 @@ class HistogramCollector(Watcher):
 
     def histogram(self, spec: KvSpec, side: str, layer: int) -> LevelHistogram | None:
         """Return what was counted for a spec; None where its levels are not fitted."""
-        return self._histograms.get((view_of(spec, side), layer))
+        view = view_of(spec, side)
+        return self._histograms.get(self._name(view, layer)) if view in self._views else None
+
+    def _name(self, view: View, layer: int) -> str:
+        return f"view{self._numbers[view]}.{layer}"
 
     def _add(
         self, at: tuple[View, int], spec: KvSpec, states: Tensor, gradients: Tensor | None
@@ -129,12 +206,13 @@ class HistogramCollector(Watcher):
                 weights = (
                     weights * ranged.scale**2
                 )  # eq. 7: an error in u is the error in x over the scale
-        if at not in self._histograms:
+        name = self._name(view, layer)
+        if name not in self._histograms:
             problems, bins = (
                 (states.shape[1], CHANNEL_BINS) if quant.channel_levels else (1, LAYER_BINS)
             )
-            self._histograms[at] = LevelHistogram(problems, bins, states.device)
-        self._histograms[at].update(ranged.normalized, weights, kept)
+            self._histograms[name] = LevelHistogram(problems, bins, states.device)
+        self._histograms[name].update(ranged.normalized, weights, kept)
 
 
 def view_of(spec: KvSpec, side: str) -> View:
@@ -149,3 +227,12 @@ def _keys_seen(spec: KvSpec) -> tuple[bool, int]:
     sinks left out.
     """
     return spec.key.pre_rope, spec.sink_tokens
+
+
+def _range_name(seen: tuple[bool, int], layer: int) -> str:
+    pre_rope, sink_tokens = seen
+    return f"{'before' if pre_rope else 'after'}_rope_sink{sink_tokens}.{layer}"
+
+
+def _layer_of(name: str) -> int:
+    return int(name.rpartition(".")[2])

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from kvqtool.errors import InputError
 from kvqtool.identity import ModelIdentity, identify
+from kvqtool.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,13 +44,23 @@ _UNREADABLE: Final = (OSError, ValueError, ImportError, SafetensorError, Runtime
 
 @dataclass
 class LoadedModel:
-    """A model ready to run: in eval mode, on its device, with its tokenizer and identity."""
+    """A model ready to run: in eval mode, on its device, with its tokenizer and identity.
+
+    Args:
+        identity: what a bundle must match.
+        model: the model.
+        tokenizer: its tokenizer.
+        device: where token ids go; with a device map, where its embeddings are.
+        dtype: of its weights.
+        ranks: which copy this is, when several processes share the work.
+    """
 
     identity: ModelIdentity
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
+    ranks: Ranks = ALONE
 
     @cached_property
     def seam(self) -> Seam:

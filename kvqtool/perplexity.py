@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +31,7 @@ from kvqtool.errors import InputError, RunError
 from kvqtool.forward import HeadOnly, head_of, hidden_states, position_chunks
 from kvqtool.models import LoadedModel
 from kvqtool.progress import Progress, silent
+from kvqtool.ranks import Ranks
 
 # Tokens of a batch on a GPU; more would only take memory.
 _TOKENS_AT_ONCE: Final = 16384
@@ -73,7 +74,7 @@ def evaluate(
     """Score windows with each bundle's cache and without.
 
     Args:
-        loaded: the model.
+        loaded: the model; its `ranks` share the windows, and each gets the same results.
         windows: evaluation text.
         bundles: schemes with their codebooks, each made for this model.
         protocol: one of PROTOCOLS.
@@ -89,25 +90,41 @@ def evaluate(
         raise InputError(f"protocol {protocol!r} is unknown; use one of: {', '.join(PROTOCOLS)}")
     for bundle in bundles:
         _check_bundle(bundle, loaded, windows, allow_calibration_text)
-    tallies = [_Tally() for _ in bundles]
-    count, at_once = len(windows.ids), _windows_at_once(loaded, windows)
-    for start in range(0, count, at_once):
-        progress("scoring windows", start, count)
-        batch = windows.ids[start : start + at_once].to(loaded.device)
-        scored_from = windows.scored_from[start : start + at_once]
-        exact = hidden_states(loaded.model, {"input_ids": batch})
-        for bundle, tally in zip(bundles, tallies, strict=True):
-            started = time.perf_counter()
-            with attach(loaded.model, bundle, seam=loaded.seam) as session:
-                hidden, first, cache = _run(session, bundle, batch, protocol)
-            with head_of(loaded.model) as head:
-                for row, ids in enumerate(batch):
-                    states = exact[row : row + 1], hidden[row : row + 1]
-                    tally.score(head, states, ids, max(first, int(scored_from[row])))
-            tally.measure(cache, time.perf_counter() - started)
-    progress("scoring windows", count, count)
+    tallies = [_Tally(len(windows.ids)) for _ in bundles]
+    share = loaded.ranks.share(len(windows.ids))
+    at_once = _windows_at_once(loaded, windows)
+    with loaded.ranks.together():
+        for start in range(0, len(share), at_once):
+            progress("scoring windows", start, len(share))
+            numbers = share[start : start + at_once]
+            _score(loaded, windows, numbers, protocol, list(zip(bundles, tallies, strict=True)))
+    progress("scoring windows", len(share), len(share))
     facts = describe_protocol(loaded, windows, protocol)
+    for tally in tallies:
+        tally.gather(loaded.ranks)
     return [tally.result(bundle, facts) for bundle, tally in zip(bundles, tallies, strict=True)]
+
+
+def _score(
+    loaded: LoadedModel,
+    windows: Windows,
+    numbers: range,
+    protocol: str,
+    runs: list[tuple[Bundle, _Tally]],
+) -> None:
+    """Run some windows, as one batch, without a cache and with each bundle's."""
+    batch = windows.ids[numbers.start : numbers.stop : numbers.step].to(loaded.device)
+    exact = hidden_states(loaded.model, {"input_ids": batch})
+    for bundle, tally in runs:
+        started = time.perf_counter()
+        with attach(loaded.model, bundle, seam=loaded.seam) as session:
+            hidden, first, cache = _run(session, bundle, batch, protocol)
+        with head_of(loaded.model) as head:
+            for row, number in enumerate(numbers):
+                states = exact[row : row + 1], hidden[row : row + 1]
+                scored_from = max(first, int(windows.scored_from[number]))
+                tally.score(head, states, batch[row], (number, scored_from))
+        tally.measure(cache, time.perf_counter() - started)
 
 
 def _check_bundle(
@@ -176,80 +193,97 @@ def _run(
     return torch.cat(parts, dim=1), half + 1, cache
 
 
-@dataclass
 class _Tally:
-    """Sums over windows for one bundle."""
+    """Sums for one bundle: a row per window, so that they do not depend on who ran which."""
 
-    nll: list[float] = field(default_factory=list)
-    nll_baseline: list[float] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    kld: list[Tensor] = field(default_factory=list)
-    same_top1: int = 0
-    usages: list[CacheUsage] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
+    def __init__(self, windows: int) -> None:
+        """Start empty for a number of windows."""
+        # Columns: nll, nll_baseline, targets, same_top1.
+        self._sums = torch.zeros(windows, 4, dtype=torch.float64)
+        self._kld: list[Tensor] = [torch.empty(0)] * windows
+        self._bytes = torch.zeros(2, dtype=torch.int64)  # of all windows: packed, in fp16
+        self._seconds = torch.zeros(1, dtype=torch.float64)
+        self._usage: CacheUsage | None = None
+        self._layers: list[dict[str, Any]] = []
 
-    def score(self, head: HeadOnly, states: tuple[Tensor, Tensor], ids: Tensor, first: int) -> None:
+    def score(
+        self, head: HeadOnly, states: tuple[Tensor, Tensor], ids: Tensor, at: tuple[int, int]
+    ) -> None:
         """Compare next-token distributions of two runs over one window.
 
         Args:
             head: hidden states to logits.
             states: (1, tokens, hidden) of the baseline and of the run through the cache.
             ids: (tokens,) int64.
-            first: first target position that counts.
+            at: the window's number, and the first target position that counts.
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=ids.device)
+        number, first = at
+        sums = torch.zeros(4, dtype=torch.float64, device=ids.device)
+        sums[2], klds = len(ids) - first, []
         for chunk in position_chunks(head.model, len(ids) - first):
-            at = slice(chunk.start + first - 1, chunk.stop + first - 1)
-            target = ids[at.start + 1 : at.stop + 1]
-            plain, packed = (nn.functional.log_softmax(head(run[:, at])[0], -1) for run in states)
-            sums[0] -= packed.gather(1, target[:, None]).double().sum()
-            sums[1] -= plain.gather(1, target[:, None]).double().sum()
-            sums[2] += (plain.argmax(-1) == packed.argmax(-1)).sum()
-            self.kld.append((plain.exp() * (plain - packed)).sum(-1).clamp_min(0.0).cpu())
-        nll, nll_baseline, same = sums.tolist()
-        if not math.isfinite(nll + nll_baseline):
+            at_positions = slice(chunk.start + first - 1, chunk.stop + first - 1)
+            target = ids[at_positions.start + 1 : at_positions.stop + 1, None]
+            plain, packed = (
+                nn.functional.log_softmax(head(run[:, at_positions])[0], -1) for run in states
+            )
+            target = target.to(plain.device)
+            sums[0] -= packed.gather(1, target).double().sum()
+            sums[1] -= plain.gather(1, target).double().sum()
+            sums[3] += (plain.argmax(-1) == packed.argmax(-1)).sum()
+            klds.append((plain.exp() * (plain - packed)).sum(-1).clamp_min(0.0).cpu())
+        if not torch.isfinite(sums).all():
             raise RunError(
                 "logits hold NaN or infinity; run in float32 or check the model's weights"
             )
-        self.nll.append(nll)
-        self.nll_baseline.append(nll_baseline)
-        self.targets.append(len(ids) - first)
-        self.same_top1 += int(same)
+        self._sums[number], self._kld[number] = sums.cpu(), torch.cat(klds)
 
     def measure(self, cache: KvqCache, seconds: float) -> None:
-        """Note what a window's cache held when it was full."""
-        self.usages.append(cache.usage())
-        self.layers = cache.layer_report()
-        self.seconds += seconds
+        """Note what the cache of some windows held when it was full."""
+        usage = cache.usage()
+        self._bytes += torch.tensor([usage.cache_bytes, usage.cache_bytes_fp16])
+        self._usage = self._usage or usage
+        self._layers = cache.layer_report()
+        self._seconds += seconds
+
+    def gather(self, ranks: Ranks) -> None:
+        """Take in what other processes scored: every row is somebody's, so sums with zero are
+        exact.
+        """
+        if ranks.is_alone:
+            return
+        self._sums = ranks.reduce(self._sums)
+        self._bytes = ranks.reduce(self._bytes)
+        self._seconds = ranks.reduce(self._seconds, "MAX")
+        targets = self._sums[:, 2].long().tolist()
+        padded = (k if len(k) else torch.zeros(n) for k, n in zip(self._kld, targets, strict=True))
+        self._kld = list(ranks.reduce(torch.cat(list(padded))).split(targets))
 
     def result(self, bundle: Bundle, protocol: dict[str, Any]) -> PplResult:
         """Return the figures over all windows; cache figures are a window's mean."""
-        targets, windows = sum(self.targets), len(self.targets)
-        ratio = math.exp((sum(self.nll) - sum(self.nll_baseline)) / targets)
-        losses = [
-            (a - b) / n for a, b, n in zip(self.nll, self.nll_baseline, self.targets, strict=True)
-        ]
-        spread = torch.tensor(losses, dtype=torch.float64).std().item() if windows > 1 else None
-        kld = torch.cat(self.kld).double()
+        usage, windows = self._usage, len(self._kld)
+        assert usage is not None, "every process has a window"
+        nll, nll_baseline, targets, same_top1 = (sum(column) for column in self._sums.T.tolist())
+        ratio = math.exp((nll - nll_baseline) / targets)
+        losses = (self._sums[:, 0] - self._sums[:, 1]) / self._sums[:, 2]
+        spread = losses.std().item() if windows > 1 else None
+        kld = torch.cat(self._kld).double()
+        cache_bytes, cache_bytes_fp16 = self._bytes.tolist()
         return PplResult(
             spec=str(bundle.spec),
-            ppl=math.exp(sum(self.nll) / targets),
-            ppl_baseline=math.exp(sum(self.nll_baseline) / targets),
+            ppl=math.exp(nll / targets),
+            ppl_baseline=math.exp(nll_baseline / targets),
             ppl_ratio=ratio,
             ppl_ratio_stderr=None if spread is None else ratio * spread / math.sqrt(windows),
             kld_mean=kld.mean().item(),
             kld_p999=float(np.quantile(kld.numpy(), 0.999)),
-            same_top1=self.same_top1 / targets,
-            effective_bits=16
-            * sum(u.cache_bytes for u in self.usages)
-            / sum(u.cache_bytes_fp16 for u in self.usages),
-            cache_bytes=round(sum(usage.cache_bytes for usage in self.usages) / windows),
-            cache_bytes_fp16=self.usages[0].cache_bytes_fp16 // self.usages[0].batch,
-            paper_bytes=self.usages[0].paper_bytes / self.usages[0].batch,
+            same_top1=same_top1 / targets,
+            effective_bits=16 * cache_bytes / cache_bytes_fp16,
+            cache_bytes=round(cache_bytes / windows),
+            cache_bytes_fp16=usage.cache_bytes_fp16 // usage.batch,
+            paper_bytes=usage.paper_bytes / usage.batch,
             bundle_bytes=bundle.bundle_bytes,
-            quantized_share=self.usages[0].quantized_share,
+            quantized_share=usage.quantized_share,
             protocol=protocol,
-            layers=self.layers,
-            seconds=self.seconds,
+            layers=self._layers,
+            seconds=self._seconds.item(),
         )

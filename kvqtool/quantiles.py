@@ -8,15 +8,19 @@ sketches of several processes can be merged.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from kvqtool.errors import RunError
+from kvqtool.ranks import Ranks
 
 # The widest bins a sketch starts with resolve a channel's range to better than 1 part in BINS / 2.
 BINS = 2048
 _MANTISSA_BITS = 52
 _SMALLEST_EXPONENT = -1100
+_STATE: Final = ("minimum", "maximum", "exponent", "first", "counts")
 
 
 class ChannelQuantiles:
@@ -52,6 +56,34 @@ class ChannelQuantiles:
         flat = bins + torch.arange(len(self._first), device=states.device) * BINS
         counted = torch.bincount(flat.flatten(), minlength=self._counts.numel())
         self._counts += counted.view_as(self._counts).to(torch.int32)
+
+    def merged(self, ranks: Ranks) -> ChannelQuantiles:
+        """Return the sketch of what all processes have seen: to the bit that of one process.
+
+        Bins follow from the least and greatest value, so widened to those of all processes they
+        are everywhere the same, and counts are integers.
+        """
+        if ranks.is_alone:
+            return self
+        whole = ChannelQuantiles.from_state(self.state(), self._counts.device)
+        whole.minimum = ranks.reduce(self.minimum, "MIN")
+        whole.maximum = ranks.reduce(self.maximum, "MAX")
+        whole._widen()
+        whole._counts = ranks.reduce(whole._counts)
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all there is to the sketch, for `from_state`."""
+        held = (self.minimum, self.maximum, self._exponent, self._first, self._counts)
+        return dict(zip(_STATE, held, strict=True))
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], device: torch.device) -> ChannelQuantiles:
+        """Return the sketch that `state` was taken of, on a device."""
+        sketch = cls(0, device)
+        held = [state[name].to(device) for name in _STATE]
+        sketch.minimum, sketch.maximum, sketch._exponent, sketch._first, sketch._counts = held
+        return sketch
 
     def quantile(self, q: float) -> Tensor:
         """Return each channel's q-quantile, (channels,) float32, by numpy's linear definition

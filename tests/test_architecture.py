@@ -11,11 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvqtool"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "memory", "shape", "plan", "files", "progress"),
-    ("bits", "outliers", "codebook", "histogram", "quantiles", "codec", "packed"),
+    ("ranks", "bits", "outliers", "codebook", "histogram", "quantiles", "codec", "packed"),
     ("container", "methods", "bundle"),
     ("rope", "seam", "store"),
     ("identity", "models", "tables", "data", "attach", "attention", "cache", "forward", "capture"),
-    ("collect", "calibrate", "perplexity", "generation", "cachefile"),
+    ("collect", "partial", "calibrate", "perplexity", "generation", "cachefile"),
     ("cli", "__main__", "__init__"),
 )
 # What a floor may import from outside, beside the standard library and what the floors below may.
