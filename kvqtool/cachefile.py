@@ -24,7 +24,7 @@ from kvqtool.container import load_container, save_container
 from kvqtool.data import Text
 from kvqtool.errors import BundleError, InputError
 from kvqtool.forward import next_logits
-from kvqtool.memory import LayerGeometry, body_buffers, outliers_per_tail
+from kvqtool.memory import LayerGeometry, body_buffers, outliers_per_tail, split_tokens
 from kvqtool.models import LoadedModel
 from kvqtool.rope import AngleStore
 from kvqtool.spec import QuantSpec
@@ -155,6 +155,11 @@ def quantize_states(
         cache = session.new_cache(bundle)
         for layer in session.seam.packed:
             key, value = _states_of(tensors, layer.index, layer.geometry, loaded)
+            if cache.stores[0].tokens not in (0, key.shape[2]):
+                raise InputError(
+                    f"layers.{layer.index} has {key.shape[2]} tokens, the layers before it "
+                    f"{cache.stores[0].tokens}; give as many"
+                )
             if layer.rotation is not None and cache.angles:
                 if layer.formula is None:
                     raise InputError(
@@ -181,6 +186,13 @@ def load_cache(path: str | Path) -> SavedCache:
         name.removeprefix("bundle."): t for name, t in tensors.items() if name.startswith("bundle.")
     }
     try:
+        rows = {
+            "token_ids": int(metadata["tokens"]),
+            "next_logits": int(metadata["bundle"]["model"]["vocab_size"]),
+        }
+        for name, length in rows.items():
+            if name in tensors and tuple(tensors[name].shape) != (length,):
+                raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}")
         return SavedCache(
             bundle=Bundle.from_parts(metadata["bundle"], books),
             tokens=int(metadata["tokens"]),
@@ -289,17 +301,15 @@ def _restore_layer(
 ) -> None:
     prefix, spec = f"layers.{store.layer}", saved.bundle.spec
     exact, widths = {}, (geometry.key_dim, geometry.value_dim)
-    for part in _PARTS:
+    sink, _, window = split_tokens(spec, saved.tokens)
+    for part, length in zip(_PARTS, (sink, window), strict=True):
         pair = [_take(saved, f"{prefix}.{part}.{side}") for side in SIDES]
         for tensor, width in zip(pair, widths, strict=True):
-            if (
-                tensor.dim() != 4
-                or tensor.shape[:2] != (1, geometry.num_kv_heads)
-                or tensor.shape[3] != width
-            ):
+            shape = (1, geometry.num_kv_heads, length, width)
+            if tuple(tensor.shape) != shape:
                 raise BundleError(
-                    f"saved cache holds {prefix}.{part} of shape {tuple(tensor.shape)}; "
-                    "make it again"
+                    f"saved cache holds {prefix}.{part} of shape {tuple(tensor.shape)}, "
+                    f"expected {shape}; make it again"
                 )
         exact[part] = (
             pair[0].to(loaded.device, loaded.dtype),
