@@ -19,16 +19,23 @@ from torch import Tensor
 
 from kvqtool.attach import Session, attach
 from kvqtool.bundle import SIDES, Bundle
-from kvqtool.cache import KERNEL, KvqCache
+from kvqtool.cache import KvqCache
 from kvqtool.container import load_container, save_container
 from kvqtool.data import Text
 from kvqtool.errors import BundleError, InputError
 from kvqtool.forward import next_logits
-from kvqtool.memory import LayerGeometry, body_buffers, outliers_per_tail, split_tokens
+from kvqtool.memory import (
+    LayerGeometry,
+    body_buffers,
+    dropped_tokens,
+    outliers_per_tail,
+    split_tokens,
+)
 from kvqtool.models import LoadedModel
 from kvqtool.rope import AngleStore
 from kvqtool.spec import QuantSpec
 from kvqtool.store import LayerStore
+from kvqtool.usage import KERNEL, layer_report, measure
 
 KIND: Final = "kvqtool-cache"
 VERSION: Final = 1
@@ -238,7 +245,7 @@ def _save(
         }
     for group, angles in cache.angles.items():
         tensors[f"angles.{group}"] = angles.canonical()
-    usage = cache.usage()
+    usage = measure(cache)
     metadata = {
         "bundle": cache.bundle.metadata(),
         "tokens": usage.tokens,
@@ -262,7 +269,7 @@ def _save(
         device=loaded.device.type,
         dtype=str(loaded.dtype).removeprefix("torch."),
         kernel=KERNEL,
-        layers=cache.layer_report(),
+        layers=layer_report(cache),
         seconds=time.perf_counter() - started,
     )
 
@@ -315,7 +322,8 @@ def _restore_layer(
             pair[0].to(loaded.device, loaded.dtype),
             pair[1].to(loaded.device, loaded.dtype),
         )
-    body = saved.tokens - sum(pair[0].shape[2] for pair in exact.values())
+    dropped = dropped_tokens(spec, saved.tokens, store.sliding_window)
+    body = saved.tokens - dropped - sum(pair[0].shape[2] for pair in exact.values())
     sides = zip(
         SIDES, (spec.key, spec.value), (geometry.key_channels, geometry.value_channels), strict=True
     )
@@ -324,7 +332,7 @@ def _restore_layer(
         for side, quant, channels in sides
     ]
     moved = [{name: tensor.to(loaded.device) for name, tensor in side.items()} for side in rows]
-    store.restore(exact, (moved[0], moved[1]), body)
+    store.restore(exact, (moved[0], moved[1]), saved.tokens)
 
 
 def _rows_of(

@@ -1,9 +1,9 @@
 """Watch key and value states, and what the loss is sensitive to, layer by layer while a model runs.
 
-Weights are frozen and no activation is kept for us: an attention function that transformers calls
-with every layer's keys and values hands them on, and hooks on the two tensors hand on their
-gradients as they are computed. Keys and their gradients are taken back before RoPE where the
-layer's rotation is known.
+Weights are frozen and no activation is kept for us: a cache that stores nothing is given every
+layer's keys and values and hands them on, and hooks on the two tensors hand on their gradients as
+they are computed. Keys and their gradients are taken back before RoPE where the layer's rotation is
+known.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
-from kvqtool.attach import replaced_attention
 from kvqtool.forward import head_of, hidden_states, position_chunks
+from kvqtool.probe import call_arguments, rotary_tables
 from kvqtool.seam import LayerSeam, Seam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CAPTURE: Final = "kvqtool_capture"
 # Above this estimate of one window's activations, layers are recomputed in the backward pass
 # instead of kept.
 _ACTIVATION_BYTES: Final = 1 << 30
@@ -74,23 +74,19 @@ def capture(
         seam: what `attach.probe` found.
         watcher: takes the states.
         gradients: whether to run the backward pass and hand on gradients too.
-
-    Raises:
-        InputError: when the model does not let its attention be replaced.
     """
     run = Capture(model, seam, watcher, gradients=gradients)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        stack.enter_context(replaced_attention(model, CAPTURE, _register))
         for layer in seam.packed:
-            assert layer.module is not None
-            handle = layer.module.register_forward_pre_hook(run.enter, with_kwargs=True)
-            stack.callback(handle.remove)
+            if layer.module is not None:
+                handle = layer.module.register_forward_pre_hook(run.enter, with_kwargs=True)
+                stack.callback(handle.remove)
         yield run
 
 
 class Capture:
-    """Runs windows through a model and hands what attention sees to a watcher."""
+    """Runs windows through a model and hands what its cache would be given to a watcher."""
 
     def __init__(
         self, model: PreTrainedModel, seam: Seam, watcher: Watcher, *, gradients: bool
@@ -100,91 +96,99 @@ class Capture:
         self.watcher = watcher
         self.gradients = gradients
         self._layers = {layer.module: layer for layer in seam.packed}
+        self._by_index = {layer.index: layer for layer in seam.packed}
+        self._angles: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self, ids: Tensor) -> None:
         """Run one window, (tokens,) int64, and hand all its layers' states to the watcher."""
-        embedded = self.model.get_input_embeddings()(ids[None].to(self.model.device))
+        inputs = {"input_ids": ids[None].to(self.model.device)}
+        cache = _PassingCache(self)
         if not self.gradients:
             with torch.no_grad():
-                hidden_states(self.model, {"inputs_embeds": embedded})
+                hidden_states(self.model, inputs, cache)
             return
-        with _checkpointed(self.model, len(ids)):
-            self._backward(embedded.detach().requires_grad_(), ids.to(self.model.device))
+        embedding = self.model.get_input_embeddings()
+        # Weights are frozen, so the graph starts at the embedded tokens.
+        handle = embedding.register_forward_hook(lambda *call: call[2].requires_grad_())
+        try:
+            with torch.enable_grad(), _checkpointed(self.model, len(ids), cache):
+                self._backward(hidden_states(self.model, inputs, cache), ids.to(self.model.device))
+        finally:
+            handle.remove()
 
-    def _backward(self, embedded: Tensor, ids: Tensor) -> None:
+    def _backward(self, hidden: Tensor, ids: Tensor) -> None:
         """Backpropagate the summed next-token loss, head and loss in chunks of positions."""
-        hidden = hidden_states(self.model, {"inputs_embeds": embedded})
         leaf = hidden.detach().requires_grad_()
         with head_of(self.model) as head:
             for chunk in position_chunks(self.model, len(ids) - 1):
                 logits = head(leaf[:, chunk])
-                targets = ids[chunk.start + 1 : chunk.stop + 1]
+                targets = ids[chunk.start + 1 : chunk.stop + 1].to(logits.device)
                 nn.functional.cross_entropy(logits[0], targets, reduction="sum").backward()
         hidden.backward(leaf.grad)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Leave a note for the attention function: which layer it is called for, and its angles (a
-        forward hook).
-        """
+        """Take note of the angles a layer's keys are rotated by (a forward pre-hook)."""
         layer = self._layers[module]
-        angles = None
-        if layer.rotation is not None:
-            given = kwargs["position_embeddings"]
-            tables = (given.real, given.imag) if isinstance(given, Tensor) else given
-            angles = tuple(part[0, :, None] for part in layer.rotation.angles(*tables))
-        module._kvqtool_capture = (self, layer, angles)  # type: ignore[assignment]  # read by capture_attention
+        tables = rotary_tables(call_arguments(module, args, kwargs).get("position_embeddings"))
+        if layer.rotation is not None and tables is not None:
+            cos, sin = (part[0, :, None] for part in layer.rotation.angles(*tables))
+            self._angles[layer.index] = cos, sin
 
-    def see(
-        self, layer: LayerSeam, angles: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor
-    ) -> None:
-        """Hand on one layer's states, or ask for their gradients and hand on both."""
+    def see(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Hand on one layer's states, or ask for their gradients and hand on both.
 
-        def key_states(states: Tensor, turn: str) -> KeyStates:
-            rows = _rows(states)
-            if angles is None or layer.rotation is None:
-                return KeyStates(rows.flatten(1), rows.flatten(1))
-            return KeyStates(
-                getattr(layer.rotation, turn)(rows, *angles).flatten(1), rows.flatten(1)
-            )
-
+        Args:
+            index: the cache layer's index.
+            key: (1, num_kv_heads, tokens, key_dim) after RoPE.
+            value: (1, num_kv_heads, tokens, value_dim).
+        """
+        layer = self._by_index.get(index)
+        if layer is None:
+            return
+        both = partial(self._forms, layer, self._angles.get(index))
         if not self.gradients:
-            self.watcher.key(layer.index, key_states(key, "unrotate"), None)
-            self.watcher.value(layer.index, _rows(value).flatten(1), None)
+            self.watcher.key(index, both(key, "unrotate"), None)
+            self.watcher.value(index, _rows(value).flatten(1), None)
             return
         plain_key, plain_value = key.detach(), value.detach()
         key.register_hook(
-            lambda g: self.watcher.key(
-                layer.index, key_states(plain_key, "unrotate"), key_states(g, "pull_back")
-            )
+            lambda g: self.watcher.key(index, both(plain_key, "unrotate"), both(g, "pull_back"))
         )
         value.register_hook(
-            lambda g: self.watcher.value(
-                layer.index, _rows(plain_value).flatten(1), _rows(g).flatten(1)
-            )
+            lambda g: self.watcher.value(index, _rows(plain_value).flatten(1), _rows(g).flatten(1))
         )
 
-
-def capture_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attend by sdpa, showing keys (1, num_kv_heads, tokens, head_dim) and values to the running
-    capture.
-    """
-    run, layer, angles = getattr(module, "_kvqtool_capture", (None, None, None))
-    if run is not None and (key.requires_grad or not run.gradients):
-        run.see(layer, angles, key, value)
-        module._kvqtool_capture = (None, None, None)  # type: ignore[assignment]  # one look per forward
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    @staticmethod
+    def _forms(
+        layer: LayerSeam, angles: tuple[Tensor, Tensor] | None, states: Tensor, turn: str
+    ) -> KeyStates:
+        """Return keys or their gradients in both forms; `turn` is how to get before RoPE."""
+        rows = _rows(states)
+        if layer.rotation is None or angles is None:
+            return KeyStates(rows.flatten(1), rows.flatten(1))
+        turned = getattr(layer.rotation, turn)(rows, *(part.to(rows.device) for part in angles))
+        return KeyStates(turned.flatten(1), rows.flatten(1))
 
 
-def _register() -> None:
-    AttentionInterface.register(CAPTURE, capture_attention)
-    AttentionMaskInterface.register(CAPTURE, sdpa_mask)
+class _PassingCache(DynamicCache):
+    """A cache that stores nothing: it shows states to a capture and returns them as they came."""
+
+    def __init__(self, run: Capture) -> None:
+        super().__init__(config=run.model.config)
+        self._run = run
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        # When a checkpointed layer is recomputed its states pass by again, outside the graph.
+        if key_states.requires_grad or not self._run.gradients:
+            self._run.see(layer_idx, key_states, value_states)
+        return key_states, value_states
 
 
 def _rows(states: Tensor) -> Tensor:
@@ -206,46 +210,25 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(model: PreTrainedModel, tokens: int) -> Iterator[None]:
-    """Recompute layers in the backward pass where keeping their activations would take too much
-    memory.
+def _checkpointed(model: PreTrainedModel, tokens: int, cache: DynamicCache) -> Iterator[None]:
+    """Recompute layers in the backward pass where keeping their activations would take too much.
+
+    transformers' own checkpointing takes the cache away and needs training mode; this neither.
     """
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     width = 16 * config.hidden_size + 4 * (
         getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     )
-    if (
-        config.num_hidden_layers * tokens * width * 4 < _ACTIVATION_BYTES
-        or not model.supports_gradient_checkpointing
-    ):
+    depth = config.num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    has_state = any(not isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+    if depth * tokens * width * 4 < _ACTIVATION_BYTES or not stacks or has_state:
         yield
         return
-    # transformers 5.17 has only the older names, later versions warn about them.
-    is_new = hasattr(model, "activation_checkpointing_enable")
-    verb = "activation_checkpointing" if is_new else "gradient_checkpointing"
-    with _without_dropout(model):
-        getattr(model, f"{verb}_enable")({"use_reentrant": False})
-        model.train()
-        try:
-            yield
-        finally:
-            model.eval()
-            getattr(model, f"{verb}_disable")()
-
-
-@contextmanager
-def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """Set every dropout to zero inside the block: checkpointing needs training mode, we do not."""
-    rates: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        names = ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout",)
-        for name in names:
-            rate = getattr(module, name, None)
-            if isinstance(rate, float):
-                rates.append((module, name, rate))
-                setattr(module, name, 0.0)
+    for layer in stacks[0]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for module, name, rate in rates:
-            setattr(module, name, rate)
+        for layer in stacks[0]:
+            del layer.forward

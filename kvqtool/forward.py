@@ -26,7 +26,7 @@ def hidden_states(
 
     Args:
         model: a causal language model.
-        inputs: `input_ids` (batch, tokens) or `inputs_embeds` (batch, tokens, hidden).
+        inputs: `input_ids` (batch, tokens) int64, and what else the model's forward takes.
         cache: written and attended to; None to run without one.
 
     Returns:
@@ -96,5 +96,13 @@ class HeadOnly:
 class _Given(nn.Module):
     """Stands in for a model's layers: returns its input embeddings as the last hidden state."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> _GivenOutput:
+        return _GivenOutput(last_hidden_state=inputs_embeds)
+
+
+class _GivenOutput(BaseModelOutputWithPast):
+    """An output that has nothing but the last hidden state, whatever a family's head asks for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kvqtool.attach import attach
 from kvqtool.bundle import Bundle
-from kvqtool.cache import KERNEL, KvqCache
+from kvqtool.cache import KvqCache
 from kvqtool.cachefile import SavedCache, load_cache, restore_cache
 from kvqtool.errors import InputError, RunError
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel
+from kvqtool.usage import KERNEL, layer_report, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,7 +199,7 @@ class _Run:
             self.text.push(token)
         self.text.close()
         seconds = time.perf_counter() - started
-        usage = asdict(self.cache.usage())
+        usage = asdict(measure(self.cache))
         return GenerationResult(
             spec=str(self.cache.bundle.spec),
             text=self.text.sent,
@@ -213,7 +214,7 @@ class _Run:
             device=self.loaded.device.type,
             dtype=str(self.loaded.dtype).removeprefix("torch."),
             kernel=KERNEL,
-            layers=self.cache.layer_report(),
+            layers=layer_report(self.cache),
         )
 
     def _tokens(self, logits: Tensor) -> Iterator[int]:

@@ -188,6 +188,21 @@ def split_tokens(spec: KvSpec, tokens: int) -> tuple[int, int, int]:
     return sink, tokens - sink - window, window
 
 
+def dropped_tokens(spec: KvSpec, tokens: int, window: int | None) -> int:
+    """Return how many packed tokens a layer has dropped: whole pages that no query sees any more.
+
+    Args:
+        spec: the scheme.
+        tokens: tokens of the sequence so far.
+        window: tokens a query sees, itself included; None where it sees all.
+    """
+    if window is None:
+        return 0
+    sink, body, _ = split_tokens(spec, tokens)
+    unseen = min(max(tokens - window + 1 - sink, 0), body)
+    return unseen // PAGE_TOKENS * PAGE_TOKENS
+
+
 def position_buffer(batch: int, tokens: int) -> Buffer:
     """Return the buffer of token positions, kept once per cache to rotate stored keys again on
     read.

@@ -65,7 +65,7 @@ class LoadedModel:
     @cached_property
     def seam(self) -> Seam:
         """What probing finds of the model's attention layers; probed once."""
-        from kvqtool.attach import probe
+        from kvqtool.probe import probe
 
         return probe(self.model)
 

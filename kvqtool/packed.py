@@ -58,6 +58,17 @@ class PagedBuffer:
         if kept is not None:
             self.append(kept)
 
+    def drop(self, rows: int) -> None:
+        """Free the first `rows` rows, a whole number of pages."""
+        self.rows -= rows
+        while rows:
+            block = self._blocks[0]
+            if len(block) > rows:
+                self._blocks[0] = block[rows:].clone()
+                return
+            self._blocks.pop(0)
+            rows -= len(block)
+
     @property
     def tensors(self) -> list[Tensor]:
         """The allocated blocks."""
@@ -88,6 +99,11 @@ class RunBuffer:
         """Keep the first `length` elements."""
         if self._runs:
             self._runs = [self.read()[:length].clone()]
+
+    def drop(self, length: int) -> None:
+        """Free the first `length` elements."""
+        if length:
+            self._runs = [self.read()[length:].clone()]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -139,6 +155,14 @@ class PackedBody:
         for name, buffer in self._buffers.items():
             buffer.truncate(kept if name in SPARSE else rows)
         self.tokens = tokens
+
+    def drop(self, tokens: int) -> None:
+        """Free the first `tokens` tokens of every sequence, a whole number of pages."""
+        rows = tokens * self.batch
+        freed = self._outliers_of(self.read(), rows)
+        for name, buffer in self._buffers.items():
+            buffer.drop(freed if name in SPARSE else rows)
+        self.tokens -= tokens
 
     def select(self, sequences: Tensor) -> None:
         """Keep, repeat or reorder sequences: the new batch is `sequences`, (new_batch,) int64

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kvqtool.attach import Session, attach
 from kvqtool.bundle import Bundle
-from kvqtool.cache import KERNEL, CacheUsage, KvqCache
+from kvqtool.cache import KvqCache
 from kvqtool.calibrate import versions
 from kvqtool.data import Windows
 from kvqtool.errors import InputError, RunError
@@ -32,6 +32,7 @@ from kvqtool.forward import HeadOnly, head_of, hidden_states, position_chunks
 from kvqtool.models import LoadedModel
 from kvqtool.progress import Progress, silent
 from kvqtool.ranks import Ranks
+from kvqtool.usage import KERNEL, CacheUsage, layer_report, measure
 
 # Tokens of a batch on a GPU; more would only take memory.
 _TOKENS_AT_ONCE: Final = 16384
@@ -239,10 +240,10 @@ class _Tally:
 
     def measure(self, cache: KvqCache, seconds: float) -> None:
         """Note what the cache of some windows held when it was full."""
-        usage = cache.usage()
+        usage = measure(cache)
         self._bytes += torch.tensor([usage.cache_bytes, usage.cache_bytes_fp16])
         self._usage = self._usage or usage
-        self._layers = cache.layer_report()
+        self._layers = layer_report(cache)
         self._seconds += seconds
 
     def gather(self, ranks: Ranks) -> None:

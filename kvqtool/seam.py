@@ -26,6 +26,7 @@ class LayerSeam:
         formula: angles as a function of position; None where the tables themselves must be kept.
         note: what was found, for the report.
         group: layers with the same number share their angles.
+        window: tokens a sliding layer's queries see, the newest included; None for all.
         tables: the angles seen by the probe, while groups are being formed.
     """
 
@@ -37,6 +38,7 @@ class LayerSeam:
     formula: AngleFormula | None
     note: str
     group: int = 0
+    window: int | None = None
     tables: tuple[Tensor, Tensor] | None = None
 
     def shares_angles_with(self, other: LayerSeam) -> bool:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.errors import RunError
-from kvqtool.memory import LayerGeometry
+from kvqtool.memory import LayerGeometry, dropped_tokens
 from kvqtool.methods import get_method
 from kvqtool.packed import PackedBody
-from kvqtool.rope import Rotation
+from kvqtool.padding import keep_padded_sinks, put_padded_sinks
+from kvqtool.seam import LayerSeam
 from kvqtool.spec import KvSpec, QuantSpec
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
@@ -30,20 +31,19 @@ class LayerStore:
         self,
         spec: KvSpec,
         codebooks: tuple[Codebook, Codebook],
-        rotation: Rotation | None,
-        layer: int,
+        seam: LayerSeam,
     ) -> None:
         """Start empty.
 
         Args:
             spec: the scheme.
             codebooks: the layer's key and value codebooks.
-            rotation: how keys are taken back before RoPE; None to store them as they come.
-            layer: index, for messages.
+            seam: the layer: how its keys are taken back before RoPE, and its sliding window.
         """
         self.spec = spec
-        self.rotation = rotation if spec.key.pre_rope else None
-        self.layer = layer
+        self.rotation = seam.rotation if spec.key.pre_rope else None
+        self.layer = seam.index
+        self.sliding_window = seam.window
         self._codebooks = codebooks
         self.clear()
 
@@ -52,6 +52,8 @@ class LayerStore:
         self._exact: dict[str, tuple[Tensor, Tensor]] = {}
         self._bodies: tuple[PackedBody, PackedBody] | None = None
         self.tokens = 0
+        self.dropped = 0
+        self.padding: tuple[int, ...] = ()
 
     @property
     def geometry(self) -> LayerGeometry:
@@ -94,47 +96,68 @@ class LayerStore:
         """
         if self._bodies is None:
             self._start(key, value)
-        sinks_missing = self.spec.sink_tokens - self._exact["sink"][0].shape[2]
+        arriving, before = (key, value), self.tokens
+        sinks_missing = self.spec.sink_tokens - self.sinks
         if sinks_missing > 0:
             taken = key[:, :, :sinks_missing], value[:, :, :sinks_missing]
             self._exact["sink"] = _join(self._exact["sink"], taken)
             key, value = key[:, :, sinks_missing:], value[:, :, sinks_missing:]
-            self.tokens += taken[0].shape[2]
-        self.tokens += key.shape[2]
+        self.tokens += arriving[0].shape[2]
+        keep_padded_sinks(self._exact["sink"], self.padding, arriving, before)
         pool = _join(self._exact["window"], (key, value))
         leaving = pool[0].shape[2] - self.spec.residual_length
         if leaving > 0:
-            start = self._exact["sink"][0].shape[2] + self.bodies[0].tokens
+            start = self.sinks + self.dropped + self.bodies[0].tokens
             self._encode(pool[0][:, :, :leaving], pool[1][:, :, :leaving], angles, start)
             pool = pool[0][:, :, leaving:].clone(), pool[1][:, :, leaving:].clone()
         self._exact["window"] = pool
 
-    def read(self, angles: Angles) -> tuple[Tensor, Tensor]:
-        """Return all stored tokens' keys (after RoPE) and values, (B, H, tokens, D) in the model's
-        dtype.
+    def read(self, angles: Angles, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the keys (after RoPE) and values of tokens from `start` on, (B, H, tokens, D) in
+        the model's dtype; tokens before the pages that were dropped are gone.
         """
         (sink_key, sink_value), (window_key, window_value) = (
             self._exact["sink"],
             self._exact["window"],
         )
-        keys, values = [sink_key], [sink_value]
+        has_sinks = start < self.sinks + self.dropped
+        assert not (has_sinks and self.dropped), "dropped tokens are not read"
+        first = 0 if has_sinks else self.sinks + self.dropped
+        keys, values = ([sink_key], [sink_value]) if has_sinks else ([], [])
         if self.bodies[0].tokens:
             body_key, body_value = (self._decode(side) for side in (0, 1))
             if self.rotation is not None:
-                start = sink_key.shape[2]
-                cos, sin = angles(start, start + self.bodies[0].tokens)
+                at = self.sinks + self.dropped
+                cos, sin = angles(at, at + self.bodies[0].tokens)
                 body_key = self.rotation.rotate(body_key, cos[:, :, None], sin[:, :, None])
             keys.append(_from_rows(body_key, window_key.dtype))
             values.append(_from_rows(body_value, window_value.dtype))
-        return torch.cat([*keys, window_key], dim=2), torch.cat([*values, window_value], dim=2)
+        key, value = (
+            torch.cat([*keys, window_key], dim=2),
+            torch.cat([*values, window_value], dim=2),
+        )
+        put_padded_sinks(self._exact["sink"], self.padding, (key, value), first)
+        return key[:, :, start - first :], value[:, :, start - first :]
+
+    def drop_unseen(self) -> None:
+        """Free what a sliding layer's queries will not see again: whole pages."""
+        body = dropped_tokens(self.spec, self.tokens, self.sliding_window) - self.dropped
+        if body > 0:
+            for side in self.bodies:
+                side.drop(body)
+            self.dropped += body
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens. Tokens that were packed stay packed, also where the
         window has room again.
         """
-        sink = min(tokens, self._exact["sink"][0].shape[2])
-        body = min(tokens - sink, self.bodies[0].tokens)
-        kept = {"sink": sink, "window": tokens - sink - body}
+        sink = min(tokens, self.sinks)
+        body = min(tokens - sink - self.dropped, self.bodies[0].tokens)
+        if body < 0 or (self.sliding_window and self._first_seen(tokens) < self._first_stored()):
+            raise RunError(
+                "a sliding layer has dropped what cropping would bring back; record the past first"
+            )
+        kept = {"sink": sink, "window": tokens - sink - self.dropped - body}
         for part, length in kept.items():
             key, value = self._exact[part]
             self._exact[part] = key[:, :, :length].clone(), value[:, :, :length].clone()
@@ -146,6 +169,8 @@ class LayerStore:
         """Keep, repeat or reorder sequences: the new batch is `sequences`, (new_batch,) int64
         indices.
         """
+        if self.padding:
+            self.padding = tuple(self.padding[i] for i in sequences.tolist())
         for part, (key, value) in self._exact.items():
             self._exact[part] = key[sequences], value[sequences]
         for side in self.bodies:
@@ -180,17 +205,30 @@ class LayerStore:
         self,
         exact: dict[str, tuple[Tensor, Tensor]],
         rows: tuple[dict[str, Tensor], dict[str, Tensor]],
-        body: int,
+        tokens: int,
     ) -> None:
-        """Fill an empty store from saved parts: sink and window states, and encoded rows of `body`
-        tokens.
+        """Fill an empty store with what a store of `tokens` tokens held: sink and window states,
+        and encoded rows.
         """
         self._start(*exact["window"])
         self._exact = dict(exact)
+        self.dropped = dropped_tokens(self.spec, tokens, self.sliding_window)
         for side, buffers in zip(self.bodies, rows, strict=True):
-            if body:
+            if buffers:
                 side.append(buffers)
-        self.tokens = exact["sink"][0].shape[2] + body + exact["window"][0].shape[2]
+        self.tokens = tokens
+
+    @property
+    def sinks(self) -> int:
+        """Sink tokens stored."""
+        return self._exact["sink"][0].shape[2]
+
+    def _first_seen(self, tokens: int) -> int:
+        """Return the first token that the query after `tokens` tokens sees."""
+        return max(tokens - self.sliding_window + 1, 0) if self.sliding_window else 0
+
+    def _first_stored(self) -> int:
+        return self.sinks + self.dropped if self.dropped else 0
 
     def _start(self, key: Tensor, value: Tensor) -> None:
         none = key[:, :, :0].clone(), value[:, :, :0].clone()

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvqtool.attach import attach, probe
+from kvqtool.attach import attach
+from kvqtool.probe import probe
 from kvqtool.bundle import Bundle, uncalibrated_bundle
 from kvqtool.errors import BundleError, InputError, RunError
 from kvqtool.models import LoadedModel
@@ -130,7 +131,7 @@ class TestProbe:
             assert layer.rotation is None
             assert note in layer.note
 
-    def test_sliding_layers_keep_their_stock_cache(self) -> None:
+    def test_sliding_layers_are_packed_with_their_window(self) -> None:
         options = {
             "use_sliding_window": True,
             "sliding_window": 8,
@@ -138,14 +139,8 @@ class TestProbe:
         }
         model: Any = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**(SIZES | options)))
         seam = probe(model.eval())
-        assert [layer.is_packed for layer in seam.layers] == [True, False]
-        assert seam.layers[1].note == "left as it is: DynamicSlidingWindowLayer"
-
-    def test_a_model_of_nothing_else_is_refused(self) -> None:
-        options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
-        model: Any = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**(SIZES | options)))
-        with pytest.raises(InputError, match="no full-attention cache layer to compress"):
-            probe(model.eval())
+        assert [layer.is_packed for layer in seam.layers] == [True, True]
+        assert [layer.window for layer in seam.layers] == [None, 8]
 
     def test_it_leaves_no_hook_behind(self) -> None:
         model = model_of("llama-default")

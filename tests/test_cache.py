@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvqtool.attach import Session, attach, probe
+from kvqtool.attach import Session, attach
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.memory import Outliers, planned_bytes
 from kvqtool.models import LoadedModel
+from kvqtool.probe import probe
+from kvqtool.usage import layer_report, measure
 
 SPEC = "nuq3-1%-sink1"
 SPECS = ("fp", SPEC, "int4-g32-sink2-r5", "nuq2-5%-cap3-r3", "nf4-pertoken-postrope")
@@ -181,7 +183,7 @@ class TestUsage:
             for t in self.tensors(filled)
             if t.numel()
         }
-        assert filled.nbytes == filled.usage().cache_bytes == sum(held.values())
+        assert filled.nbytes == measure(filled).cache_bytes == sum(held.values())
 
     def test_bytes_are_those_the_planner_says(self, filled: KvqCache) -> None:
         """methods.md 7.14: the planner equals the allocated cache, given its outliers."""
@@ -193,7 +195,7 @@ class TestUsage:
         assert filled.nbytes == planned - without
 
     def test_figures_follow_from_bytes_and_shapes(self, filled: KvqCache) -> None:
-        usage, spec = filled.usage(), filled.bundle.spec
+        usage, spec = measure(filled), filled.bundle.spec
         elements = 2 * 131 * 4 * (2 * 64 + 2 * 64)
         assert (usage.tokens, usage.batch) == (131, 2)
         assert usage.cache_bytes_fp16 == 2 * elements
@@ -203,7 +205,7 @@ class TestUsage:
         assert usage.quantized_share == pytest.approx(share)
 
     def test_the_report_names_every_layer(self, filled: KvqCache) -> None:
-        rows = filled.layer_report()
+        rows = layer_report(filled)
         assert [row["layer"] for row in rows] == [0, 1, 2, 3]
         assert {row["rope"] for row in rows} == {"half 64 of 64"}
         storage = "post-RoPE" if "postrope" in str(filled.bundle.spec) else "pre-RoPE"

@@ -10,12 +10,14 @@ from kvqtool.codebook import Codebook, as_half, uniform_levels
 from kvqtool.errors import RunError
 from kvqtool.memory import LayerGeometry, Outliers, layer_buffers, split_tokens
 from kvqtool.rope import Rotation
+from kvqtool.seam import LayerSeam
 from kvqtool.spec import KvSpec, parse_spec
 from kvqtool.store import LayerStore
 
 HEADS, DIM = 2, 16
 ROTATION = Rotation("half", DIM, 0, 1, "halves")
 GEOMETRY = LayerGeometry(HEADS, DIM, DIM)
+SEAM = LayerSeam(0, GEOMETRY, None, True, ROTATION, None, "")
 
 
 def states(batch: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,7 @@ def books(spec: KvSpec) -> tuple[Codebook, Codebook]:
 
 def store_of(spec: str, key: Tensor, value: Tensor, steps: list[int]) -> LayerStore:
     parsed = parse_spec(spec)
-    store = LayerStore(parsed, books(parsed), ROTATION, 0)
+    store = LayerStore(parsed, books(parsed), SEAM)
     for k, v in zip(key.split(steps, 2), value.split(steps, 2), strict=True):
         store.append(k, v, angles(key.shape[0]))
     return store
@@ -79,7 +81,7 @@ class TestAppending:
         spec = f"int3-5%-sink{sink}-r{window}"
         key, value = states(batch, sink + window + 129)
         parsed = parse_spec(spec)
-        slow = LayerStore(parsed, books(parsed), ROTATION, 0)
+        slow = LayerStore(parsed, books(parsed), SEAM)
         for token in range(key.shape[2]):
             at = slice(token, token + 1)
             slow.append(key[:, :, at], value[:, :, at], angles(batch))
@@ -202,8 +204,8 @@ def test_a_restored_store_reads_the_same() -> None:
         for side in ("key", "value")
     )
     exact = {part: (named[f"{part}.key"], named[f"{part}.value"]) for part in ("sink", "window")}
-    other = LayerStore(spec, books(spec), ROTATION, 0)
-    other.restore(exact, rows, 133)  # type: ignore[arg-type]  # a pair
+    other = LayerStore(spec, books(spec), SEAM)
+    other.restore(exact, rows, 140)  # type: ignore[arg-type]  # a pair
     assert_same(other.canonical(), named)
     assert torch.equal(other.read(angles(1))[0], store.read(angles(1))[0])
 

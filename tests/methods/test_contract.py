@@ -13,12 +13,14 @@ from kvqtool.codebook import Codebook, as_half
 from kvqtool.codec import normalize
 from kvqtool.errors import RunError
 from kvqtool.histogram import LevelHistogram
-from kvqtool.memory import body_buffers
+from kvqtool.memory import LayerGeometry, body_buffers
 from kvqtool.methods import METHODS, get_method
+from kvqtool.seam import LayerSeam
 from kvqtool.spec import METHOD_BITS, QuantSpec, parse_spec
 from kvqtool.store import LayerStore
 
 CHANNELS = 96
+SEAM = LayerSeam(7, LayerGeometry(2, 48, 48), None, True, None, None, "")
 CODED = [method.name for method in METHODS if method.name != "fp"]
 NAMES = [f"{name}{bits}" for name in CODED for bits in METHOD_BITS[name]]
 # Keys per channel, keys per token, and values, without and with outliers.
@@ -200,7 +202,7 @@ def store_of(name: str) -> Callable[[Tensor], LayerStore]:
     books = codebook_of(spec.key, states), codebook_of(spec.value, states)
 
     def store(key: Tensor) -> LayerStore:
-        layer = LayerStore(spec, books, None, 7)
+        layer = LayerStore(spec, books, SEAM)
         layer.append(key, key.clone(), _no_angles)
         return layer
 

@@ -1,0 +1,144 @@
+"""One layer of a compressed cache, as transformers' `Cache` calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvqtool.attention import Band, mark_band
+from kvqtool.rope import AngleStore
+from kvqtool.store import LayerStore
+
+
+class KvqLayer(CacheLayerMixin):
+    """One layer of the cache: hands states to its store and the store's contents back to the model.
+
+    A sliding layer stores what it is given too, drops whole pages no query sees any more, and shows
+    each call what the stock sliding layer would.
+    """
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, store: LayerStore, angles: AngleStore | None, prefill: str) -> None:
+        """Wrap a store; `angles` is the angle store it shares with other layers, None where keys
+        are not rotated.
+        """
+        super().__init__()
+        self.store = store
+        self.angles = angles
+        self.prefill = prefill
+        self.sliding_window = store.sliding_window
+        self.is_sliding = store.sliding_window is not None
+        self.record_past = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: a store starts with the first states."""
+
+    def activate_past_recording(self) -> None:
+        """Keep what a sliding layer would drop until the next `crop`, which may go back."""
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new states and return what the new tokens attend to.
+
+        Args:
+            key_states: (batch, num_kv_heads, tokens, key_dim) after RoPE.
+            value_states: (batch, num_kv_heads, tokens, value_dim).
+            *args: ignored; transformers passes none.
+            **kwargs: likewise.
+
+        Returns:
+            Keys after RoPE and values of all tokens the new ones may see, in the model's dtype.
+        """
+        is_prompt = self.store.is_empty
+        window = None if is_prompt else self.store.window
+        seen_from = self._first_seen()
+        self.store.append(key_states, value_states, self._read_angles)
+        self.is_initialized = True
+        keys, values = key_states, value_states
+        if not (is_prompt and self.prefill == "exact"):
+            keys, values = self.store.read(self._read_angles, seen_from)
+            if self.store.spec.residual_length and key_states.shape[2] > 1:
+                self._mark_band(keys, (key_states, value_states), window)
+        if not self.record_past:
+            self.store.drop_unseen()
+        return keys, values
+
+    def _mark_band(
+        self, keys: Tensor, fresh: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Tell attention which of the keys each new query still sees exactly."""
+        tail = fresh
+        if window is not None:
+            pairs = zip(window, fresh, strict=True)
+            key, value = (
+                torch.cat([old, new], dim=2)[:, :, -keys.shape[2] :] for old, new in pairs
+            )
+            tail = key, value
+        mark_band(keys, Band(*tail, self.store.spec.residual_length))
+
+    def _first_seen(self) -> int:
+        """Return the first token that the next query sees."""
+        return max(self.store.tokens - self.sliding_window + 1, 0) if self.sliding_window else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys a call of `query_length` queries will see, and the first's index."""
+        first = self._first_seen()
+        return self.store.tokens - first + query_length, first
+
+    def get_seq_length(self) -> int:
+        """Return the tokens seen so far."""
+        return self.store.tokens
+
+    def get_max_length(self) -> int:
+        """Return the sliding window, or -1: the cache grows without bound."""
+        return self.sliding_window or -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return the same under the name transformers 5.17 asks for."""
+        return self.get_max_length()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store.clear()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens: `tokens_to_remove` is minus their number (a positive value is the
+        length to keep).
+        """
+        if not self.store.is_empty:
+            keep = (
+                tokens_to_remove if tokens_to_remove > 0 else self.store.tokens + tokens_to_remove
+            )
+            self.store.truncate(max(keep, 0))
+            self.store.drop_unseen()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the batch into the order of the chosen beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        if not self.store.is_empty:
+            self.batch_select_indices(repeated(self.store.batch, repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices`."""
+        if not self.store.is_empty:
+            self.store.select(indices.to(self.store.window[0].device))
+
+    def _read_angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert self.angles is not None, "only rotated layers ask for angles"
+        return self.angles.read(start, stop)
+
+
+def repeated(batch: int, repeats: int) -> Tensor:
+    """Return the sequence each of a repeated batch's comes from: 2, 3 -> [0, 0, 0, 1, 1, 1]."""
+    return torch.arange(batch).repeat_interleave(repeats)

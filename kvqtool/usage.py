@@ -1,0 +1,109 @@
+"""What a compressed cache holds and how: figures measured on its tensors, and a row per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from kvqtool.cache import KvqCache, is_rotated
+from kvqtool.layer import KvqLayer
+from kvqtool.memory import paper_bytes
+from kvqtool.seam import LayerSeam
+
+# The one path there is until the CUDA kernels: torch decodes the whole cache for stock attention.
+KERNEL: Final = "torch (materialise)"
+
+
+@dataclass(frozen=True)
+class CacheUsage:
+    """What a cache holds, measured on its tensors.
+
+    Args:
+        tokens: tokens of each sequence.
+        batch: sequences.
+        cache_bytes: bytes of every tensor the packed layers have allocated, angles included.
+        cache_bytes_fp16: bytes of what stock layers would hold at this point in 16-bit floats.
+        paper_bytes: bytes by KVQuant's accounting.
+        effective_bits: 8 * cache_bytes over the elements held.
+        outliers: elements stored exactly beside the codes.
+        quantized_share: share of tokens that are stored as codes.
+    """
+
+    tokens: int
+    batch: int
+    cache_bytes: int
+    cache_bytes_fp16: int
+    paper_bytes: float
+    effective_bits: float
+    outliers: int
+    quantized_share: float
+
+
+def measure(cache: KvqCache) -> CacheUsage:
+    """Measure what a cache holds now."""
+    stores = [store for store in cache.stores if not store.is_empty]
+    tokens, batch = stores[0].tokens, stores[0].batch
+    held = [(store.tokens - store.dropped, store.geometry.elements) for store in stores]
+    seen = [(min(tokens, (store.sliding_window or tokens + 1) - 1), store) for store in stores]
+    elements = batch * sum(count * width for count, width in held)
+    packed = sum(store.bodies[0].tokens for store in stores)
+    is_fp = cache.bundle.spec.key.method == "fp"
+    return CacheUsage(
+        tokens=tokens,
+        batch=batch,
+        cache_bytes=cache.nbytes,
+        cache_bytes_fp16=2 * batch * sum(count * s.geometry.elements for count, s in seen),
+        paper_bytes=sum(
+            paper_bytes(cache.bundle.spec, (store.geometry,), batch, count) for count, store in seen
+        ),
+        effective_bits=8 * cache.nbytes / elements,
+        outliers=sum(body.outliers for store in stores for body in store.bodies),
+        quantized_share=0.0 if is_fp else packed / sum(count for count, _ in held),
+    )
+
+
+def layer_report(cache: KvqCache) -> list[dict[str, Any]]:
+    """Return one row per layer: what it is, how its keys rotate, how it is stored and read."""
+    return [_layer_row(cache, layer) for layer in cache.seam.layers]
+
+
+def _layer_row(cache: KvqCache, layer: LayerSeam) -> dict[str, Any]:
+    spec, packed = cache.bundle.spec, layer.is_packed
+    rotated = packed and is_rotated(layer, cache.bundle)
+    axis = "channel" if spec.key.per_channel else "group" if spec.key.group_size else "token"
+    kind = "stock" if not packed else "sliding" if layer.window else "full"
+    mixed = bool(spec.residual_length)
+    return {
+        "layer": layer.index,
+        "kind": kind,
+        "window": layer.window,
+        "rope": layer.note,
+        "key_storage": _key_form(layer, rotated) if packed else None,
+        "key_axis": axis if packed and spec.key.method != "fp" else None,
+        "key_bits": spec.key.bits if packed else None,
+        "value_bits": spec.value.bits if packed else None,
+        "angles": cache.angles[layer.group].kind if rotated else None,
+        "read_path": ("mixed" if mixed else "materialise") if packed else "stock",
+        "cache_bytes": _layer_bytes(cache, layer),
+    }
+
+
+def _key_form(layer: LayerSeam, rotated: bool) -> str:
+    if rotated:
+        return "pre-RoPE"
+    return "post-RoPE" if layer.rotation is not None else "as given"
+
+
+def _layer_bytes(cache: KvqCache, layer: LayerSeam) -> int:
+    """Return the bytes of one layer's tensors, a stock layer's keys, values and states included."""
+    held = cache.layers[layer.index]
+    if isinstance(held, KvqLayer):
+        tensors = [tensor for group in held.store.tensors.values() for tensor in group]
+    else:
+        parts = [
+            part if isinstance(part, (list, tuple)) else [part] for part in vars(held).values()
+        ]
+        tensors = [part for group in parts for part in group if isinstance(part, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
