@@ -4,6 +4,7 @@ belong to.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.container import load_container, save_container
-from kvqtool.errors import BundleError, KvqError
-from kvqtool.memory import LayerGeometry
+from kvqtool.errors import BundleError, KvqError, brief
+from kvqtool.memory import LayerGeometry, groups_per_token
 from kvqtool.methods import get_method
 from kvqtool.spec import EXACT, KvSpec, parse_spec
 
@@ -30,6 +31,22 @@ _IDENTITY: Final = (
     "vocab_size",
     "tokenizer_sha256",
     "rope_sha256",
+)
+
+
+_FIELDS: Final = {
+    "name": str,
+    "architecture": str,
+    "num_layers": int,
+    "layers": list,
+    "vocab_size": int,
+    "max_context": int,
+    "tokenizer_sha256": str,
+    "rope_sha256": str,
+}
+_TENSOR: Final = re.compile(
+    r"layers\.(0|[1-9][0-9]{0,5})\.(?:key\.(?:levels|decode_levels|lower|upper)"
+    r"|value\.(?:levels|decode_levels))"
 )
 
 
@@ -72,8 +89,8 @@ class Bundle:
             mine, theirs = self.model[field], model[field]
             if mine != theirs:
                 raise BundleError(
-                    f"bundle was made for {self.model['name']} ({field} {_brief(mine)}), "
-                    f"the model {model['name']} has {_brief(theirs)}; calibrate a bundle for it"
+                    f"bundle was made for {brief(self.model['name'])} ({field} {brief(mine)}), "
+                    f"the model {model['name']} has {brief(theirs)}; calibrate a bundle for it"
                 )
 
     def check_layers(self, layers: dict[int, LayerGeometry]) -> None:
@@ -88,6 +105,14 @@ class Bundle:
                     f"bundle has no codebook for layer {index}; calibrate a bundle for this model"
                 )
             lower = self.codebooks[index, "key"].lower
+            for quant, channels in (
+                (self.spec.key, layer.key_channels),
+                (self.spec.value, layer.value_channels),
+            ):
+                try:
+                    groups_per_token(quant, channels)
+                except KvqError as error:
+                    raise BundleError(f"bundle does not fit layer {index}: {error}") from error
             if lower is not None and len(lower) != layer.key_channels:
                 raise BundleError(
                     f"bundle has {len(lower)} key channels in layer {index}, "
@@ -125,15 +150,19 @@ class Bundle:
         """
         try:
             spec = parse_spec(metadata["spec"])
-            layers = sorted({int(name.split(".")[1]) for name in tensors})
+            model, provenance = metadata["model"], metadata["provenance"]
+            _check_identity(model)
+            if not isinstance(provenance, dict):
+                raise ValueError("its provenance")
             books = {
                 (layer, side): _codebook(tensors, layer, side, spec)
-                for layer in layers
+                for layer in _layers_of(tensors)
                 for side in SIDES
             }
-            return Bundle(spec, dict(metadata["model"]), books, dict(metadata["provenance"]))
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise BundleError(f"bundle lacks or garbles {error}; calibrate it again") from error
+            return Bundle(spec, model, books, provenance)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            found = brief(error)
+            raise BundleError(f"bundle lacks or garbles {found}; calibrate it again") from error
         except KvqError as error:
             raise BundleError(f"bundle cannot be read: {error}") from error
 
@@ -167,31 +196,54 @@ def uncalibrated_bundle(spec: KvSpec, model: dict[str, Any], layers: list[int]) 
     return Bundle(spec, model, books, {"calibrated": False})
 
 
+def _check_identity(model: Any) -> None:
+    """Raise ValueError or KeyError for what is no model's identity."""
+    for field, kind in _FIELDS.items():
+        if type(model[field]) is not kind:
+            raise ValueError(f"the model's {field}")
+    for layer in model["layers"]:
+        LayerGeometry(**layer)
+        if not all(type(size) is int and size > 0 for size in layer.values()):
+            raise ValueError("the model's layers")
+
+
+def _layers_of(tensors: dict[str, Tensor]) -> list[int]:
+    """Return the layers that tensors belong to; ValueError for one that belongs nowhere."""
+    layers = set()
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None or tensor.dtype != torch.float16:
+            raise ValueError(f"the tensor {name}")
+        layers.add(int(match[1]))
+    return sorted(layers)
+
+
 def _codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpec) -> Codebook:
+    """Return one side's codebook; KeyError or ValueError where the tensors make none."""
     quant = spec.key if side == "key" else spec.value
     prefix = f"layers.{layer}.{side}"
     levels = tensors[f"{prefix}.levels"].float()
+    decoded = tensors.get(f"{prefix}.decode_levels", levels).float()
     lower, upper = (
         tensors[f"{prefix}.{end}"].float() if quant.per_channel else None
         for end in ("lower", "upper")
     )
-    decoded = tensors.get(f"{prefix}.decode_levels")
-    book = Codebook(levels, levels if decoded is None else decoded.float(), lower, upper)
+    if not quant.per_channel and {f"{prefix}.lower", f"{prefix}.upper"} & tensors.keys():
+        raise ValueError(f"the range of layer {layer} {side}")
     shape: tuple[int, ...] = (0 if quant.method == EXACT else 1 << quant.bits,)
     if quant.channel_levels and lower is not None:
         shape = (len(lower), *shape)
-    ends = () if lower is None or upper is None else (lower, upper)
-    shapes_fit = (
-        tuple(levels.shape) == tuple(book.decode_levels.shape) == shape
-        and len({len(end) for end in ends}) < 2
-    )
-    if not shapes_fit or not all(
-        torch.isfinite(t).all() for t in (levels, book.decode_levels, *ends)
+    parts = [part for part in (levels, decoded, lower, upper) if part is not None]
+    if (
+        not all(torch.isfinite(part).all() for part in parts)
+        or not tuple(levels.shape) == tuple(decoded.shape) == shape
+        or (levels.diff(dim=-1) < 0).any()
     ):
         raise ValueError(f"the codebook of layer {layer} {side}")
-    return book
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if (
+        lower is not None
+        and upper is not None
+        and (lower.dim() != 1 or lower.shape != upper.shape or (lower > upper).any())
+    ):
+        raise ValueError(f"the range of layer {layer} {side}")
+    return Codebook(levels, decoded, lower, upper)

@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvqtool.errors import BundleError
+from kvqtool.errors import BundleError, brief
 from kvqtool.files import atomic_output
+
+_MOST_LEVELS: Final = 16  # of nested JSON; kvqtool's own has four
 
 
 def save_container(
@@ -41,7 +43,7 @@ def save_container(
     """
     metadata, tensors = content
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
     header = {
         "format": kind,
         "version": str(version),
@@ -67,22 +69,56 @@ def load_container(
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != kind:
-                found = header.get("format", "no kvqtool format")
+                found = brief(header.get("format", "no kvqtool format"))
                 raise BundleError(
                     f"{path} is not a {kind} file (found: {found}); name another file"
                 )
             if header.get("version") != str(version):
                 raise BundleError(
-                    f"{what} {path} has format version {header.get('version')}, "
+                    f"{what} {path} has format version {brief(header.get('version'))}, "
                     f"this kvqtool reads version {version}; "
                     "make it again, or use the kvqtool that wrote it"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError, UnicodeDecodeError, ValueError) as error:
+        text = header.get("metadata", "")
+        if header.get("sha256") != _digest(text, tensors):
+            raise ValueError("its checksum does not match")
+        return _parse(text), tensors
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        # AttributeError: a dtype that this torch does not have.
         raise BundleError(f"{what} {path} is damaged ({_short(error)}); make it again") from error
-    if header.get("sha256") != _digest(header.get("metadata", ""), tensors):
-        raise BundleError(f"{what} {path} is damaged (its checksum does not match); make it again")
-    return json.loads(header["metadata"]), tensors
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """Return the JSON object a file carries; ValueError for what kvqtool would not write."""
+    try:
+        found = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise ValueError("its metadata is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("its metadata is no JSON object")
+    level: list[Any] = [found]
+    for _ in range(_MOST_LEVELS):
+        nested = [part for part in level if isinstance(part, dict | list)]
+        level = [
+            inner
+            for part in nested
+            for inner in (part.values() if isinstance(part, dict) else part)
+        ]
+    if level:
+        raise ValueError("its metadata is nested too deeply")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"its metadata holds {constant}")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its metadata repeats a key")
+    return found
 
 
 def _with_sorted_header(data: bytes) -> bytes:
@@ -105,4 +141,4 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return brief(str(error).splitlines()[0] if str(error) else type(error).__name__)

@@ -23,3 +23,10 @@ class RunError(KvqError):
     """Something failed while running: non-finite activations, no memory, no disk."""
 
     exit_code = 3
+
+
+def brief(value: object) -> str:
+    """Return a value as one line of an error can show it: short, and without control characters."""
+    text = str(value)
+    shown = text if text.isprintable() else ascii(text)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

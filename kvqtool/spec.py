@@ -196,9 +196,9 @@ class KvSpec:
         return self.key.needs_gradients or self.value.needs_gradients
 
 
-_HEAD: Final = re.compile(r"(nuq|int|nf)(\d+)|fp")
-_NUMBERED: Final = re.compile(r"(sink|cap|r|g)(\d+)")
-_PERCENT: Final = re.compile(r"(\d+(?:\.\d+)?)%")
+_HEAD: Final = re.compile(r"(nuq|int|nf)([0-9]{1,9})|fp")
+_NUMBERED: Final = re.compile(r"(sink|cap|r|g)([0-9]{1,9})")
+_PERCENT: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,99})?)%")
 _FLAGS: Final = ("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc")
 _KEY_ONLY: Final = ("postrope", "pertoken", "pc", "cap")
 
