@@ -10,37 +10,35 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvqtool.attach import Session, attach
+from kvqtool.attach import attach
 from kvqtool.bundle import SIDES, Bundle
 from kvqtool.cache import KvqCache
-from kvqtool.container import load_container, save_container
+from kvqtool.container import save_container
 from kvqtool.data import Text
-from kvqtool.errors import BundleError, InputError
+from kvqtool.errors import InputError, brief
 from kvqtool.forward import next_logits
-from kvqtool.memory import (
-    LayerGeometry,
-    body_buffers,
-    dropped_tokens,
-    outliers_per_tail,
-    split_tokens,
-)
+from kvqtool.memory import LayerGeometry
 from kvqtool.models import LoadedModel
-from kvqtool.rope import AngleStore
-from kvqtool.spec import QuantSpec
-from kvqtool.store import LayerStore
+from kvqtool.restore import KIND, VERSION, SavedCache, load_cache, restore_cache
 from kvqtool.usage import KERNEL, layer_report, measure
 
-KIND: Final = "kvqtool-cache"
-VERSION: Final = 1
-
-_PARTS: Final = ("sink", "window")
+__all__ = [
+    "KIND",
+    "VERSION",
+    "CacheReport",
+    "SavedCache",
+    "load_cache",
+    "quantize_states",
+    "quantize_text",
+    "restore_cache",
+]
 
 
 @dataclass(frozen=True)
@@ -64,29 +62,6 @@ class CacheReport:
     kernel: str
     layers: list[dict[str, Any]]
     seconds: float
-
-
-@dataclass(frozen=True)
-class SavedCache:
-    """A saved cache as read from its file.
-
-    Args:
-        bundle: scheme, codebooks and model identity.
-        tokens: tokens stored.
-        prefill: how the document was read.
-        token_ids: (tokens,) int64, or None for a cache made from states.
-        next_logits: (vocabulary,) float32, or None likewise.
-        tensors: layers and angles, by their names in the file.
-        angle_kinds: `positions` or `table`, by angle group.
-    """
-
-    bundle: Bundle
-    tokens: int
-    prefill: str
-    token_ids: Tensor | None
-    next_logits: Tensor | None
-    tensors: dict[str, Tensor]
-    angle_kinds: dict[str, str]
 
 
 @torch.no_grad()
@@ -152,12 +127,7 @@ def quantize_states(
     """
     started = time.perf_counter()
     bundle.check_model(loaded.identity.as_json())
-    try:
-        tensors = load_file(str(states))
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"states file {states} cannot be read: {error}; write it with safetensors"
-        ) from error
+    tensors = _read_states(states)
     with attach(loaded.model, bundle, seam=loaded.seam) as session:
         cache = session.new_cache(bundle)
         for layer in session.seam.packed:
@@ -180,54 +150,6 @@ def quantize_states(
                 )
             cache.update(key, value, layer.index)
     return _save(cache, loaded, {}, Path(path), force, started)
-
-
-def load_cache(path: str | Path) -> SavedCache:
-    """Read a saved cache.
-
-    Raises:
-        BundleError: when the file is missing, damaged, or of another kind or version.
-    """
-    metadata, tensors = load_container(path, KIND, VERSION)
-    books = {
-        name.removeprefix("bundle."): t for name, t in tensors.items() if name.startswith("bundle.")
-    }
-    try:
-        rows = {
-            "token_ids": int(metadata["tokens"]),
-            "next_logits": int(metadata["bundle"]["model"]["vocab_size"]),
-        }
-        for name, length in rows.items():
-            if name in tensors and tuple(tensors[name].shape) != (length,):
-                raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}")
-        return SavedCache(
-            bundle=Bundle.from_parts(metadata["bundle"], books),
-            tokens=int(metadata["tokens"]),
-            prefill=str(metadata["prefill"]),
-            token_ids=tensors.get("token_ids"),
-            next_logits=tensors.get("next_logits"),
-            tensors={
-                name: t for name, t in tensors.items() if name.startswith(("layers.", "angles."))
-            },
-            angle_kinds=dict(metadata["angles"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"cache {path} lacks or garbles {error}; make it again") from error
-
-
-def restore_cache(session: Session, saved: SavedCache, loaded: LoadedModel) -> KvqCache:
-    """Return a live cache that holds what a file held.
-
-    Raises:
-        BundleError: when a tensor is missing or does not have the shape the spec and the model ask
-            for.
-    """
-    cache = session.new_cache(saved.bundle, prefill=saved.prefill)
-    for layer, store in zip(session.seam.packed, cache.stores, strict=True):
-        _restore_layer(store, layer.geometry, saved, loaded)
-    for group, angles in cache.angles.items():
-        _restore_angles(angles, str(group), saved, loaded.device)
-    return cache
 
 
 def _save(
@@ -274,6 +196,15 @@ def _save(
     )
 
 
+def _read_states(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"states file {path} cannot be read: {brief(error)}; write it with safetensors"
+        ) from error
+
+
 def _states_of(
     tensors: dict[str, Tensor], index: int, geometry: LayerGeometry, loaded: LoadedModel
 ) -> tuple[Tensor, Tensor]:
@@ -301,88 +232,3 @@ def _states_of(
             "give as many"
         )
     return states[0], states[1]
-
-
-def _restore_layer(
-    store: LayerStore, geometry: LayerGeometry, saved: SavedCache, loaded: LoadedModel
-) -> None:
-    prefix, spec = f"layers.{store.layer}", saved.bundle.spec
-    exact, widths = {}, (geometry.key_dim, geometry.value_dim)
-    sink, _, window = split_tokens(spec, saved.tokens)
-    for part, length in zip(_PARTS, (sink, window), strict=True):
-        pair = [_take(saved, f"{prefix}.{part}.{side}") for side in SIDES]
-        for tensor, width in zip(pair, widths, strict=True):
-            shape = (1, geometry.num_kv_heads, length, width)
-            if tuple(tensor.shape) != shape:
-                raise BundleError(
-                    f"saved cache holds {prefix}.{part} of shape {tuple(tensor.shape)}, "
-                    f"expected {shape}; make it again"
-                )
-        exact[part] = (
-            pair[0].to(loaded.device, loaded.dtype),
-            pair[1].to(loaded.device, loaded.dtype),
-        )
-    dropped = dropped_tokens(spec, saved.tokens, store.sliding_window)
-    body = saved.tokens - dropped - sum(pair[0].shape[2] for pair in exact.values())
-    sides = zip(
-        SIDES, (spec.key, spec.value), (geometry.key_channels, geometry.value_channels), strict=True
-    )
-    rows = [
-        _rows_of(saved, f"{prefix}.{side}", quant, channels, body)
-        for side, quant, channels in sides
-    ]
-    moved = [{name: tensor.to(loaded.device) for name, tensor in side.items()} for side in rows]
-    store.restore(exact, (moved[0], moved[1]), saved.tokens)
-
-
-def _rows_of(
-    saved: SavedCache, prefix: str, spec: QuantSpec, channels: int, body: int
-) -> dict[str, Tensor]:
-    """Return one side's encoded rows, each buffer checked against the shape the memory table gives
-    it.
-    """
-    if body <= 0:
-        if body < 0:
-            raise BundleError(
-                f"saved cache claims {saved.tokens} tokens but holds more; make it again"
-            )
-        return {}
-    names = body_buffers(spec, channels, 0, 0, "float32")
-    rows = {name: _take(saved, f"{prefix}.{name}") for name in names}
-    outliers = 2 * outliers_per_tail(spec, channels) * body
-    if "outlier_counts" in rows:
-        outliers = int(rows["outlier_counts"].long().sum())
-    for name, buffer in body_buffers(spec, channels, body, outliers, "float32").items():
-        dtype_fits = spec.method == "fp" or str(rows[name].dtype) == f"torch.{buffer.dtype}"
-        if tuple(rows[name].shape) != buffer.shape or not dtype_fits:
-            found = f"{rows[name].dtype} {tuple(rows[name].shape)}"
-            raise BundleError(
-                f"saved cache holds {prefix}.{name} as {found}, expected {buffer}; make it again"
-            )
-    index = rows.get("outlier_channels", torch.empty(0)).long()
-    if not ((index >= 0) & (index < channels)).all():
-        raise BundleError(
-            f"saved cache holds {prefix} outliers beyond channel {channels - 1}; make it again"
-        )
-    return rows
-
-
-def _restore_angles(
-    angles: AngleStore, group: str, saved: SavedCache, device: torch.device
-) -> None:
-    rows = _take(saved, f"angles.{group}").to(device)
-    kind = saved.angle_kinds.get(group)
-    width = angles.rotation.width // 2
-    shape = (saved.tokens, 1) if kind == "positions" else (saved.tokens, 1, width, 2)
-    if tuple(rows.shape) != shape or (kind == "positions" and angles.formula is None):
-        raise BundleError(
-            f"saved cache holds angles {tuple(rows.shape)} as {kind}, expected {shape}; "
-            "make it again"
-        )
-    angles.restore(rows, kind=str(kind))
-
-
-def _take(saved: SavedCache, name: str) -> Tensor:
-    if name not in saved.tensors:
-        raise BundleError(f"saved cache has no tensor {name}; make it again")
-    return saved.tensors[name]

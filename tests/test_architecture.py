@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "probe",
         "capture",
     ),
-    ("collect", "partial", "calibrate", "perplexity", "generation", "cachefile"),
+    ("collect", "partial", "calibrate", "perplexity", "generation", "restore", "cachefile"),
     ("cli", "__main__", "__init__"),
 )
 # What a floor may import from outside, beside the standard library and what the floors below may.
