@@ -22,6 +22,8 @@ from kvqtool.errors import BundleError, brief
 from kvqtool.files import atomic_output
 
 _MOST_LEVELS: Final = 16  # of nested JSON; kvqtool's own has four
+_MOST_AXES: Final = 8
+_LONGEST_AXIS: Final = 1 << 48
 
 
 def save_container(
@@ -79,7 +81,7 @@ def load_container(
                     f"this kvqtool reads version {version}; "
                     "make it again, or use the kvqtool that wrote it"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            tensors = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118  # not a dict
         text = header.get("metadata", "")
         if header.get("sha256") != _digest(text, tensors):
             raise ValueError("its checksum does not match")
@@ -87,6 +89,16 @@ def load_container(
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         # AttributeError: a dtype that this torch does not have.
         raise BundleError(f"{what} {path} is damaged ({_short(error)}); make it again") from error
+
+
+def _tensor(file: Any, name: str) -> Tensor:
+    """Return a tensor of an open file; ValueError for a shape that torch cannot hold, as an empty
+    tensor's can be.
+    """
+    shape = file.get_slice(name).get_shape()
+    if len(shape) > _MOST_AXES or any(size > _LONGEST_AXIS for size in shape):
+        raise ValueError(f"the shape of {name}")
+    return file.get_tensor(name)  # type: ignore[no-any-return]  # safetensors types nothing
 
 
 def _parse(text: str) -> dict[str, Any]:
