@@ -10,10 +10,10 @@ import transformers
 from torch import Tensor
 
 from kvqtool.attach import attach
-from kvqtool.probe import probe
 from kvqtool.bundle import Bundle, uncalibrated_bundle
 from kvqtool.errors import BundleError, InputError, RunError
 from kvqtool.models import LoadedModel
+from kvqtool.probe import probe
 from kvqtool.seam import Seam
 from kvqtool.spec import parse_spec
 
@@ -188,7 +188,7 @@ class TestOff:
         model, seam, vocabulary = stock
         ids = ids_of(batch, 12, vocabulary)
         options = {
-            "max_new_tokens": 12,
+            "max_new_tokens": 8,
             "do_sample": False,
             "pad_token_id": 0,
             "attention_mask": torch.ones_like(ids),

@@ -87,7 +87,7 @@ class TestDamage:
         save_bundle(tiny(), path)
         whole, harmful = path.read_bytes(), []
         for bit in range(
-            0, 8 * len(whole), 5
+            0, 8 * len(whole), 13
         ):  # every position within a byte, test_container does all
             damaged = bytearray(whole)
             damaged[bit // 8] ^= 1 << bit % 8

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvqtool.probe import probe
 from kvqtool.bundle import Bundle, save_bundle
 from kvqtool.calibrate import calibrate
 from kvqtool.capture import KeyStates, Watcher, capture
@@ -19,6 +18,7 @@ from kvqtool.data import NO_BOS, Text, Windows
 from kvqtool.errors import RunError
 from kvqtool.identity import identify
 from kvqtool.models import LoadedModel
+from kvqtool.probe import probe
 from kvqtool.quantiles import BINS
 from kvqtool.spec import parse_spec
 

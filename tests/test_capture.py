@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kvqtool import capture as capturing
 from kvqtool import forward
-from kvqtool.probe import probe
 from kvqtool.capture import KeyStates, Watcher, capture
+from kvqtool.probe import probe
 
 Seen = dict[tuple[int, str], Tensor]
 TOKENS = 24

@@ -21,7 +21,7 @@ from kvqtool.models import LoadedModel
 from kvqtool.perplexity import PROTOCOLS, PplResult, evaluate
 
 Array = NDArray[np.float64]
-TOKENS = 40
+TOKENS = 32
 SPECS = (
     "nuq3-1%",
     "nuq2-1%-sink1",
@@ -174,10 +174,10 @@ class TestOverlap:
     def test_only_targets_from_scored_from_on_count(
         self, builtin: LoadedModel, windows: Windows, calibrated: Callable[[str], Bundle]
     ) -> None:
-        late = dataclasses.replace(some(windows, 0, 1), scored_from=torch.tensor([33]))
+        late = dataclasses.replace(some(windows, 0, 1), scored_from=torch.tensor([26]))
         logs = log_probabilities(builtin, windows.ids[0], None, "")
-        target = windows.ids[0, 33:].numpy()
-        expected = np.exp(-logs[32:-1][np.arange(len(target)), target].mean())
+        target = windows.ids[0, 26:].numpy()
+        expected = np.exp(-logs[25:-1][np.arange(len(target)), target].mean())
         found = evaluate(builtin, late, [calibrated("fp")])[0]
         assert found.ppl_baseline == pytest.approx(expected, rel=1e-5)
 

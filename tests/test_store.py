@@ -89,7 +89,7 @@ class TestAppending:
                 bulk = store_of(spec, key[:, :, : token + 1], value[:, :, : token + 1], [token + 1])
                 assert_same(slow.canonical(), bulk.canonical())
 
-    @pytest.mark.parametrize("size", (2, 7, 128, 129))
+    @pytest.mark.parametrize("size", (7, 129))
     def test_chunks_and_bulk_give_the_same_bytes(
         self, sink: int, window: int, batch: int, size: int
     ) -> None:
@@ -98,7 +98,7 @@ class TestAppending:
         bulk = store_of(spec, key, value, [270])
         assert_same(store_of(spec, key, value, chunks(270, size)).canonical(), bulk.canonical())
 
-    @pytest.mark.parametrize("tokens", (1, 4, 130, 270))
+    @pytest.mark.parametrize("tokens", (4, 140))
     def test_sinks_and_window_are_exact_and_the_body_is_close(
         self, sink: int, window: int, batch: int, tokens: int
     ) -> None:

