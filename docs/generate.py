@@ -30,7 +30,13 @@ Five commands; each does one thing and can be piped.
   they wrote, `generate` the text and a newline at its end.
 - **stderr** is everything else: notes, progress, errors. `-q` leaves only errors and missed gates.
 - **An error** is one line, `error: what is wrong; what to do`. `--debug` adds the traceback.
-- **Files** appear whole or not at all; an existing one is refused without `--force`.
+- **Files** appear whole or not at all; an existing one is refused without `--force`. A `calibrate`
+  that was stopped leaves `OUTPUT.partial.safetensors`, from which `--resume` goes on to the same bundle.
+- **Several GPUs**: `torchrun --nproc-per-node N -m kvqtool calibrate …` or `ppl …` gives each process a
+  copy of the model and a share of the windows, over NCCL on GPUs and gloo on CPUs; one prints and
+  writes. The bundle is that of one process up to the order of its sums (1e-12 before levels are
+  rounded to fp16), the perplexity up to the batches a GPU happens to form. `--device-map auto`
+  instead spreads one model over all GPUs; it needs `pip install 'kvqtool[sharded]'`.
 
 | exit code | meaning |
 |---|---|

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,7 @@ __all__ = [
     "builtin_folder",
     "identify",
     "load_model",
+    "rank_device",
     "resolve_device",
 ]
 
@@ -82,6 +84,7 @@ def load_model(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -92,24 +95,31 @@ def load_model(
             on a GPU.
         revision: a hub branch, tag or commit.
         trust_remote_code: whether the checkpoint's own Python code may run.
+        device_map: `auto` spreads the layers over all GPUs, through accelerate; None puts the
+            whole model on `device`.
 
     Raises:
         InputError: when the device, the dtype or the checkpoint cannot be used.
     """
     chosen_device = resolve_device(device)
+    _check_device_map(device_map, device)
     loading_dtype = _loading_dtype(dtype, chosen_device)
     source = _source(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    placed = {"dtype": loading_dtype, "device_map": device_map}
     try:
         with _quiet_transformers():
-            tokenizer, model = _from_pretrained(source, loading_dtype, options)
+            tokenizer, model = _from_pretrained(source, placed, options)
     except torch.OutOfMemoryError:
         raise
     except _UNREADABLE as error:
         reason = f"model {name!r} cannot be loaded: {_first_line(error)}"
         raise InputError(f"{reason}; {_remedy(source)}") from error
-    # Loaded on the CPU and then moved: rotary frequencies are computed while loading.
-    model.to(chosen_device)  # type: ignore[arg-type]  # a decorator hides its signature
+    if device_map is None:
+        # Loaded on the CPU and then moved: rotary frequencies are computed while loading.
+        model.to(chosen_device)  # type: ignore[arg-type]  # a decorator hides its signature
+    else:
+        chosen_device = _input_device(model, chosen_device)
     return LoadedModel(
         identity=identify(model, tokenizer, name=_shown(name)),
         model=model.eval(),
@@ -138,6 +148,52 @@ def resolve_device(device: str) -> torch.device:
     if index and int(index) >= count:
         raise InputError(f"device {device!r}: GPUs here end at cuda:{count - 1}; use one of them")
     return torch.device(device)
+
+
+def rank_device(device: str, ranks: Ranks) -> str:
+    """Return the device option of one process among several: the GPU of its local rank.
+
+    Raises:
+        InputError: when there is not a GPU for each.
+    """
+    if ranks.is_alone or resolve_device(device).type == "cpu":
+        return device
+    if ":" in device:
+        raise InputError(
+            f"device {device!r} is one GPU for {ranks.local_size} processes; use --device cuda"
+        )
+    count = torch.cuda.device_count()
+    if ranks.local_size > count:
+        raise InputError(
+            f"{ranks.local_size} processes cannot share {count} GPUs; start one for each, "
+            "or use --device cpu"
+        )
+    return f"cuda:{ranks.local_rank}"
+
+
+def _check_device_map(device_map: str | None, device: str) -> None:
+    """Refuse a device map that cannot be followed, before anything is loaded."""
+    if device_map is None:
+        return
+    if device_map != "auto":
+        raise InputError(f"device map {device_map!r} is unknown; use auto")
+    if device != "auto":
+        raise InputError(f"a device map leaves no choice of device; drop {device!r} or the map")
+    if find_spec("accelerate") is None:
+        raise InputError(
+            "a device map needs the accelerate package; install it: pip install 'kvqtool[sharded]'"
+        )
+
+
+def _input_device(model: PreTrainedModel, expected: torch.device) -> torch.device:
+    """Return where a spread model takes its token ids."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if expected.type == "cuda" and places & {"cpu", "disk"}:
+        raise InputError(
+            "the model does not fit the GPUs here and kvqtool runs no layers from elsewhere; "
+            "use more GPUs, a smaller --dtype, or --device cpu"
+        )
+    return next(model.get_input_embeddings().parameters()).device
 
 
 def _source(name: str) -> str:
@@ -179,7 +235,7 @@ def _loading_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def _from_pretrained(
-    source: str, dtype: torch.dtype | str, options: dict[str, Any]
+    source: str, placed: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load tokenizer and model; weights the checkpoint lacks are an error, never random numbers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -187,7 +243,7 @@ def _from_pretrained(
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     # Annotated as Any: transformers types the call as if it never returned the loading report.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, **options
+        source, output_loading_info=True, **placed, **options
     )
     model, report = loaded
     if report["missing_keys"]:

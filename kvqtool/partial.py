@@ -4,6 +4,7 @@ stopped can go on where it was.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from kvqtool.ranks import Ranks
 
 KIND: Final = "kvqtool-partial"
 VERSION: Final = 1
+_AFTER_OUTPUT: Final = re.compile(r"\.partial(?:-\d+-of-(\d+))?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ def partial_path(output: Path, ranks: Ranks) -> Path:
     """Return the file beside an output where this process keeps its statistics."""
     which = "" if ranks.is_alone else f"-{ranks.rank}-of-{ranks.world_size}"
     return output.with_name(f"{output.name}.partial{which}.safetensors")
+
+
+def process_counts(output: Path) -> set[int]:
+    """Return how many processes the runs had that left statistics beside an output."""
+    after = (f.name.removeprefix(output.name) for f in output.absolute().parent.iterdir())
+    return {int(match[1] or 1) for match in map(_AFTER_OUTPUT.fullmatch, after) if match}
 
 
 class Journal:

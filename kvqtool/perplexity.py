@@ -75,7 +75,8 @@ def evaluate(
     """Score windows with each bundle's cache and without.
 
     Args:
-        loaded: the model; its `ranks` share the windows, and each gets the same results.
+        loaded: the model; its `ranks` share the windows, and each gets the same results, but for
+            figures of a first window, which are its own.
         windows: evaluation text.
         bundles: schemes with their codebooks, each made for this model.
         protocol: one of PROTOCOLS.
@@ -243,7 +244,7 @@ class _Tally:
         usage = measure(cache)
         self._bytes += torch.tensor([usage.cache_bytes, usage.cache_bytes_fp16])
         self._usage = self._usage or usage
-        self._layers = layer_report(cache)
+        self._layers = self._layers or layer_report(cache)
         self._seconds += seconds
 
     def gather(self, ranks: Ranks) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Operation = Literal["SUM", "MIN", "MAX"]
 _SHARED_ERRORS: Final = {kind.__name__: kind for kind in (SpecError, InputError, BundleError)}
+# Marks an exception of which every process knows.
+_KNOWN: Final = "is_known_to_all_ranks"
 # Characters of a failure's text that the other processes get, and room for them as escaped JSON.
 _TEXT_CHARACTERS: Final = 300
 _TEXT_BYTES: Final = 4096
@@ -88,7 +91,7 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Wait for all processes at the end of the block; raise in each what failed in any.
 
-        A process must reach the end of the block without meeting the others in it.
+        Blocks nest: what failed in an inner one is known to all and ends the outer ones at once.
         """
         if self.is_alone:
             yield
@@ -98,11 +101,15 @@ class Ranks:
             yield
         except Exception as error:  # raised again below, once the others know
             failure = error
-        said = self._failures(failure)
+        is_known = failure is not None and _KNOWN in failure.__dict__
+        is_over = is_known or not _have_met()
+        said = [] if is_over else self._failures(failure)
+        if failure is None and said:
+            rank, (kind, text) = said[0]
+            failure = _SHARED_ERRORS.get(kind, RunError)(f"process {rank}: {text}")
         if failure is not None:
+            failure.__dict__[_KNOWN] = True
             raise failure
-        for rank, (kind, text) in said:
-            raise _SHARED_ERRORS.get(kind, RunError)(f"process {rank}: {text}")
 
     def _failures(self, failure: Exception | None) -> list[tuple[int, tuple[str, str]]]:
         """Return every process's failure as (rank, (kind, text)), in order."""
@@ -158,11 +165,15 @@ def join_ranks(ranks: Ranks, *, on_gpu: bool) -> None:
     )
 
 
+def _have_met() -> bool:
+    """Tell whether the processes have met; without loading torch, for then they have not."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 def leave_ranks(ranks: Ranks) -> None:
     """Part from the other processes, if they met."""
-    if ranks.is_alone:
-        return
-    from torch import distributed
+    if not ranks.is_alone and _have_met():
+        from torch import distributed
 
-    if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -8,7 +8,7 @@ import typer
 
 from kvqtool import __version__
 from kvqtool.cli import calibrate, generate, memory_plan, ppl, quantize_cache
-from kvqtool.cli.failures import Command, stop_on_terminate
+from kvqtool.cli.failures import Command, one_voice, stop_on_terminate
 
 app = typer.Typer(
     name="kvqtool",
@@ -48,4 +48,5 @@ for _module in _MODULES:
 def main() -> None:
     """Run the command line: the console script and `python -m kvqtool`."""
     stop_on_terminate()
-    app(prog_name="kvqtool")
+    with one_voice():
+        app(prog_name="kvqtool")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
@@ -15,10 +19,13 @@ from typer.core import TyperCommand
 from kvqtool.cli.output import say_error
 from kvqtool.errors import KvqError
 from kvqtool.files import is_disk_full
+from kvqtool.ranks import leave_ranks, read_ranks
 
 GATE_EXIT: Final = 1
 RUN_EXIT: Final = 3
 INTERRUPT_EXIT: Final = 128 + signal.SIGINT
+_TERMINATED: Final = 128 + signal.SIGTERM
+_FIRST_SPEAKS_SECONDS: Final = 2.0
 CLOSED_PIPE_EXIT: Final = 128 + 13  # SIGPIPE, which Windows does not name
 
 
@@ -27,9 +34,12 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:  # a typer.Context; typer types it by a private name
         """Run the body; the command line is parsed already, so what fails here is ours."""
+        ranks = read_ranks()
         try:
-            value = super().invoke(ctx)
-            sys.stdout.flush()
+            with ranks.together():
+                value = super().invoke(ctx)
+                sys.stdout.flush()
+            leave_ranks(ranks)
             return value
         except typer.Exit:
             raise
@@ -42,11 +52,37 @@ class Command(TyperCommand):
             raise typer.Exit(_report(error, str(ctx.params.get("model")))) from None
 
 
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Let only the first of several processes speak, and be the first to end in a failure.
+
+    torchrun ends all processes as soon as one fails, so the others wait until it has spoken.
+    """
+    try:
+        ranks = read_ranks()
+    except KvqError as error:
+        say_error(str(error))
+        raise SystemExit(error.exit_code) from None
+    if ranks.is_first:
+        yield
+        return
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        except SystemExit as stop:
+            if stop.code and stop.code != _TERMINATED:
+                time.sleep(_FIRST_SPEAKS_SECONDS)
+            raise
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+
+
 def stop_on_terminate() -> None:
     """Turn SIGTERM into an exception, so that half-written files are removed on the way out."""
 
     def _exit(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        raise SystemExit(_TERMINATED)
 
     signal.signal(signal.SIGTERM, _exit)
 
@@ -66,7 +102,8 @@ def _report(error: BaseException, model: str) -> int:
     if is_disk_full(error):
         say_error(f"no room left on the disk: {error}; free space or choose another folder")
         return RUN_EXIT
-    traceback.print_exception(error)
+    # A bug speaks on any process.
+    traceback.print_exception(error, file=sys.stderr if read_ranks().is_first else sys.__stderr__)
     say_error("this is a bug in kvqtool; report it with the lines above")
     return RUN_EXIT
 

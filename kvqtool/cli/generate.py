@@ -53,6 +53,7 @@ def run(
     ] = 0,
     prefill: opt.Prefill = "exact",
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
@@ -72,7 +73,8 @@ def run(
     if cache is not None and not cache.is_file():
         raise InputError(f"cache {cache} does not exist; write one with: kvqtool quantize-cache")
     out = Output(NAME, json=json, quiet=quiet)
-    loaded = ModelChoice(model, device, dtype, revision, trust_remote_code).load(out)
+    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map)
+    loaded = choice.load(out)
     from kvqtool.generation import Sampling, generate, resume
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)

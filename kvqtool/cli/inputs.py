@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from kvqtool.cli.output import Output
 from kvqtool.errors import InputError
+from kvqtool.ranks import ALONE, Ranks, join_ranks, read_ranks
 from kvqtool.spec import DEFAULT_SPEC, KvSpec, parse_spec
 
 if TYPE_CHECKING:
     from kvqtool.bundle import Bundle
     from kvqtool.models import LoadedModel
+    from kvqtool.partial import Partial
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,42 @@ class ModelChoice:
     dtype: str
     revision: str | None
     trust_remote_code: bool
+    device_map: str | None = None
 
     def load(self, out: Output) -> LoadedModel:
-        """Load the model and say what it runs on."""
+        """Load the model for a command that runs in one process, and say what it runs on."""
+        if not read_ranks().is_alone:
+            raise InputError(f"{out.command} runs in one process; start it without torchrun")
+        return self._load(self.device, ALONE, out)
+
+    def load_shared(self, out: Output) -> LoadedModel:
+        """Load this process's copy of the model, and meet the other processes if there are any."""
+        from kvqtool.models import rank_device
+
+        ranks = read_ranks()
+        if self.device_map is not None and not ranks.is_alone:
+            raise InputError(
+                f"--device-map {self.device_map} gives one process all GPUs; "
+                "drop it or start without torchrun"
+            )
+        device = rank_device(self.device, ranks)
+        join_ranks(ranks, on_gpu=device.startswith("cuda"))
+        return self._load(device, ranks, out)
+
+    def _load(self, device: str, ranks: Ranks, out: Output) -> LoadedModel:
         from kvqtool.models import load_model
 
         loaded = load_model(
             self.name,
-            device=self.device,
+            device=device,
             dtype=self.dtype,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
+            device_map=self.device_map,
         )
-        out.note(
-            f"model {self.name} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}"
-        )
+        loaded.ranks = ranks
+        places = loaded.device if ranks.is_alone else f"{ranks.world_size} x {loaded.device.type}"
+        out.note(f"model {self.name} on {places}, {str(loaded.dtype).removeprefix('torch.')}")
         return loaded
 
 
@@ -86,7 +109,13 @@ class Scheme:
         return bundle
 
 
-def make_bundle(loaded: LoadedModel, spec: KvSpec, calibration: Calibration, out: Output) -> Bundle:
+def make_bundle(
+    loaded: LoadedModel,
+    spec: KvSpec,
+    calibration: Calibration,
+    out: Output,
+    partial: Partial | None = None,
+) -> Bundle:
     """Calibrate a spec on its text, or return a plain bundle for a spec that needs none."""
     if not spec.needs_calibration:
         from kvqtool.bundle import uncalibrated_bundle
@@ -103,7 +132,16 @@ def make_bundle(loaded: LoadedModel, spec: KvSpec, calibration: Calibration, out
     )
     out.note(f"calibrating {spec} on {calibration.samples} windows of {seq_len} from {text.name}")
     with out.progress() as progress:
-        return calibrate(loaded, windows, [spec], seed=calibration.seed, progress=progress)[0]
+        (bundle,) = calibrate(
+            loaded, windows, [spec], seed=calibration.seed, progress=progress, partial=partial
+        )
+    return bundle
+
+
+def refuse_shared_stdin(*datasets: str | None) -> None:
+    """Refuse standard input as a text where several processes would read it."""
+    if "-" in datasets and not read_ranks().is_alone:
+        raise InputError("standard input reaches one process only; name a file as the data set")
 
 
 def window_length(seq_len: int, loaded: LoadedModel, out: Output) -> int:

@@ -10,6 +10,7 @@ import typer
 from kvqtool.spec import DEFAULT_SPEC
 
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
+DeviceMapName = Literal["auto"]
 PrefillName = Literal["exact", "decode-exact"]
 SAMPLES: Final = 16
 SEQ_LEN: Final = 2048
@@ -107,6 +108,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 # What it runs on.
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+DeviceMap = Annotated[
+    DeviceMapName | None,
+    typer.Option(
+        "--device-map",
+        show_default="none",
+        help="auto: spread the layers over all GPUs; needs accelerate.",
+    ),
+]
 Dtype = Annotated[
     DtypeName,
     typer.Option("--dtype", help="auto: float32 on a CPU, the checkpoint's own on a GPU."),

@@ -8,10 +8,17 @@ import typer
 
 from kvqtool.cli import options as opt
 from kvqtool.cli.gates import Gate, enforce
-from kvqtool.cli.inputs import Calibration, ModelChoice, Scheme, window_length
+from kvqtool.cli.inputs import (
+    Calibration,
+    ModelChoice,
+    Scheme,
+    refuse_shared_stdin,
+    window_length,
+)
 from kvqtool.cli.output import Output, values_table
 from kvqtool.cli.reports import note_layers
 from kvqtool.files import check_output
+from kvqtool.ranks import read_ranks
 
 NAME: Final = "ppl"
 EPILOG: Final = """\b
@@ -69,6 +76,7 @@ def run(
     output: opt.CopyOutput = None,
     force: opt.Force = False,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
@@ -80,10 +88,13 @@ def run(
     """Measure the quality of a model with a compressed cache against its exact cache."""
     calibration = Calibration(calibration_dataset, calibration_samples, calibration_seq_len, seed)
     scheme = Scheme.choose(bundle, spec, calibration)
+    refuse_shared_stdin(dataset, calibration_dataset)
     if output is not None:
         check_output(output, force)
-    out = Output(NAME, json=json, quiet=quiet, path=output, force=force)
-    loaded = ModelChoice(model, device, dtype, revision, trust_remote_code).load(out)
+    path = output if read_ranks().is_first else None
+    out = Output(NAME, json=json, quiet=quiet, path=path, force=force)
+    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map)
+    loaded = choice.load_shared(out)
     from kvqtool.data import evaluation_windows, load_text
     from kvqtool.perplexity import evaluate
 

@@ -44,6 +44,7 @@ def run(
     output: opt.RequiredOutput,
     force: opt.Force = False,
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
@@ -61,7 +62,8 @@ def run(
     scheme = Scheme.choose(bundle, spec, calibration)
     check_output(output, force)
     out = Output(NAME, json=json, quiet=quiet)
-    loaded = ModelChoice(model, device, dtype, revision, trust_remote_code).load(out)
+    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map)
+    loaded = choice.load(out)
     from kvqtool.cachefile import quantize_states, quantize_text
     from kvqtool.data import load_text
 
