@@ -68,6 +68,8 @@ SETS: dict[str, list[str]] = {
         "nuq2-1%-sink1-r128",
     ],
 }
+# Schemes that share one run of the baseline; results are saved group by group.
+_GROUP = 14
 _COLUMNS = {
     "spec": "{}",
     "effective_bits": "{:.3f}",
@@ -101,25 +103,34 @@ def main() -> None:
     windows = evaluation_windows(
         text, loaded.tokenizer, seq_len=options.seq_len, windows=options.windows, stride=None
     )
-    results = evaluate(loaded, windows, bundles, protocol=options.protocol, progress=_note)
-    evaluated = time.perf_counter()
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "commit": options.commit or commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "model": loaded.identity.as_json()
+        | {"parameters": sum(p.numel() for p in loaded.model.parameters())},
+        "calibration": next((b.provenance for b in bundles if b.spec.needs_calibration), None),
+        "calibrate_seconds": calibrated - started,
+    }
+    results: list[PplResult] = []
+    for start in range(0, len(bundles), _GROUP):
+        group = bundles[start : start + _GROUP]
+        results += evaluate(loaded, windows, group, protocol=options.protocol, progress=_note)
+        record["evaluate_seconds"] = time.perf_counter() - calibrated
+        if options.output:
+            _save(options.output, record, results)
     _print_table(results)
-    if options.output:
-        record = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": machine(),
-            "commit": options.commit or commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "model": loaded.identity.as_json()
-            | {"parameters": sum(p.numel() for p in loaded.model.parameters())},
-            "calibration": next((b.provenance for b in bundles if b.spec.needs_calibration), None),
-            "calibrate_seconds": calibrated - started,
-            "evaluate_seconds": evaluated - calibrated,
-            "protocol": results[0].protocol,
-            "results": [_row(result) for result in results],
-        }
-        with atomic_output(options.output, force=options.force) as part:
-            part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _save(path: Path, record: dict[str, object], results: list[PplResult]) -> None:
+    """Write what there is so far, so that a run that is cut short leaves its finished groups."""
+    whole = record | {
+        "protocol": results[0].protocol,
+        "results": [_row(result) for result in results],
+    }
+    with atomic_output(path, force=True) as part:
+        part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def _bundles(

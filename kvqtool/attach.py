@@ -12,6 +12,7 @@ from kvqtool.attention import BAND, register_band_attention
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.errors import InputError
+from kvqtool.forward import layers_of
 from kvqtool.probe import call_arguments, hooked, probe, rotary_tables
 from kvqtool.seam import Seam
 from kvqtool.spec import KvSpec
@@ -85,7 +86,7 @@ def attach(
     with (
         _band_attention(model, bundle.spec if bundle else None),
         hooked(rotated, announce_angles),
-        hooked([model.base_model], announce_padding),
+        hooked([layers_of(model)], announce_padding),
     ):
         yield Session(model, seam)
 

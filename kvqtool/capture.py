@@ -216,9 +216,8 @@ def _checkpointed(model: PreTrainedModel, tokens: int, cache: DynamicCache) -> I
     transformers' own checkpointing takes the cache away and needs training mode; this neither.
     """
     config = model.config.get_text_config(decoder=True)
-    width = 16 * config.hidden_size + 4 * (
-        getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    )
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = 16 * config.hidden_size + 4 * (max(inner) if isinstance(inner, list) else inner)
     depth = config.num_hidden_layers
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     has_state = any(not isinstance(layer, CacheLayerMixin) for layer in cache.layers)

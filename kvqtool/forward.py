@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from kvqtool.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +35,7 @@ def hidden_states(
     Returns:
         (batch, tokens, hidden) after the last norm.
     """
-    output: Tensor = model.base_model(
+    output: Tensor = layers_of(model)(
         **inputs, past_key_values=cache, use_cache=cache is not None
     ).last_hidden_state
     return output
@@ -61,6 +64,22 @@ def position_chunks(model: PreTrainedModel, positions: int) -> Iterator[slice]:
         yield slice(start, min(start + size, positions))
 
 
+def layers_of(model: PreTrainedModel) -> nn.Module:
+    """Return the module that holds a model's layers: all of it but the output head.
+
+    Raises:
+        InputError: when the model does not tell the two apart.
+    """
+    layers = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if layers is not None and layers is not model:
+        return layers
+    takers = [m for m in model.children() if "inputs_embeds" in signature(m.forward).parameters]
+    if len(takers) != 1:
+        name = type(model).__name__
+        raise InputError(f"{name} does not say which part of it is the output head; not supported")
+    return takers[0]
+
+
 @contextmanager
 def head_of(model: PreTrainedModel) -> Iterator[HeadOnly]:
     """Give the model's own output head inside the block: all that its forward does after the
@@ -69,13 +88,15 @@ def head_of(model: PreTrainedModel) -> Iterator[HeadOnly]:
     The layers are swapped for a module that returns what it is given, so scaling, soft-capping and
     whatever else a family puts behind them is the model's own code.
     """
-    prefix = model.base_model_prefix
-    layers = getattr(model, prefix)
-    setattr(model, prefix, _Given())
+    layers = layers_of(model)
+    name = next(name for name, module in model.named_modules() if module is layers)
+    parent_name, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, attribute, _Given())
     try:
         yield HeadOnly(model)
     finally:
-        setattr(model, prefix, layers)
+        setattr(parent, attribute, layers)
 
 
 class HeadOnly:
@@ -96,7 +117,7 @@ class HeadOnly:
 class _Given(nn.Module):
     """Stands in for a model's layers: returns its input embeddings as the last hidden state."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> _GivenOutput:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _GivenOutput:
         return _GivenOutput(last_hidden_state=inputs_embeds)
 
 

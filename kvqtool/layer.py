@@ -59,7 +59,8 @@ class KvqLayer(CacheLayerMixin):
         is_prompt = self.store.is_empty
         window = None if is_prompt else self.store.window
         seen_from = self._first_seen()
-        self.store.append(key_states, value_states, self._read_angles)
+        hold = self.record_past and self.store.spec.residual_length > 0
+        self.store.append(key_states, value_states, self._read_angles, hold=hold)
         self.is_initialized = True
         keys, values = key_states, value_states
         if not (is_prompt and self.prefill == "exact"):
@@ -118,6 +119,7 @@ class KvqLayer(CacheLayerMixin):
                 tokens_to_remove if tokens_to_remove > 0 else self.store.tokens + tokens_to_remove
             )
             self.store.truncate(max(keep, 0))
+            self.store.commit(self._read_angles)
             self.store.drop_unseen()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from kvqtool.errors import InputError
-from kvqtool.forward import hidden_states
+from kvqtool.forward import hidden_states, layers_of
 from kvqtool.memory import LayerGeometry
 from kvqtool.rope import AngleFormula, Rotation, candidate_rotations
 from kvqtool.seam import LayerSeam, Seam
@@ -77,7 +77,7 @@ def probe(model: PreTrainedModel) -> Seam:
         InputError: when the model keeps no cache that can be compressed, or is not causal.
     """
     name = type(model).__name__
-    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+    if "past_key_values" not in inspect.signature(layers_of(model).forward).parameters:
         raise InputError(f"{name} keeps no key-value cache, so there is nothing to compress")
     callers: list[nn.Module] = []
     calls: dict[nn.Module, dict[str, Any]] = {}

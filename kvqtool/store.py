@@ -22,6 +22,8 @@ from kvqtool.seam import LayerSeam
 from kvqtool.spec import KvSpec, QuantSpec
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Rows = dict[str, Tensor]
 
 
 class LayerStore:
@@ -82,7 +84,7 @@ class LayerStore:
         assert self._bodies is not None, "the layer has stored nothing yet"
         return self._bodies
 
-    def append(self, key: Tensor, value: Tensor, angles: Angles) -> None:
+    def append(self, key: Tensor, value: Tensor, angles: Angles, *, hold: bool = False) -> None:
         """Store new tokens; whatever leaves the recent window is encoded, once and for good.
 
         Args:
@@ -90,6 +92,8 @@ class LayerStore:
             value: (batch, num_kv_heads, tokens, value_dim).
             angles: (start, stop) -> (cos, sin) of stored tokens, each (tokens, batch, width / 2)
                 float32.
+            hold: leave tokens in the window although they are past it, until `commit`; they read
+                as if they were encoded. Cropping can then take new tokens back without a trace.
 
         Raises:
             RunError: when a state is not finite.
@@ -104,34 +108,37 @@ class LayerStore:
             key, value = key[:, :, sinks_missing:], value[:, :, sinks_missing:]
         self.tokens += arriving[0].shape[2]
         keep_padded_sinks(self._exact["sink"], self.padding, arriving, before)
-        pool = _join(self._exact["window"], (key, value))
-        leaving = pool[0].shape[2] - self.spec.residual_length
-        if leaving > 0:
-            start = self.sinks + self.dropped + self.bodies[0].tokens
-            self._encode(pool[0][:, :, :leaving], pool[1][:, :, :leaving], angles, start)
-            pool = pool[0][:, :, leaving:].clone(), pool[1][:, :, leaving:].clone()
-        self._exact["window"] = pool
+        self._exact["window"] = _join(self._exact["window"], (key, value))
+        if not hold:
+            self.commit(angles)
+
+    def commit(self, angles: Angles) -> None:
+        """Encode what is past the recent window."""
+        leaving, staying = self._split_window()
+        if leaving[0].shape[2]:
+            for body, rows in zip(self.bodies, self._encode(leaving, angles), strict=True):
+                body.append(rows)
+            self._exact["window"] = staying[0].clone(), staying[1].clone()
 
     def read(self, angles: Angles, start: int = 0) -> tuple[Tensor, Tensor]:
         """Return the keys (after RoPE) and values of tokens from `start` on, (B, H, tokens, D) in
         the model's dtype; tokens before the pages that were dropped are gone.
         """
-        (sink_key, sink_value), (window_key, window_value) = (
-            self._exact["sink"],
-            self._exact["window"],
-        )
+        (sink_key, sink_value) = self._exact["sink"]
+        leaving, (window_key, window_value) = self._split_window()
         has_sinks = start < self.sinks + self.dropped
         assert not (has_sinks and self.dropped), "dropped tokens are not read"
         first = 0 if has_sinks else self.sinks + self.dropped
         keys, values = ([sink_key], [sink_value]) if has_sinks else ([], [])
-        if self.bodies[0].tokens:
-            body_key, body_value = (self._decode(side) for side in (0, 1))
-            if self.rotation is not None:
-                at = self.sinks + self.dropped
-                cos, sin = angles(at, at + self.bodies[0].tokens)
-                body_key = self.rotation.rotate(body_key, cos[:, :, None], sin[:, :, None])
-            keys.append(_from_rows(body_key, window_key.dtype))
-            values.append(_from_rows(body_value, window_value.dtype))
+        at = self.sinks + self.dropped
+        parts = [(at, (self.bodies[0].read(), self.bodies[1].read()))]
+        if leaving[0].shape[2]:
+            parts.append((at + self.bodies[0].tokens, self._encode(leaving, angles)))
+        for begin, rows in parts:
+            if rows[0]:
+                body_key, body_value = self._decode(rows, begin, angles)
+                keys.append(body_key)
+                values.append(body_value)
         key, value = (
             torch.cat([*keys, window_key], dim=2),
             torch.cat([*values, window_value], dim=2),
@@ -240,33 +247,48 @@ class LayerStore:
             PackedBody(self.spec.value, value.shape[1] * value.shape[3], batch),
         )
 
-    def _encode(self, key: Tensor, value: Tensor, angles: Angles, start: int) -> None:
-        rows = _to_rows(key), _to_rows(value)
+    def _split_window(self) -> tuple[Pair, Pair]:
+        """Return the exact states that are past the recent window, and those in it."""
+        key, value = self._exact["window"]
+        past = max(key.shape[2] - self.spec.residual_length, 0)
+        return (key[:, :, :past], value[:, :, :past]), (key[:, :, past:], value[:, :, past:])
+
+    def _encode(self, leaving: Pair, angles: Angles) -> tuple[Rows, Rows]:
+        """Encode the tokens that follow the body, (batch, heads, tokens, head_dim) each."""
+        tokens, start = leaving[0].shape[2], self.sinks + self.dropped + self.bodies[0].tokens
+        states = [_to_rows(leaving[0]), _to_rows(leaving[1])]
         if self.rotation is not None:
-            cos, sin = angles(start, start + key.shape[2])
-            rows = self.rotation.unrotate(rows[0], cos[:, :, None], sin[:, :, None]), rows[1]
-        for body, states, spec, book in zip(
-            self.bodies, rows, (self.spec.key, self.spec.value), self._codebooks, strict=True
-        ):
-            if not torch.isfinite(states).all():
+            cos, sin = (part[:, :, None] for part in angles(start, start + tokens))
+            states[0] = self.rotation.unrotate(states[0], cos, sin)
+        encoded = []
+        specs = (self.spec.key, self.spec.value)
+        for side, spec, book in zip(states, specs, self._codebooks, strict=True):
+            if not torch.isfinite(side).all():
                 raise RunError(
                     f"layer {self.layer} produced NaN or infinite states; "
                     "run in float32 or check the model"
                 )
-            flat = states.reshape(-1, body.channels)
-            body.append(
-                get_method(spec.method).quantize(_stored_dtype(flat, spec, key.dtype), book, spec)
-            )
+            flat = side.reshape(tokens * side.shape[1], -1)
+            stored = _stored_dtype(flat, spec, leaving[0].dtype)
+            encoded.append(get_method(spec.method).quantize(stored, book, spec))
+        return encoded[0], encoded[1]
 
-    def _decode(self, side: int) -> Tensor:
-        """Return one side's body as (tokens, batch, heads, head_dim) float32, keys as they were
-        stored.
-        """
-        body, spec = self.bodies[side], (self.spec.key, self.spec.value)[side]
-        flat = get_method(spec.method).dequantize(
-            body.read(), self._codebooks[side], spec, body.channels
-        )
-        return flat.view(body.tokens, body.batch, self._exact["window"][side].shape[1], -1)
+    def _decode(self, rows: tuple[Rows, Rows], start: int, angles: Angles) -> Pair:
+        """Decode rows of the tokens from `start` on: keys after RoPE and values, (B, H, T, D)."""
+        states = []
+        specs, geometry = (self.spec.key, self.spec.value), self.geometry
+        for side, spec, book, body in zip(rows, specs, self._codebooks, self.bodies, strict=True):
+            flat = get_method(spec.method).dequantize(side, book, spec, body.channels)
+            states.append(
+                flat.view(
+                    -1, self.batch, geometry.num_kv_heads, flat.shape[1] // geometry.num_kv_heads
+                )
+            )
+        if self.rotation is not None:
+            cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
+            states[0] = self.rotation.rotate(states[0], cos, sin)
+        dtype = self._exact["window"][0].dtype
+        return _from_rows(states[0], dtype), _from_rows(states[1], dtype)
 
 
 _SIDES = ("key", "value")

@@ -1,0 +1,67 @@
+"""Every family: exact where it must be, close at 8 bits, and what the probe found of each."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, PAGE, check
+
+# Greatest difference of float32 logits with quantization off, and divergence at 8 bits (nats).
+EXACT, CLOSE = 1e-4, 0.01
+REFUSED = {"deepseek_v2", "deepseek_v3"}  # latent attention in every layer
+PASS_THROUGH = {"gptj", "opt", "gpt2", "bloom"}  # no rotary tables reach the attention module
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every_family
+def test_quantization_off_gives_stock_logits_and_greedy_tokens(family: str) -> None:
+    verdict = check(family)
+    if family in REFUSED:
+        assert verdict.refusal is not None and "latent attention (MLA)" in verdict.refusal
+        return
+    assert verdict.refusal is None
+    assert verdict.logits_error is not None and verdict.logits_error < EXACT
+    assert verdict.tokens_are_equal
+
+
+@every_family
+def test_eight_bits_stay_close(family: str) -> None:
+    verdict = check(family)
+    assert family in REFUSED or (verdict.kld is not None and verdict.kld < CLOSE)
+
+
+@every_family
+def test_every_packed_layer_says_how_its_keys_rotate(family: str) -> None:
+    verdict = check(family)
+    for layer in verdict.seam.packed if verdict.seam else ():
+        is_unrotated = "NoPE" in layer.note or "as they come" in layer.note
+        assert (layer.rotation is None) == (is_unrotated or "no rotation verified" in layer.note)
+        assert ("as they come" in layer.note) == (family in PASS_THROUGH)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", ["full: half 16 of 16"] * 2),
+        ("phi", ["full: half 8 of 16"] * 2),
+        ("glm4", ["full: interleaved 8 of 16"] * 2),
+        ("gemma3", ["sliding: half 16 of 16", "full: half 16 of 16"]),
+        ("smollm3", ["full: half 16 of 16", "full: keys are not rotated (NoPE)"]),
+        ("hunyuan_v1_dense", ["full: keys post-RoPE: no rotation verified"] * 2),
+    ],
+)
+def test_the_probe_finds_what_is_known_of_a_family(family: str, expected: list[str]) -> None:
+    assert check(family).layers == expected
+
+
+def test_the_models_page_is_what_the_check_finds() -> None:
+    script = Path(__file__).with_name("families.py")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert PAGE.is_file()
