@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,9 +39,8 @@ DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-# What transformers raises for a checkpoint it cannot read: OSError for hub and files, ValueError
-# for a bad config, ImportError for a missing package, SafetensorError for damaged weights,
-# RuntimeError for weights of another shape.
+# What transformers raises for a checkpoint it cannot read: OSError for hub and files, ValueError for
+# a bad config, ImportError for a package, SafetensorError for damage, RuntimeError for a shape.
 _UNREADABLE: Final = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
 
 
@@ -109,12 +109,14 @@ def load_model(
     placed = {"dtype": loading_dtype, "device_map": device_map}
     try:
         with _quiet_transformers():
+            _check_config(name, source, options)
             tokenizer, model = _from_pretrained(source, placed, options)
     except torch.OutOfMemoryError:
         raise
     except _UNREADABLE as error:
         reason = f"model {name!r} cannot be loaded: {_first_line(error)}"
-        raise InputError(f"{reason}; {_remedy(source)}") from error
+        raise InputError(f"{reason}; {_remedy(source, error)}") from error
+    _check_cache(name, model)
     if device_map is None:
         # Loaded on the CPU and then moved: rotary frequencies are computed while loading.
         model.to(chosen_device)  # type: ignore[arg-type]  # a decorator hides its signature
@@ -252,6 +254,23 @@ def _from_pretrained(
     return tokenizer, model
 
 
+def _check_config(name: str, source: str, options: dict[str, Any]) -> None:
+    """Refuse an encoder-decoder before its weights are read."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, **options)
+    if config.is_encoder_decoder:
+        kind = f"an encoder-decoder ({config.model_type})"
+        raise InputError(f"model {name!r} is {kind}; use a decoder-only model")
+
+
+def _check_cache(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model that takes no key-value cache, such as a state-space model."""
+    if "past_key_values" not in signature(model.forward).parameters:
+        found = f"{name!r} ({type(model).__name__}) keeps no key-value cache to compress"
+        raise InputError(f"model {found}; use a model with attention")
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Hold back transformers' bars and warnings while it loads; failures still raise."""
@@ -273,7 +292,9 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
-def _remedy(source: str) -> str:
+def _remedy(source: str, error: BaseException) -> str:
+    if "custom code" in str(error):
+        return "read that code, and let it run with --trust-remote-code"
     if Path(source).is_dir():
         return "check that the folder holds a complete checkpoint with its tokenizer"
     return "check the spelling and the network, or name a local folder or builtin"
