@@ -39,7 +39,7 @@ DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-# What transformers raises for a checkpoint it cannot read: OSError for hub and files, ValueError for
+# What transformers raises for what it cannot read: OSError for hub and files, ValueError for
 # a bad config, ImportError for a package, SafetensorError for damage, RuntimeError for a shape.
 _UNREADABLE: Final = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
 
