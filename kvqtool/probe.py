@@ -28,6 +28,7 @@ from kvqtool.forward import hidden_states, layers_of
 from kvqtool.memory import LayerGeometry
 from kvqtool.rope import AngleFormula, Rotation, candidate_rotations
 from kvqtool.seam import LayerSeam, Seam
+from kvqtool.split import explain_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +92,7 @@ def probe(model: PreTrainedModel) -> Seam:
 
     ids = (torch.arange(_PROBE_TOKENS) * 7919 + 11) % model.config.get_text_config().vocab_size
     cache = _RecordingCache(callers, config=model.config)
-    with hooked(_layer_modules(model), enter, leave):
+    with hooked(_layer_modules(model), enter, leave), explain_split(model):
         before = hidden_states(model, {"input_ids": ids[None].to(model.device)}, cache)
     if not cache.seen:
         raise InputError(f"{name} wrote no key-value cache, so there is nothing to compress")

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cache",
         "usage",
         "forward",
+        "split",
         "probe",
         "capture",
     ),
