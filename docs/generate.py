@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 os.environ["COLUMNS"] = "80"  # help wraps at the terminal's width, the page at this one
 
@@ -18,6 +19,7 @@ from kvqtool.methods import METHODS
 from kvqtool.spec import EXACT, METHOD_BITS
 
 DOCS: Final = Path(__file__).parent
+RESULTS: Final = DOCS.parent / "benchmarks" / "results"
 _CLI_INTRO: Final = """\
 # Command line
 
@@ -31,12 +33,14 @@ Five commands; each does one thing and can be piped.
 - **stderr** is everything else: notes, progress, errors. `-q` leaves only errors and missed gates.
 - **An error** is one line, `error: what is wrong; what to do`. `--debug` adds the traceback.
 - **Files** appear whole or not at all; an existing one is refused without `--force`. A `calibrate`
-  that was stopped leaves `OUTPUT.partial.safetensors`, from which `--resume` goes on to the same bundle.
-- **Several GPUs**: `torchrun --nproc-per-node N -m kvqtool calibrate …` or `ppl …` gives each process a
-  copy of the model and a share of the windows, over NCCL on GPUs and gloo on CPUs; one prints and
-  writes. The bundle is that of one process up to the order of its sums (1e-12 before levels are
-  rounded to fp16), the perplexity up to the batches a GPU happens to form. `--device-map auto`
-  instead spreads one model over all GPUs; it needs `pip install 'kvqtool[sharded]'`.
+  that was stopped leaves `OUTPUT.partial.safetensors`, from which `--resume` goes on to the same
+  bundle.
+- **Several GPUs**: `torchrun --nproc-per-node N -m kvqtool calibrate …` or `ppl …` gives each
+  process a copy of the model and a share of the windows, over NCCL on GPUs and gloo on CPUs; one
+  prints and writes. The bundle is that of one process up to the order of its sums (1e-12 before
+  levels are rounded to fp16), the perplexity up to the batches a GPU happens to form.
+  `--device-map auto` instead spreads one model over all GPUs; it needs
+  `pip install 'kvqtool[sharded]'`.
 
 | exit code | meaning |
 |---|---|
@@ -78,7 +82,51 @@ def methods_page() -> str:
     return f"{head}{marker}{opening}\n" + "\n".join(rows) + f"\n{end}{tail}"
 
 
-PAGES: Final[dict[str, Callable[[], str]]] = {"cli.md": cli_page, "methods.md": methods_page}
+def quality_page() -> str:
+    """Return quality.md: its own prose, with a table per recorded run between the two markers."""
+    parts = []
+    for path in sorted(RESULTS.glob("quality-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(_quality_table(path.name, record))
+    page = (DOCS / "quality.md").read_text(encoding="utf-8")
+    head, marker, rest = page.partition("<!-- tables:begin")
+    opening, _, rest = rest.partition("\n")
+    _, end, tail = rest.partition("<!-- tables:end -->")
+    if not (marker and end):
+        raise RuntimeError("docs/quality.md lacks its tables:begin and tables:end markers")
+    return f"{head}{marker}{opening}\n" + "\n".join(parts) + f"\n{end}{tail}"
+
+
+def _quality_table(name: str, record: dict[str, Any]) -> str:
+    """Return one run's heading and rows."""
+    protocol, results = record["protocol"], record["results"]
+    where = (
+        f"{Path(protocol['dataset']).name}, {protocol['windows']} windows of {protocol['seq_len']}"
+    )
+    lines = [
+        f"## {where}",
+        "",
+        f"{record['machine']}, {record['date']}, commit {record['commit']}; exact perplexity "
+        f"{results[0]['ppl_baseline']:.3f}; `benchmarks/results/{name}`.",
+        "",
+        "| scheme | bits | ratio | KLD | KLD p99.9 | same top token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        error = row["ppl_ratio_stderr"]
+        ratio = f"{row['ppl_ratio']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        lines.append(
+            f"| `{row['spec']}` | {row['effective_bits']:.3f} | {ratio} | {row['kld_mean']:.4f} | "
+            f"{row['kld_p999']:.2f} | {100 * row['same_top1']:.1f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+PAGES: Final[dict[str, Callable[[], str]]] = {
+    "cli.md": cli_page,
+    "methods.md": methods_page,
+    "quality.md": quality_page,
+}
 
 
 def main() -> int:
