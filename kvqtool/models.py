@@ -122,13 +122,8 @@ def load_model(
         model.to(chosen_device)  # type: ignore[arg-type]  # a decorator hides its signature
     else:
         chosen_device = _input_device(model, chosen_device)
-    return LoadedModel(
-        identity=identify(model, tokenizer, name=_shown(name)),
-        model=model.eval(),
-        tokenizer=tokenizer,
-        device=chosen_device,
-        dtype=model.dtype,
-    )
+    identity = identify(model, tokenizer, name=_shown(name))
+    return LoadedModel(identity, model.eval(), tokenizer, chosen_device, model.dtype)
 
 
 def resolve_device(device: str) -> torch.device:
