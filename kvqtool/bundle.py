@@ -5,7 +5,7 @@ belong to.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,8 @@ _FIELDS: Final = {
     "tokenizer_sha256": str,
     "rope_sha256": str,
 }
+_SIZES: Final = {field.name for field in fields(LayerGeometry)}
+_LONGEST_SPEC: Final = 200
 _TENSOR: Final = re.compile(
     r"layers\.(0|[1-9][0-9]{0,5})\.(?:key\.(?:levels|decode_levels|lower|upper)"
     r"|value\.(?:levels|decode_levels))"
@@ -149,6 +151,8 @@ class Bundle:
             BundleError: when the parts do not make one.
         """
         try:
+            if len(metadata["spec"]) > _LONGEST_SPEC:
+                raise ValueError("the spec")
             spec = parse_spec(metadata["spec"])
             model, provenance = metadata["model"], metadata["provenance"]
             _check_identity(model)
@@ -202,7 +206,8 @@ def _check_identity(model: Any) -> None:
         if type(model[field]) is not kind:
             raise ValueError(f"the model's {field}")
     for layer in model["layers"]:
-        LayerGeometry(**layer)
+        if not isinstance(layer, dict) or layer.keys() != _SIZES:
+            raise ValueError("the model's layers")
         if not all(type(size) is int and size > 0 for size in layer.values()):
             raise ValueError("the model's layers")
 

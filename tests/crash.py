@@ -33,8 +33,8 @@ from kvqtool.cli import app
 
 ROOT: Final = Path(__file__).parents[1]
 # Aimed kills wait for the temporary neighbour, and then this long at most.
-WRITING_SECONDS: Final = 0.01
-SMALL: Final = ("--samples", "1", "--seq-len", "32")
+WRITING_SECONDS: Final = 0.004
+SMALL: Final = ("--dataset", "document.txt", "--seq-len", "32")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def _spec_of_json(path: Path) -> str:
 WRITERS: Final = (
     Writer(
         "calibrate",
-        ("calibrate", "builtin", "--spec", "nuq2-nofisher", *SMALL),
-        ("calibrate", "builtin", "--spec", "nuq3-nofisher", *SMALL),
+        ("calibrate", "builtin", "--spec", "nuq2", "--samples", "1", *SMALL),
+        ("calibrate", "builtin", "--spec", "nuq3", "--samples", "1", *SMALL),
         lambda path: str(load_bundle(path).spec),
     ),
     Writer(
@@ -67,8 +67,8 @@ WRITERS: Final = (
     ),
     Writer(
         "ppl",
-        ("ppl", "builtin", "--spec", "int4-g64", "--seq-len", "32", "--windows", "1", "--json"),
-        ("ppl", "builtin", "--spec", "int8-g64", "--seq-len", "32", "--windows", "1", "--json"),
+        ("ppl", "builtin", "--spec", "int4-g64", "--windows", "1", "--json", *SMALL),
+        ("ppl", "builtin", "--spec", "int8-g64", "--windows", "1", "--json", *SMALL),
         _spec_of_json,
     ),
     Writer(
@@ -156,6 +156,14 @@ class Trial:
         assert os.waitstatus_to_exitcode(status) == 0, f"{command} does not even run"
         self.seconds[start] = time.monotonic() - began
 
+    def strike_until(self, kills: int, start: Callable[..., int]) -> None:
+        """Strike until so many commands were really killed, and had not ended by themselves."""
+        number, wanted = 0, self.counts["killed"] + kills
+        while self.counts["killed"] < wanted:
+            assert number < 9 + 4 * kills, "commands end before they are killed"
+            self.strike(start, number)
+            number += 1
+
     def strike(self, start: Callable[..., int], number: int) -> None:
         """Start the command over the old file (or over none), kill it, and look at the output."""
         has_old = number % 4 != 3
@@ -190,7 +198,7 @@ class Trial:
 
 
 def run(kills: int, processes: int, seed: int) -> dict[str, Counter[str]]:
-    """Kill each writing command in turn, `kills` times in all, the last `processes` as processes.
+    """Kill each writing command in turn, `kills` times in all, `processes` of them as processes.
 
     Returns:
         What was counted, by command.
@@ -205,9 +213,10 @@ def run(kills: int, processes: int, seed: int) -> dict[str, Counter[str]]:
             (Path(name) / writer.name).mkdir()
             folder = Path(name) / writer.name
             trials.append(Trial(writer, folder, random.Random(seed)))
-        for number in range(kills):
-            start = started if number >= kills - processes else forked
-            trials[number % len(trials)].strike(start, number // len(trials))
+        for index, trial in enumerate(trials):
+            whole = len(range(index, processes, len(trials)))
+            trial.strike_until(len(range(index, kills, len(trials))) - whole, forked)
+            trial.strike_until(whole, started)
         for trial in trials:
             trial.close()
         os.chdir(ROOT)
