@@ -4,10 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TORCH  := $(shell grep '^torch==' constraints.txt)
+OLDEST := .venv-oldest
+TESTS  ?= tests
+SEED   ?= 0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-gpu lint format type docs docs-check wheel-check check bench clean
+.PHONY: help install demo test test-gpu test-oldest fuzz crash-test lint format type docs docs-check wheel-check check bench clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +33,21 @@ test: $(READY) ## run the tests: CPU, offline
 
 test-gpu: $(READY) ## run the GPU tests; a machine without a GPU is a failure, not a skip
 	KVQTOOL_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
+
+test-oldest: $(OLDEST)/.ready ## run the tests (or TESTS=...) with the oldest transformers that is allowed, in .venv-oldest
+	$(OLDEST)/bin/python -m pytest $(TESTS)
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt $(TORCH)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[dev]'
+	@touch $@
+
+fuzz: $(READY) ## read 10,000 mutated bundles and saved caches; SEED=1 for others
+	$(BIN)/python tests/fuzz.py --count 10000 --seed $(SEED)
+
+crash-test: $(READY) ## kill -9 every writing command, 200 times in all, at random moments
+	$(BIN)/python tests/crash.py --kills 200 --seed $(SEED)
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check .
@@ -56,6 +74,6 @@ check: lint type docs-check wheel-check test ## everything that must hold before
 bench: $(READY) ## run every benchmark
 	@set -e; for script in $(wildcard benchmarks/bench_*.py); do echo "== $$script"; $(BIN)/python $$script; done
 
-clean: ## remove .venv and everything that tools wrote
-	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove .venv, .venv-oldest and everything that tools wrote
+	rm -rf $(VENV) $(OLDEST) build dist demo-out .pytest_cache .mypy_cache .ruff_cache
 	find kvqtool tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
