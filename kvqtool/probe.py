@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from kvqtool.errors import InputError
+from kvqtool.errors import InputError, RunError
 from kvqtool.forward import hidden_states, layers_of
 from kvqtool.memory import LayerGeometry
 from kvqtool.rope import AngleFormula, Rotation, candidate_rotations
@@ -94,6 +94,8 @@ def probe(model: PreTrainedModel) -> Seam:
     cache = _RecordingCache(callers, config=model.config)
     with hooked(_layer_modules(model), enter, leave), explain_split(model):
         before = hidden_states(model, {"input_ids": ids[None].to(model.device)}, cache)
+    if not torch.isfinite(before).all():
+        raise RunError(f"{name} produced NaN or infinite states; run in float32 or check the model")
     if not cache.seen:
         raise InputError(f"{name} wrote no key-value cache, so there is nothing to compress")
     _check_causal(model, ids, before)

@@ -18,11 +18,11 @@ from kvqtool.memory import LayerGeometry, dropped_tokens
 from kvqtool.methods import get_method
 from kvqtool.packed import PackedBody
 from kvqtool.padding import keep_padded_sinks, put_padded_sinks
+from kvqtool.rows import Pair, from_rows, join, stored_dtype, to_rows
 from kvqtool.seam import LayerSeam
-from kvqtool.spec import KvSpec, QuantSpec
+from kvqtool.spec import KvSpec
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
-Pair = tuple[Tensor, Tensor]
 Rows = dict[str, Tensor]
 
 
@@ -104,11 +104,11 @@ class LayerStore:
         sinks_missing = self.spec.sink_tokens - self.sinks
         if sinks_missing > 0:
             taken = key[:, :, :sinks_missing], value[:, :, :sinks_missing]
-            self._exact["sink"] = _join(self._exact["sink"], taken)
+            self._exact["sink"] = join(self._exact["sink"], taken)
             key, value = key[:, :, sinks_missing:], value[:, :, sinks_missing:]
         self.tokens += arriving[0].shape[2]
         keep_padded_sinks(self._exact["sink"], self.padding, arriving, before)
-        self._exact["window"] = _join(self._exact["window"], (key, value))
+        self._exact["window"] = join(self._exact["window"], (key, value))
         if not hold:
             self.commit(angles)
 
@@ -256,7 +256,7 @@ class LayerStore:
     def _encode(self, leaving: Pair, angles: Angles) -> tuple[Rows, Rows]:
         """Encode the tokens that follow the body, (batch, heads, tokens, head_dim) each."""
         tokens, start = leaving[0].shape[2], self.sinks + self.dropped + self.bodies[0].tokens
-        states = [_to_rows(leaving[0]), _to_rows(leaving[1])]
+        states = [to_rows(leaving[0]), to_rows(leaving[1])]
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + tokens))
             states[0] = self.rotation.unrotate(states[0], cos, sin)
@@ -269,7 +269,7 @@ class LayerStore:
                     "run in float32 or check the model"
                 )
             flat = side.reshape(tokens * side.shape[1], -1)
-            stored = _stored_dtype(flat, spec, leaving[0].dtype)
+            stored = stored_dtype(flat, spec, leaving[0].dtype)
             encoded.append(get_method(spec.method).quantize(stored, book, spec))
         return encoded[0], encoded[1]
 
@@ -288,26 +288,7 @@ class LayerStore:
             cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
             states[0] = self.rotation.rotate(states[0], cos, sin)
         dtype = self._exact["window"][0].dtype
-        return _from_rows(states[0], dtype), _from_rows(states[1], dtype)
+        return from_rows(states[0], dtype), from_rows(states[1], dtype)
 
 
 _SIDES = ("key", "value")
-
-
-def _stored_dtype(states: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """Give fp its states in the model's dtype; codecs take float32."""
-    return states.to(dtype) if spec.method == "fp" else states
-
-
-def _join(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.cat([left[0], right[0]], dim=2), torch.cat([left[1], right[1]], dim=2)
-
-
-def _to_rows(states: Tensor) -> Tensor:
-    """(B, H, T, D) -> (T, B, H, D) float32: the order rows are stored in."""
-    return states.permute(2, 0, 1, 3).float()
-
-
-def _from_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """(T, B, H, D) -> (B, H, T, D) in the model's dtype."""
-    return states.permute(1, 2, 0, 3).to(dtype)

@@ -7,10 +7,11 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache, is_rotated
 from kvqtool.layer import KvqLayer
 from kvqtool.memory import paper_bytes
-from kvqtool.seam import LayerSeam
+from kvqtool.seam import LayerSeam, Seam
 
 # The one path there is until the CUDA kernels: torch decodes the whole cache for stock attention.
 KERNEL: Final = "torch (materialise)"
@@ -64,17 +65,26 @@ def measure(cache: KvqCache) -> CacheUsage:
     )
 
 
-def layer_report(cache: KvqCache) -> list[dict[str, Any]]:
+def describe_layers(seam: Seam, bundle: Bundle) -> list[dict[str, Any]]:
     """Return one row per layer: what it is, how its keys rotate, how it is stored and read."""
-    return [_layer_row(cache, layer) for layer in cache.seam.layers]
+    return [_layer_row(bundle, layer) for layer in seam.layers]
 
 
-def _layer_row(cache: KvqCache, layer: LayerSeam) -> dict[str, Any]:
-    spec, packed = cache.bundle.spec, layer.is_packed
-    rotated = packed and is_rotated(layer, cache.bundle)
+def layer_report(cache: KvqCache) -> list[dict[str, Any]]:
+    """Return the rows of `describe_layers`, each with how angles are kept and the layer's bytes."""
+    rows = describe_layers(cache.seam, cache.bundle)
+    for row, layer in zip(rows, cache.seam.layers, strict=True):
+        rotated = layer.is_packed and is_rotated(layer, cache.bundle)
+        row["angles"] = cache.angles[layer.group].kind if rotated else None
+        row["cache_bytes"] = _layer_bytes(cache, layer)
+    return rows
+
+
+def _layer_row(bundle: Bundle, layer: LayerSeam) -> dict[str, Any]:
+    spec, packed = bundle.spec, layer.is_packed
+    rotated = packed and is_rotated(layer, bundle)
     axis = "channel" if spec.key.per_channel else "group" if spec.key.group_size else "token"
     kind = "stock" if not packed else "sliding" if layer.window else "full"
-    mixed = bool(spec.residual_length)
     return {
         "layer": layer.index,
         "kind": kind,
@@ -84,9 +94,7 @@ def _layer_row(cache: KvqCache, layer: LayerSeam) -> dict[str, Any]:
         "key_axis": axis if packed and spec.key.method != "fp" else None,
         "key_bits": spec.key.bits if packed else None,
         "value_bits": spec.value.bits if packed else None,
-        "angles": cache.angles[layer.group].kind if rotated else None,
-        "read_path": ("mixed" if mixed else "materialise") if packed else "stock",
-        "cache_bytes": _layer_bytes(cache, layer),
+        "read_path": ("mixed" if spec.residual_length else "materialise") if packed else "stock",
     }
 
 

@@ -13,7 +13,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "memory", "shape", "plan", "files", "progress"),
     ("ranks", "bits", "outliers", "codebook", "histogram", "quantiles", "codec", "packed"),
     ("container", "methods", "bundle"),
-    ("rope", "seam", "padding", "store"),
+    ("rope", "seam", "padding", "rows", "store"),
     (
         "identity",
         "models",

@@ -10,6 +10,7 @@ import typer
 from kvqtool.cli import options as opt
 from kvqtool.cli.inputs import Calibration, ModelChoice, make_bundle, refuse_shared_stdin
 from kvqtool.cli.output import Output, Table
+from kvqtool.cli.reports import note_layers
 from kvqtool.errors import InputError
 from kvqtool.files import check_output
 from kvqtool.ranks import Ranks
@@ -60,6 +61,7 @@ def run(
     choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map)
     loaded = choice.load_shared(out)
     from kvqtool.bundle import save_bundle
+    from kvqtool.usage import describe_layers
 
     calibration = Calibration(dataset, samples, seq_len, seed, text_column)
     partial = _partial(output, resume, loaded.ranks, out)
@@ -70,12 +72,15 @@ def run(
     partial.remove()
     if not loaded.ranks.is_first:
         return
+    layers = describe_layers(loaded.seam, bundle)
     result = {
         "path": str(output),
         "bundle_bytes": bundle.bundle_bytes,
         "file_bytes": output.stat().st_size,
         "provenance": bundle.provenance,
+        "layers": layers,
     }
+    note_layers(layers, out)
     path_line = Table((), [(str(output),)])
     out.result(spec=str(scheme), model=model, result=result, table=path_line)
 

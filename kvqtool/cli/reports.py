@@ -16,10 +16,31 @@ def note_cache(report: Any, out: Output) -> None:
 
 
 def note_layers(layers: Sequence[dict[str, Any]], out: Output) -> None:
-    """Name the layers that are stored otherwise than the spec says, and why."""
-    reasons: dict[str, list[str]] = {}
+    """Say what each layer is, how its keys rotate and how it is stored; equal ones share a line."""
+    alike: dict[str, list[int]] = {}
     for layer in layers:
-        if layer["kind"] == "stock cache" or layer["rope"].startswith("keys "):
-            reasons.setdefault(layer["rope"], []).append(str(layer["layer"]))
-    for reason, numbers in reasons.items():
-        out.note(f"layers {', '.join(numbers)}: {reason}")
+        alike.setdefault(_layer_line(layer), []).append(layer["layer"])
+    for line, numbers in alike.items():
+        out.note(f"layers {_runs(numbers)}: {line}")
+
+
+def _layer_line(layer: dict[str, Any]) -> str:
+    if layer["kind"] == "stock":
+        return layer["rope"]
+    window = f" {layer['window']}" if layer["window"] else ""
+    axis = f" per {layer['key_axis']}" if layer["key_axis"] else ""
+    return (
+        f"{layer['kind']}{window}, rotation {layer['rope']}, keys {layer['key_storage']}{axis} "
+        f"{layer['key_bits']} bits, values {layer['value_bits']} bits, read: {layer['read_path']}"
+    )
+
+
+def _runs(numbers: list[int]) -> str:
+    """Return layer numbers in short: 0, 1, 2, 5 -> 0-2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,30 @@
+"""Between a model's tensors and stored rows: (batch, heads, tokens, head_dim) and token by token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvqtool.spec import QuantSpec
+
+Pair = tuple[Tensor, Tensor]
+
+
+def to_rows(states: Tensor) -> Tensor:
+    """(B, H, T, D) -> (T, B, H, D) float32: the order rows are stored in."""
+    return states.permute(2, 0, 1, 3).float()
+
+
+def from_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, B, H, D) -> (B, H, T, D) in the model's dtype."""
+    return states.permute(1, 2, 0, 3).to(dtype)
+
+
+def stored_dtype(states: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """Give fp its states in the model's dtype; codecs take float32."""
+    return states.to(dtype) if spec.method == "fp" else states
+
+
+def join(left: Pair, right: Pair) -> Pair:
+    """Put keys and values of later tokens behind those of earlier ones, (B, H, T, D) each."""
+    return torch.cat([left[0], right[0]], dim=2), torch.cat([left[1], right[1]], dim=2)
