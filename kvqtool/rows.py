@@ -1,4 +1,4 @@
-"""Between a model's tensors and stored rows: (batch, heads, tokens, head_dim) and token by token."""
+"""Between a model's tensors (batch, heads, tokens, head_dim) and stored rows, token by token."""
 
 from __future__ import annotations
 
