@@ -8,6 +8,7 @@ fresh tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from kvqtool.spec import KvSpec
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
 Rows = dict[str, Tensor]
+# More than any speculative decoding takes back at once.
+_HELD_TOKENS: Final = 256
 
 
 class LayerStore:
@@ -92,8 +95,8 @@ class LayerStore:
             value: (batch, num_kv_heads, tokens, value_dim).
             angles: (start, stop) -> (cos, sin) of stored tokens, each (tokens, batch, width / 2)
                 float32.
-            hold: leave tokens in the window although they are past it, until `commit`; they read
-                as if they were encoded. Cropping can then take new tokens back without a trace.
+            hold: leave the last few tokens that are past the window in it, until `commit`; they
+                read as if they were encoded. Cropping can then take tokens back without a trace.
 
         Raises:
             RunError: when a state is not finite.
@@ -109,12 +112,11 @@ class LayerStore:
         self.tokens += arriving[0].shape[2]
         keep_padded_sinks(self._exact["sink"], self.padding, arriving, before)
         self._exact["window"] = join(self._exact["window"], (key, value))
-        if not hold:
-            self.commit(angles)
+        self.commit(angles, held=_HELD_TOKENS if hold else 0)
 
-    def commit(self, angles: Angles) -> None:
-        """Encode what is past the recent window."""
-        leaving, staying = self._split_window()
+    def commit(self, angles: Angles, *, held: int = 0) -> None:
+        """Encode what is past the recent window, but for the last `held` tokens of it."""
+        leaving, staying = self._split_window(held)
         if leaving[0].shape[2]:
             for body, rows in zip(self.bodies, self._encode(leaving, angles), strict=True):
                 body.append(rows)
@@ -247,10 +249,10 @@ class LayerStore:
             PackedBody(self.spec.value, value.shape[1] * value.shape[3], batch),
         )
 
-    def _split_window(self) -> tuple[Pair, Pair]:
-        """Return the exact states that are past the recent window, and those in it."""
+    def _split_window(self, held: int = 0) -> tuple[Pair, Pair]:
+        """Return the exact states that are past the recent window and `held` more, and the rest."""
         key, value = self._exact["window"]
-        past = max(key.shape[2] - self.spec.residual_length, 0)
+        past = max(key.shape[2] - self.spec.residual_length - held, 0)
         return (key[:, :, :past], value[:, :, :past]), (key[:, :, past:], value[:, :, past:])
 
     def _encode(self, leaving: Pair, angles: Angles) -> tuple[Rows, Rows]:

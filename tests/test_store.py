@@ -216,3 +216,19 @@ def test_states_that_are_not_finite_are_refused_as_they_leave_the_window(side: i
     pair[side][0, 1, 4, 2] = float("nan")
     with pytest.raises(RunError, match="layer 0 produced NaN or infinite states; run in float32"):
         store_of("int3", *pair, [9])
+
+
+def test_what_is_held_back_for_speculation_stays_bounded_and_reads_as_packed() -> None:
+    key, value = states(1, 400)
+    spec = parse_spec("int4-sink1-r5")
+    held, packed = (LayerStore(spec, books(spec), SEAM) for _ in range(2))
+    for at in range(400):
+        token = key[:, :, at : at + 1], value[:, :, at : at + 1]
+        held.append(*token, angles(1), hold=True)
+        packed.append(*token, angles(1))
+    assert packed.window[0].shape[2] == 5
+    assert 5 < held.window[0].shape[2] <= 5 + 256
+    for mine, theirs in zip(held.read(angles(1)), packed.read(angles(1)), strict=True):
+        assert torch.equal(mine, theirs)
+    held.commit(angles(1))
+    assert_same(held.canonical(), packed.canonical())
