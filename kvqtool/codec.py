@@ -70,7 +70,7 @@ def decode_dense(
     if levels.dim() == 2:
         first = torch.arange(channels, device=codes.device, dtype=torch.int32) * levels.shape[1]
         levels, codes = levels.flatten(), codes + first
-    values = levels[codes]
+    values = levels.index_select(0, codes.flatten()).view(codes.shape)
     if spec.per_channel:
         scale, offset = channel_affine(codebook)
         return values * scale + offset
