@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from bench_quality import commit, machine
 
+from kvqtool.bundle import save_bundle
 from kvqtool.calibrate import calibrate
 from kvqtool.data import calibration_windows, evaluation_windows, load_text
 from kvqtool.models import load_model
@@ -43,16 +44,16 @@ def main() -> None:
     }
     loaded = load_model(options.model, device=options.device, dtype="float32")
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    specs = [parse_spec(options.spec)]
+    specs = [parse_spec(text) for text in options.spec or [DEFAULT_SPEC]]
     text = load_text(options.calibration, part="calibration")
     learned = calibration_windows(
-        text, loaded.tokenizer, samples=options.samples, seq_len=2048, seed=0
+        text, loaded.tokenizer, samples=options.samples, seq_len=2048, seed=options.seed
     )
     before = _resident()
     digests = []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        (bundle,) = calibrate(loaded, learned, specs)
+        bundle, *others = calibrate(loaded, learned, specs, seed=options.seed)
         record["calibrate_seconds"] = time.perf_counter() - started
         parts = sorted(bundle.tensors().items())
         digests.append(
@@ -64,6 +65,10 @@ def main() -> None:
         "calibrate_repeats": options.repeats,
         "calibrate_is_deterministic": len(set(digests)) == 1,
     }
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        for each in (bundle, *others):
+            save_bundle(each, options.keep / f"{each.spec}.safetensors", force=True)
     text = load_text(options.dataset, part="evaluation")
     windows = evaluation_windows(
         text, loaded.tokenizer, seq_len=2048, windows=options.windows, stride=None
@@ -120,7 +125,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", help="builtin, a folder or a hub id")
     parser.add_argument("--calibration")
     parser.add_argument("--dataset")
-    parser.add_argument("--spec", default=DEFAULT_SPEC)
+    parser.add_argument("--spec", action="append", help="repeatable; the first is evaluated")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
+    parser.add_argument("--keep", type=Path, help="folder to leave the bundles in")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=1)
