@@ -88,10 +88,13 @@ class QuantSpec:
                 "keep one"
             )
         if self.method == EXACT and (
-            self.outlier_fraction or self.moment_match or self.outlier_cap is not None
+            self.outlier_fraction
+            or self.moment_match
+            or self.outlier_cap is not None
+            or self.per_channel
         ):
             raise SpecError(
-                "fp stores everything exactly; outliers, caps and qnorm do not apply to it"
+                "fp stores everything exactly; outliers, caps, ranges and qnorm do not apply to it"
             )
         if self.method != "nuq" and (
             self.weighting != "fisher-scale" or self.channel_levels or self.moment_match

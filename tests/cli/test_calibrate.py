@@ -69,7 +69,14 @@ def test_an_interrupt_in_the_middle_leaves_nothing(
 ) -> None:
     command: list[Any] = [sys.executable, "-m", "kvqtool", "calibrate", "builtin", "-o", "b"]
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, text=True, stdout=-1, stderr=-1
+        command,
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=-1,
+        stderr=-1,
+        # A test run in a shell's background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         assert running.stderr is not None
         for line in running.stderr:
