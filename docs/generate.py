@@ -73,13 +73,7 @@ def methods_page() -> str:
         widths = METHOD_BITS.get(method.name, ())
         names = " ".join(f"`{method.name}{bits}`" for bits in widths) or f"`{EXACT}`"
         rows.append(f"| {names} | {method.summary} | {method.paper or '-'} |")
-    page = (DOCS / "methods.md").read_text(encoding="utf-8")
-    head, marker, rest = page.partition("<!-- methods:begin")
-    opening, _, rest = rest.partition("\n")
-    _, end, tail = rest.partition("<!-- methods:end -->")
-    if not (marker and end):
-        raise RuntimeError("docs/methods.md lacks its methods:begin and methods:end markers")
-    return f"{head}{marker}{opening}\n" + "\n".join(rows) + f"\n{end}{tail}"
+    return _between("methods", "\n".join(rows))
 
 
 def quality_page() -> str:
@@ -88,13 +82,18 @@ def quality_page() -> str:
     for path in sorted(RESULTS.glob("quality-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         parts.append(_quality_table(path.name, record))
-    page = (DOCS / "quality.md").read_text(encoding="utf-8")
-    head, marker, rest = page.partition("<!-- tables:begin")
+    return _between("quality", "\n".join(parts))
+
+
+def _between(page: str, text: str) -> str:
+    """Return a page with `text` between its markers `<!-- PAGE:begin` and `<!-- PAGE:end -->`."""
+    whole = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    head, marker, rest = whole.partition(f"<!-- {page}:begin")
     opening, _, rest = rest.partition("\n")
-    _, end, tail = rest.partition("<!-- tables:end -->")
+    _, end, tail = rest.partition(f"<!-- {page}:end -->")
     if not (marker and end):
-        raise RuntimeError("docs/quality.md lacks its tables:begin and tables:end markers")
-    return f"{head}{marker}{opening}\n" + "\n".join(parts) + f"\n{end}{tail}"
+        raise RuntimeError(f"docs/{page}.md lacks its {page}:begin and {page}:end markers")
+    return f"{head}{marker}{opening}\n{text}\n{end}{tail}"
 
 
 def _quality_table(name: str, record: dict[str, Any]) -> str:
