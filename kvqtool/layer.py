@@ -115,9 +115,8 @@ class KvqLayer(CacheLayerMixin):
         length to keep).
         """
         if not self.store.is_empty:
-            keep = (
-                tokens_to_remove if tokens_to_remove > 0 else self.store.tokens + tokens_to_remove
-            )
+            change = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+            keep = change if change > 0 else self.store.tokens + change
             self.store.truncate(max(keep, 0))
             self.store.commit(self._read_angles)
             self.store.drop_unseen()
