@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -98,28 +98,19 @@ def _caches(arguments: dict[str, Any]) -> list[KvqCache]:
 
 @contextmanager
 def _band_attention(model: PreTrainedModel, spec: KvSpec | None) -> Iterator[None]:
-    """Use the attention function that knows recent windows, for specs that have one."""
-    if spec is None or not spec.residual_length:
-        yield
-        return
-    with replaced_attention(model, BAND, register_band_attention):
-        yield
-
-
-@contextmanager
-def replaced_attention(
-    model: PreTrainedModel, name: str, register: Callable[[], None]
-) -> Iterator[None]:
-    """Run a model on a registered attention function, and on its own again afterwards.
+    """Run on the attention function that knows recent windows, for specs that have one.
 
     Raises:
         InputError: when the model keeps its own attention; transformers would only log a warning.
     """
-    register()
+    if spec is None or not spec.residual_length:
+        yield
+        return
+    register_band_attention()
     before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    model.set_attn_implementation(BAND)
     try:
-        if model.config._attn_implementation != name:
+        if model.config._attn_implementation != BAND:
             raise InputError(
                 f"{type(model).__name__} does not let its attention be replaced; "
                 "use a spec without -r"

@@ -25,7 +25,7 @@ from kvqtool.codebook import Codebook
 from kvqtool.collect import HistogramCollector, RangeCollector
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
-from kvqtool.memory import MAX_CHANNELS, outliers_per_tail
+from kvqtool.memory import MAX_CHANNELS, groups_per_token
 from kvqtool.methods import get_method
 from kvqtool.models import LoadedModel
 from kvqtool.partial import Journal, Partial
@@ -174,22 +174,17 @@ def _fit(
 
 
 def _check_shapes(spec: KvSpec, seam: Seam) -> None:
-    """Refuse outlier shares that leave nothing to quantize in a layer."""
+    """Refuse layers too wide to index, and groups that do not divide a layer's channels."""
     for layer in seam.packed:
         for quant, channels in (
             (spec.key, layer.geometry.key_channels),
             (spec.value, layer.geometry.value_channels),
         ):
+            groups_per_token(quant, channels)
             if channels > MAX_CHANNELS:
                 raise InputError(
                     f"layer {layer.index} has {channels} channels; "
                     f"kvqtool indexes {MAX_CHANNELS} at most"
-                )
-            if not quant.per_channel and 2 * outliers_per_tail(quant, channels) >= channels:
-                share = f"{quant.outlier_fraction * 100:g}%"
-                raise InputError(
-                    f"{share} outliers leave none of layer {layer.index}'s {channels} channels; "
-                    "use less"
                 )
 
 

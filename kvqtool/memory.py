@@ -19,6 +19,7 @@ PAGE_TOKENS: Final = 128
 WORD_BITS: Final = 32
 MAX_CHANNELS: Final = 32767  # what a 16-bit outlier index and count can say
 ITEM_BYTES: Final[dict[str, int]] = {
+    "float64": 8,
     "float32": 4,
     "float16": 2,
     "bfloat16": 2,

@@ -24,7 +24,7 @@ Setting = tuple[Session, Bundle]
 @pytest.fixture(scope="module", params=["fp", "int4-sink2", "nuq3-1%-sink1-r3"])
 def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     assert FAMILIES["gemma3"][1]["sliding_window"] == WINDOW
-    model = build("gemma3")
+    model = build("gemma3").double()  # in float32 rounding moves a state to another level at times
     loaded = loaded_model("gemma3", model)
     (bundle,) = calibrate(loaded, learned(), [parse_spec(request.param)])
     with torch.no_grad(), attach(model, bundle, seam=loaded.seam) as session:
@@ -46,8 +46,7 @@ def test_far_past_the_window_every_cut_of_the_prompt_gives_the_same_logits(
     ids = tokens(1, LENGTH, seed=3)
     expected, _ = run(setting, ids, [100, 100, 100])
     found, cache = run(setting, ids, sizes)
-    tolerance = 1e-4 if str(setting[1].spec) == "fp" else 0.05
-    assert (found - expected).abs().mean() < tolerance
+    assert (found - expected).abs().max() < 1e-5
     assert cache.get_seq_length() == LENGTH
     sliding, full = cache.stores
     assert (sliding.dropped, full.dropped) == (2 * PAGE_TOKENS, 0)
@@ -58,7 +57,7 @@ def test_exact_storage_gives_stock_logits_at_many_times_the_window(setting: Sett
         pytest.skip("stock logits are what exact storage gives; other specs are compared above")
     ids = tokens(2, LENGTH, seed=3)
     stock = setting[0].model(ids).logits
-    assert (run(setting, ids, [150, 150])[0] - stock).abs().max() < 1e-4
+    assert (run(setting, ids, [150, 150])[0] - stock).abs().max() < 1e-4  # keys rotate in float32
 
 
 def test_what_a_sliding_layer_holds_is_its_pages_and_no_more(setting: Setting) -> None:
@@ -71,7 +70,7 @@ def test_what_a_sliding_layer_holds_is_its_pages_and_no_more(setting: Setting) -
         ("key", "value"), (spec.key, spec.value), store.bodies, strict=True
     ):
         rows = capacity(body) * 2
-        planned = body_buffers(quant, packed.channels, rows, packed.outliers, "float32")
+        planned = body_buffers(quant, packed.channels, rows, packed.outliers, "float64")
         held = {
             name.removeprefix(f"{side}."): sum(t.untyped_storage().nbytes() for t in tensors)
             for name, tensors in store.tensors.items()
@@ -96,4 +95,4 @@ def test_with_the_past_recorded_cropping_leaves_no_trace(setting: Setting) -> No
     options: dict[str, Any] = {"past_key_values": cache}
     found = session.model(ids[:, LENGTH - 20 :], **options).logits
     expected, _ = run(setting, ids, [LENGTH - 20, 20])
-    assert torch.allclose(found, expected[:, LENGTH - 20 :], atol=1e-4)
+    assert torch.allclose(found, expected[:, LENGTH - 20 :], atol=1e-5)
