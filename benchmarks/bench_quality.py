@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from kvqtool.bundle import Bundle, load_bundle, save_bundle
-from kvqtool.calibrate import calibrate
+from kvqtool.calibrate import calibrate, describe_run
 from kvqtool.data import Windows, calibration_windows, evaluation_windows, load_text
 from kvqtool.files import atomic_output, check_output
 from kvqtool.models import LoadedModel, load_model
@@ -95,7 +95,7 @@ def main() -> None:
     source = load_text(options.calibration, part="calibration")
     seq_len = min(options.calibration_seq_len, loaded.identity.max_context)
     learned = calibration_windows(
-        source, loaded.tokenizer, samples=options.samples, seq_len=seq_len, seed=0
+        source, loaded.tokenizer, samples=options.samples, seq_len=seq_len, seed=options.seed
     )
     bundles = _bundles(options, loaded, learned, specs)
     calibrated = time.perf_counter()
@@ -138,15 +138,20 @@ def _bundles(
 ) -> list[Bundle]:
     """Calibrate, or take bundles that an earlier run left in --bundles."""
     if options.bundles is None:
-        return calibrate(loaded, learned, specs, progress=_note)
+        return calibrate(loaded, learned, specs, seed=options.seed, progress=_note)
     paths = [options.bundles / f"{str(spec).replace('/', '_')}.safetensors" for spec in specs]
     if not all(path.exists() for path in paths):
         options.bundles.mkdir(parents=True, exist_ok=True)
-        for bundle, path in zip(
-            calibrate(loaded, learned, specs, progress=_note), paths, strict=True
-        ):
+        made = calibrate(loaded, learned, specs, seed=options.seed, progress=_note)
+        for bundle, path in zip(made, paths, strict=True):
             save_bundle(bundle, path, force=True)
-    return [load_bundle(path) for path in paths]
+    bundles = [load_bundle(path) for path in paths]
+    wanted = describe_run(loaded, learned, options.seed)
+    for bundle in bundles:
+        for key in ("dataset_sha256", "samples", "seq_len", "seed"):
+            if bundle.provenance[key] != wanted[key]:
+                raise SystemExit(f"error: {options.bundles} holds bundles of another {key}")
+    return bundles
 
 
 def machine() -> str:
@@ -178,6 +183,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", choices=sorted(SETS), default="demo", help="which schemes")
     parser.add_argument("--spec", action="append", help="a scheme instead of a set; repeatable")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--calibration-seq-len", type=int, default=2048)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--windows", type=int)
