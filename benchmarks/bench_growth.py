@@ -4,7 +4,7 @@
 
 `builtin` generates far past its context on purpose; the text means nothing, the bytes do. Every
 1000 tokens the cache's allocated bytes are compared with `memory.planned_bytes` for that length and
-number of outliers, and the process's resident memory is noted.
+number of outliers, and the process's resident memory and all that torch holds on the GPU are noted.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def _row(cache, tokens: int) -> dict[str, int]:  # type: ignore[no-untyped-def]
         "cache_bytes": cache.nbytes,
         "planned_bytes": planned_bytes(spec, layers, 1, tokens, outliers, "float32"),
         "resident_bytes": _resident(),
+        "device_bytes": torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
     }
 
 
