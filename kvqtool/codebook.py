@@ -70,13 +70,15 @@ def round_range(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     float32 results.
     """
     low, high = as_half(lower), as_half(upper)
-    low = torch.where(
-        low > lower, torch.nextafter(low.half(), torch.tensor(-torch.inf).half()).float(), low
-    )
-    high = torch.where(
-        high < upper, torch.nextafter(high.half(), torch.tensor(torch.inf).half()).float(), high
-    )
+    low = torch.where(low > lower, _next_half(low, -torch.inf), low)
+    high = torch.where(high < upper, _next_half(high, torch.inf), high)
     return as_half(low), as_half(high)
+
+
+def _next_half(values: Tensor, towards: float) -> Tensor:
+    """Return the next fp16 number; on the CPU, where torch has nextafter for fp16."""
+    ends = torch.tensor(towards, dtype=torch.float16)
+    return torch.nextafter(values.cpu().half(), ends).float().to(values.device)
 
 
 def uniform_levels(bits: int) -> Tensor:
