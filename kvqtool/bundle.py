@@ -17,7 +17,8 @@ from kvqtool.container import load_container, save_container
 from kvqtool.errors import BundleError, KvqError, brief
 from kvqtool.memory import LayerGeometry, groups_per_token
 from kvqtool.methods import get_method
-from kvqtool.spec import EXACT, KvSpec, parse_spec
+from kvqtool.side import EXACT, QuantSpec
+from kvqtool.spec import KvSpec, parse_spec
 
 KIND: Final = "kvqtool-bundle"
 VERSION: Final = 1
@@ -47,8 +48,9 @@ _FIELDS: Final = {
 _SIZES: Final = {field.name for field in fields(LayerGeometry)}
 _LONGEST_SPEC: Final = 200
 _TENSOR: Final = re.compile(
-    r"layers\.(0|[1-9][0-9]{0,5})\.(?:key\.(?:levels|decode_levels|lower|upper)"
-    r"|value\.(?:levels|decode_levels))"
+    r"layers\.(0|[1-9][0-9]{0,5})\."
+    r"(?:key\.(?:levels|decode_levels|lower|upper|feedback|order)"
+    r"|value\.(?:levels|decode_levels|feedback|order))"
 )
 
 
@@ -106,25 +108,30 @@ class Bundle:
                 raise BundleError(
                     f"bundle has no codebook for layer {index}; calibrate a bundle for this model"
                 )
-            lower = self.codebooks[index, "key"].lower
-            for quant, channels in (
-                (self.spec.key, layer.key_channels),
-                (self.spec.value, layer.value_channels),
+            for side, quant, width in (
+                ("key", self.spec.key, layer.key_dim),
+                ("value", self.spec.value, layer.value_dim),
             ):
+                book, channels = self.codebooks[index, side], layer.num_kv_heads * width
                 try:
                     groups_per_token(quant, channels)
                 except KvqError as error:
                     raise BundleError(f"bundle does not fit layer {index}: {error}") from error
-            if lower is not None and len(lower) != layer.key_channels:
-                raise BundleError(
-                    f"bundle has {len(lower)} key channels in layer {index}, "
-                    f"the model has {layer.key_channels}; "
-                    "calibrate a bundle for this model"
-                )
+                if book.lower is not None and len(book.lower) != channels:
+                    raise BundleError(
+                        f"bundle has {len(book.lower)} {side} channels in layer {index}, "
+                        f"the model has {channels}; calibrate a bundle for this model"
+                    )
+                if book.order is not None and book.order.shape != (layer.num_kv_heads, width):
+                    raise BundleError(
+                        f"bundle has {side} heads of {tuple(book.order.shape)} in layer {index}, "
+                        f"the model has {(layer.num_kv_heads, width)}; "
+                        "calibrate a bundle for this model"
+                    )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the file format,
-        `layers.{i}.{key|value}.{levels|decode_levels|lower|upper}`.
+        `layers.{i}.{key|value}.{levels|decode_levels|lower|upper|feedback|order}`.
         """
         named = {}
         for (layer, side), book in self.codebooks.items():
@@ -137,6 +144,9 @@ class Bundle:
                     book.lower.half(),
                     book.upper.half(),
                 )
+            if book.feedback is not None and book.order is not None:
+                named[f"{prefix}.feedback"] = book.feedback.half()
+                named[f"{prefix}.order"] = book.order
         return named
 
     def metadata(self) -> dict[str, Any]:
@@ -217,7 +227,8 @@ def _layers_of(tensors: dict[str, Tensor]) -> list[int]:
     layers = set()
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
-        if match is None or tensor.dtype != torch.float16:
+        dtype = torch.int16 if name.endswith(".order") else torch.float16
+        if match is None or tensor.dtype != dtype:
             raise ValueError(f"the tensor {name}")
         layers.add(int(match[1]))
     return sorted(layers)
@@ -251,4 +262,25 @@ def _codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpec) -
         and (lower.dim() != 1 or lower.shape != upper.shape or (lower > upper).any())
     ):
         raise ValueError(f"the range of layer {layer} {side}")
-    return Codebook(levels, decoded, lower, upper)
+    return Codebook(levels, decoded, lower, upper, *_feedback(tensors, prefix, quant))
+
+
+def _feedback(
+    tensors: dict[str, Tensor], prefix: str, quant: QuantSpec
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return what compensation needs; KeyError or ValueError where the tensors do not give it."""
+    names = f"{prefix}.feedback", f"{prefix}.order"
+    if not quant.compensated:
+        if tensors.keys() & set(names):
+            raise ValueError(f"the feedback of {prefix}")
+        return None, None
+    feedback, order = tensors[names[0]].float(), tensors[names[1]]
+    heads, width = order.shape
+    every = torch.arange(width).expand(heads, width)
+    if (
+        tuple(feedback.shape) != (heads, width, width)
+        or not torch.isfinite(feedback).all()
+        or not torch.equal(order.long().sort(dim=1).values, every)
+    ):
+        raise ValueError(f"the feedback of {prefix}")
+    return feedback, order

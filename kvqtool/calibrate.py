@@ -22,7 +22,7 @@ from kvqtool import __version__
 from kvqtool.bundle import SIDES, Bundle
 from kvqtool.capture import capture
 from kvqtool.codebook import Codebook
-from kvqtool.collect import HistogramCollector, RangeCollector
+from kvqtool.collect import LossCollector, RangeCollector
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
 from kvqtool.memory import MAX_CHANNELS, groups_per_token
@@ -62,23 +62,24 @@ def calibrate(
     for spec in specs:
         _check_shapes(spec, loaded.seam)
     ranges = RangeCollector(specs)
-    histograms = HistogramCollector(specs, ranges)
+    heads = {layer.index: layer.geometry.num_kv_heads for layer in loaded.seam.packed}
+    losses = LossCollector(specs, ranges, heads)
     provenance, identity = describe_run(loaded, windows, seed), loaded.identity.as_json()
     journal = Journal(
         partial,
         _fingerprint(loaded, windows, specs) | provenance,
-        {"ranges": ranges, "histograms": histograms},
+        {"ranges": ranges, "losses": losses},
     )
     with loaded.ranks.together():
         journal.resume(_layer_devices(loaded))
-    phase = "measuring sensitivity" if histograms.needs_gradients else "collecting histograms"
+    phase = "measuring sensitivity" if losses.needs_gradients else "collecting histograms"
     with _deterministic():
         _feed(loaded, windows, "ranges", journal, ("sketching key ranges", progress))
-        _feed(loaded, windows, "histograms", journal, (phase, progress))
+        _feed(loaded, windows, "losses", journal, (phase, progress))
     bundles = []
     for number, spec in enumerate(specs):
         progress("fitting codebooks", number, len(specs))
-        books = _fit(spec, ranges, histograms, loaded.seam)
+        books = _fit(spec, ranges, losses, loaded.seam)
         bundles.append(Bundle(spec, identity, books, provenance))
     progress("fitting codebooks", len(specs), len(specs))
     return bundles
@@ -158,18 +159,18 @@ def _feed(
 
 
 def _fit(
-    spec: KvSpec, ranges: RangeCollector, histograms: HistogramCollector, seam: Seam
+    spec: KvSpec, ranges: RangeCollector, losses: LossCollector, seam: Seam
 ) -> dict[tuple[int, str], Codebook]:
     """Fit the codebooks of every packed layer."""
     books = {}
     for layer in seam.packed:
         for side, quant in zip(SIDES, (spec.key, spec.value), strict=True):
-            levels = get_method(quant.method).fit(
-                quant, histograms.histogram(spec, side, layer.index)
-            )
+            levels = get_method(quant.method).fit(quant, losses.histogram(spec, side, layer.index))
             ranged = ranges.ranges(spec, layer.index) if quant.per_channel else None
             ends = (ranged.lower, ranged.upper) if ranged else (None, None)
-            books[layer.index, side] = Codebook(*levels, *ends).to(torch.device("cpu"))
+            fisher = losses.fisher(spec, side, layer.index)
+            feedback = fisher.feedback() if fisher else (None, None)
+            books[layer.index, side] = Codebook(*levels, *ends, *feedback).to(torch.device("cpu"))
     return books
 
 

@@ -35,6 +35,9 @@ class Codebook:
         lower: (channels,) float32, fp16 values: each channel's least packed value; None where
             tokens bring ranges.
         upper: (channels,) float32, likewise the greatest.
+        feedback: (heads, width, width) float32, fp16 values: see `compensation.BlockFisher`; None
+            where rounding is not compensated.
+        order: (heads, width) int16, the order a head's channels are rounded in; None likewise.
 
     Example: nuq3 keys of a layer with 192 channels -> levels (8,), lower (192,), upper (192,).
     """
@@ -43,6 +46,8 @@ class Codebook:
     decode_levels: Tensor
     lower: Tensor | None = None
     upper: Tensor | None = None
+    feedback: Tensor | None = None
+    order: Tensor | None = None
 
     def to(self, device: torch.device) -> Codebook:
         """Return the codebook with its tensors on a device."""
@@ -55,6 +60,8 @@ class Codebook:
             self.decode_levels.to(device),
             move(self.lower),
             move(self.upper),
+            move(self.feedback),
+            move(self.order),
         )
 
 

@@ -13,7 +13,8 @@ from fractions import Fraction
 from typing import Final
 
 from kvqtool.errors import InputError
-from kvqtool.spec import EXACT, KvSpec, QuantSpec
+from kvqtool.side import EXACT, QuantSpec
+from kvqtool.spec import KvSpec
 
 PAGE_TOKENS: Final = 128
 WORD_BITS: Final = 32

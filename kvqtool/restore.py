@@ -28,7 +28,7 @@ from kvqtool.memory import (
 from kvqtool.models import LoadedModel
 from kvqtool.outliers import row_of_outlier
 from kvqtool.rope import AngleStore
-from kvqtool.spec import QuantSpec
+from kvqtool.side import QuantSpec
 from kvqtool.store import LayerStore
 
 KIND: Final = "kvqtool-cache"

@@ -10,8 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvqtool"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "memory", "shape", "plan", "files", "progress"),
-    ("ranks", "bits", "outliers", "codebook", "histogram", "quantiles", "codec", "packed"),
+    ("errors", "side", "spec", "memory", "shape", "plan", "files", "progress"),
+    (
+        "ranks",
+        "bits",
+        "outliers",
+        "codebook",
+        "compensation",
+        "hadamard",
+        "histogram",
+        "quantiles",
+        "codec",
+        "packed",
+    ),
     ("container", "methods", "bundle"),
     ("rope", "seam", "padding", "rows", "store"),
     (

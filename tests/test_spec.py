@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from kvqtool.errors import SpecError
-from kvqtool.spec import DEFAULT_SPEC, METHOD_BITS, WEIGHTINGS, KvSpec, QuantSpec, parse_spec
+from kvqtool.side import METHOD_BITS, WEIGHTINGS, QuantSpec
+from kvqtool.spec import DEFAULT_SPEC, KvSpec, parse_spec
 
 HEADS = tuple(f"{method}{bits}" for method, widths in METHOD_BITS.items() for bits in widths)
 SHARED_WORDS = ("", "-sink1", "-r128", "-sink4-r32")
@@ -20,6 +21,8 @@ WORDS = {
         ("", "-pertoken"),
         ("", "-fisher", "-nofisher"),
         ("", "-pc"),
+        ("", "-comp"),
+        ("", "-vrot"),
     ),
     "int": (
         ("", "-1%", "-2.5%"),
@@ -28,6 +31,8 @@ WORDS = {
         SHARED_WORDS,
         ("", "-postrope"),
         ("", "-pertoken"),
+        ("", "-comp"),
+        ("", "-vrot"),
     ),
     "nf": (("", "-1%"), ("", "-cap4"), SHARED_WORDS, ("", "-postrope"), ("", "-pertoken")),
 }
@@ -49,7 +54,7 @@ def is_sensible(text: str) -> bool:
     return not (
         ("-cap" in text and ("%" not in text or per_token))
         or ("-pc" in text and per_token)
-        or ("-g" in text and "-pertoken" in text)
+        or ("-g" in text and ("-pertoken" in text or "-comp" in text))
     )
 
 
@@ -81,6 +86,7 @@ class TestMeaning:
             ("fisher", "weighting", "fisher"),
             ("nofisher", "weighting", "none"),
             ("pc", "channel_levels", True),
+            ("comp", "compensated", True),
             ("2%", "outlier_fraction", 0.02),
             ("0.1%", "outlier_fraction", 0.001),
         ],
@@ -89,6 +95,15 @@ class TestMeaning:
         plain, changed = parse_spec("nuq3").key, parse_spec(f"nuq3-{word}").key
         assert getattr(changed, field) == expected
         assert {n for n in vars(plain) if vars(plain)[n] != vars(changed)[n]} == {field}
+
+    def test_one_string_compensates_keys_and_rotates_values(self) -> None:
+        spec = parse_spec("nuq3-comp-vrot")
+        assert (spec.key.compensated, spec.value.compensated) == (True, False)
+        assert (spec.key.rotated, spec.value.rotated) == (False, True)
+
+    def test_two_strings_compensate_each_for_itself(self) -> None:
+        spec = parse_spec("nuq3/nuq3-comp")
+        assert (spec.key.compensated, spec.value.compensated) == (False, True)
 
     def test_order_and_surrounding_space_do_not_matter(self) -> None:
         assert parse_spec(" nuq3-sink1-qnorm-1% \n") == parse_spec("nuq3-1%-sink1-qnorm")
@@ -109,6 +124,10 @@ class TestMeaning:
             ("int4-g64", False, False),
             ("nf4-pertoken", False, False),
             ("int4-g64/nuq3", True, True),
+            ("int4-comp", True, True),
+            ("int4-g64/int4-comp", True, True),
+            ("int4-pertoken-vrot", False, False),
+            ("nuq3-nofisher-comp", True, True),
             ("nuq3-pertoken-nofisher", True, False),
         ],
     )
@@ -139,8 +158,9 @@ class TestRoundTrip:
             "int4-g64",
             "int3-1%-cap4-postrope",
             "nf4-pertoken",
+            "nuq3-1%-pc-comp",
         )
-        values = ("nuq2", "nuq3-1%-qnorm", "int4-g64", "int3", "nf4", "nuq8-nofisher")
+        values = ("nuq2", "nuq3-1%-qnorm", "int4-g64", "int3-vrot", "nf4", "nuq8-nofisher-comp")
         for pair in itertools.product(keys, values):
             spec = parse_spec("/".join(pair))
             assert parse_spec(str(spec)) == spec, pair
@@ -174,6 +194,7 @@ def valid_specs() -> Iterator[KvSpec]:
         (False, True),
         (False, True),
         WEIGHTINGS,
+        (False, True),
         (False, True),
     )
     for (method, bits), *rest in grid:
