@@ -4,21 +4,26 @@ belong to.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from kvqtool.bundle_parts import (
+    check_identity,
+    layers_of,
+    read_codebook,
+    read_layer_specs,
+    read_spec,
+)
 from kvqtool.codebook import Codebook
 from kvqtool.container import load_container, save_container
 from kvqtool.errors import BundleError, KvqError, brief
 from kvqtool.memory import LayerGeometry, groups_per_token
 from kvqtool.methods import get_method
-from kvqtool.side import EXACT, QuantSpec
-from kvqtool.spec import KvSpec, parse_spec
+from kvqtool.spec import KvSpec
 
 KIND: Final = "kvqtool-bundle"
 VERSION: Final = 1
@@ -35,41 +40,34 @@ _IDENTITY: Final = (
 )
 
 
-_FIELDS: Final = {
-    "name": str,
-    "architecture": str,
-    "num_layers": int,
-    "layers": list,
-    "vocab_size": int,
-    "max_context": int,
-    "tokenizer_sha256": str,
-    "rope_sha256": str,
-}
-_SIZES: Final = {field.name for field in fields(LayerGeometry)}
-_LONGEST_SPEC: Final = 200
-_TENSOR: Final = re.compile(
-    r"layers\.(0|[1-9][0-9]{0,5})\."
-    r"(?:key\.(?:levels|decode_levels|lower|upper|feedback|order)"
-    r"|value\.(?:levels|decode_levels|feedback|order))"
-)
-
-
 @dataclass(frozen=True)
 class Bundle:
     """Everything needed to compress one model's cache by one scheme.
 
     Args:
-        spec: the scheme.
+        spec: the scheme; where layers differ, what they have in common.
         model: identity of the model, as JSON (see `models.ModelIdentity`).
         codebooks: by (layer, "key" or "value").
         provenance: text, windows, seed, device and versions it was made with; no dates, so equal
             inputs give equal files.
+        layer_specs: the scheme of each packed layer, where bits were spent by budget; empty where
+            all have `spec`. Sinks, recent window and the form of keys are those of `spec`.
     """
 
     spec: KvSpec
     model: dict[str, Any]
     codebooks: dict[tuple[int, str], Codebook]
     provenance: dict[str, Any]
+    layer_specs: dict[int, KvSpec] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The scheme's name in reports."""
+        return f"{self.spec}@mixed" if self.layer_specs else str(self.spec)
+
+    def spec_of(self, layer: int) -> KvSpec:
+        """Return the scheme of a packed layer."""
+        return self.layer_specs.get(layer, self.spec)
 
     @property
     def bundle_bytes(self) -> int:
@@ -89,11 +87,11 @@ class Bundle:
         Raises:
             BundleError: naming what differs, both values, and the remedy.
         """
-        for field in _IDENTITY:
-            mine, theirs = self.model[field], model[field]
+        for part in _IDENTITY:
+            mine, theirs = self.model[part], model[part]
             if mine != theirs:
                 raise BundleError(
-                    f"bundle was made for {brief(self.model['name'])} ({field} {brief(mine)}), "
+                    f"bundle was made for {brief(self.model['name'])} ({part} {brief(mine)}), "
                     f"the model {model['name']} has {brief(theirs)}; calibrate a bundle for it"
                 )
 
@@ -108,9 +106,10 @@ class Bundle:
                 raise BundleError(
                     f"bundle has no codebook for layer {index}; calibrate a bundle for this model"
                 )
+            spec = self.spec_of(index)
             for side, quant, width in (
-                ("key", self.spec.key, layer.key_dim),
-                ("value", self.spec.value, layer.value_dim),
+                ("key", spec.key, layer.key_dim),
+                ("value", spec.value, layer.value_dim),
             ):
                 book, channels = self.codebooks[index, side], layer.num_kv_heads * width
                 try:
@@ -151,7 +150,10 @@ class Bundle:
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of the file format."""
-        return {"spec": str(self.spec), "model": self.model, "provenance": self.provenance}
+        said = {"spec": str(self.spec), "model": self.model, "provenance": self.provenance}
+        if self.layer_specs:
+            said["layers"] = {str(i): str(spec) for i, spec in sorted(self.layer_specs.items())}
+        return said
 
     @staticmethod
     def from_parts(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Bundle:
@@ -161,19 +163,19 @@ class Bundle:
             BundleError: when the parts do not make one.
         """
         try:
-            if len(metadata["spec"]) > _LONGEST_SPEC:
-                raise ValueError("the spec")
-            spec = parse_spec(metadata["spec"])
+            spec = read_spec(metadata["spec"])
             model, provenance = metadata["model"], metadata["provenance"]
-            _check_identity(model)
+            check_identity(model)
             if not isinstance(provenance, dict):
                 raise ValueError("its provenance")
+            layers = layers_of(tensors)
+            specs = read_layer_specs(metadata.get("layers", {}), spec, layers)
             books = {
-                (layer, side): _codebook(tensors, layer, side, spec)
-                for layer in _layers_of(tensors)
+                (layer, side): read_codebook(tensors, layer, side, specs.get(layer, spec))
+                for layer in layers
                 for side in SIDES
             }
-            return Bundle(spec, model, books, provenance)
+            return Bundle(spec, model, books, provenance, specs)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             found = brief(error)
             raise BundleError(f"bundle lacks or garbles {found}; calibrate it again") from error
@@ -208,79 +210,3 @@ def uncalibrated_bundle(spec: KvSpec, model: dict[str, Any], layers: list[int]) 
         levels = get_method(quant.method).fit(quant, None)
         books |= {(layer, side): Codebook(*levels) for layer in layers}
     return Bundle(spec, model, books, {"calibrated": False})
-
-
-def _check_identity(model: Any) -> None:
-    """Raise ValueError or KeyError for what is no model's identity."""
-    for field, kind in _FIELDS.items():
-        if type(model[field]) is not kind:
-            raise ValueError(f"the model's {field}")
-    for layer in model["layers"]:
-        if not isinstance(layer, dict) or layer.keys() != _SIZES:
-            raise ValueError("the model's layers")
-        if not all(type(size) is int and size > 0 for size in layer.values()):
-            raise ValueError("the model's layers")
-
-
-def _layers_of(tensors: dict[str, Tensor]) -> list[int]:
-    """Return the layers that tensors belong to; ValueError for one that belongs nowhere."""
-    layers = set()
-    for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
-        dtype = torch.int16 if name.endswith(".order") else torch.float16
-        if match is None or tensor.dtype != dtype:
-            raise ValueError(f"the tensor {name}")
-        layers.add(int(match[1]))
-    return sorted(layers)
-
-
-def _codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpec) -> Codebook:
-    """Return one side's codebook; KeyError or ValueError where the tensors make none."""
-    quant = spec.key if side == "key" else spec.value
-    prefix = f"layers.{layer}.{side}"
-    levels = tensors[f"{prefix}.levels"].float()
-    decoded = tensors.get(f"{prefix}.decode_levels", levels).float()
-    lower, upper = (
-        tensors[f"{prefix}.{end}"].float() if quant.per_channel else None
-        for end in ("lower", "upper")
-    )
-    if not quant.per_channel and {f"{prefix}.lower", f"{prefix}.upper"} & tensors.keys():
-        raise ValueError(f"the range of layer {layer} {side}")
-    shape: tuple[int, ...] = (0 if quant.method == EXACT else 1 << quant.bits,)
-    if quant.channel_levels and lower is not None:
-        shape = (len(lower), *shape)
-    parts = [part for part in (levels, decoded, lower, upper) if part is not None]
-    if (
-        not all(torch.isfinite(part).all() for part in parts)
-        or not tuple(levels.shape) == tuple(decoded.shape) == shape
-        or (levels.diff(dim=-1) < 0).any()
-    ):
-        raise ValueError(f"the codebook of layer {layer} {side}")
-    if (
-        lower is not None
-        and upper is not None
-        and (lower.dim() != 1 or lower.shape != upper.shape or (lower > upper).any())
-    ):
-        raise ValueError(f"the range of layer {layer} {side}")
-    return Codebook(levels, decoded, lower, upper, *_feedback(tensors, prefix, quant))
-
-
-def _feedback(
-    tensors: dict[str, Tensor], prefix: str, quant: QuantSpec
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Return what compensation needs; KeyError or ValueError where the tensors do not give it."""
-    names = f"{prefix}.feedback", f"{prefix}.order"
-    if not quant.compensated:
-        if tensors.keys() & set(names):
-            raise ValueError(f"the feedback of {prefix}")
-        return None, None
-    feedback, order = tensors[names[0]].float(), tensors[names[1]]
-    heads, width = order.shape
-    every = torch.arange(width).expand(heads, width)
-    if (
-        tuple(feedback.shape) != (heads, width, width)
-        or not torch.isfinite(feedback).all()
-        or not torch.equal(order.long().sort(dim=1).values, every)
-    ):
-        raise ValueError(f"the feedback of {prefix}")
-    return feedback, order

@@ -163,7 +163,7 @@ def _restore_layer(
     loaded: LoadedModel,
 ) -> None:
     saved = source.saved
-    prefix, spec = f"layers.{store.layer}", saved.bundle.spec
+    prefix, spec = f"layers.{store.layer}", store.spec
     exact, widths = {}, (geometry.key_dim, geometry.value_dim)
     sink, body, window = split_tokens(spec, saved.tokens)
     for part, length in zip(_PARTS, (sink, window), strict=True):

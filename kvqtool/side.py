@@ -66,16 +66,7 @@ class QuantSpec:
             raise SpecError(
                 f"unknown weighting {self.weighting!r}; use one of: {', '.join(WEIGHTINGS)}"
             )
-        if self.group_size is not None and (self.method != "int" or self.group_size < 8):
-            raise SpecError(
-                f"-g{self.group_size}: groups of 8 or more channels are for int methods; "
-                "drop -g or use int"
-            )
-        if self.group_size is not None and self.per_channel:
-            raise SpecError(
-                f"-g{self.group_size}: groups bring a range per token, channels have theirs; "
-                "keep one"
-            )
+        self._check_groups()
         if self.method == EXACT and (
             self.outlier_fraction
             or self.moment_match
@@ -87,11 +78,6 @@ class QuantSpec:
             raise SpecError(
                 "fp stores everything exactly; "
                 "outliers, caps, ranges, qnorm, comp and vrot do not apply to it"
-            )
-        if self.compensated and self.group_size is not None:
-            raise SpecError(
-                f"-g{self.group_size}: rounding is compensated within a head, "
-                "whose channels must share a range; drop -g or -comp"
             )
         if self.method != "nuq" and (
             self.weighting != "fisher-scale" or self.channel_levels or self.moment_match
@@ -110,6 +96,23 @@ class QuantSpec:
         if self.channel_levels and not self.per_channel:
             raise SpecError(
                 "-pc (a codebook per key channel) needs keys per channel; drop -pertoken"
+            )
+
+    def _check_groups(self) -> None:
+        if self.group_size is not None and (self.method != "int" or self.group_size < 8):
+            raise SpecError(
+                f"-g{self.group_size}: groups of 8 or more channels are for int methods; "
+                "drop -g or use int"
+            )
+        if self.group_size is not None and self.per_channel:
+            raise SpecError(
+                f"-g{self.group_size}: groups bring a range per token, channels have theirs; "
+                "keep one"
+            )
+        if self.compensated and self.group_size is not None:
+            raise SpecError(
+                f"-g{self.group_size}: rounding is compensated within a head, "
+                "whose channels must share a range; drop -g or -comp"
             )
 
     @property

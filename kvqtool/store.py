@@ -142,10 +142,8 @@ class LayerStore:
                 body_key, body_value = self._decode(rows, begin, angles)
                 keys.append(body_key)
                 values.append(body_value)
-        key, value = (
-            torch.cat([*keys, window_key], dim=2),
-            torch.cat([*values, window_value], dim=2),
-        )
+        key = torch.cat([*keys, window_key], dim=2)
+        value = torch.cat([*values, window_value], dim=2)
         put_padded_sinks(self._exact["sink"], self.padding, (key, value), first)
         return key[:, :, start - first :], value[:, :, start - first :]
 

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "codec",
         "packed",
     ),
-    ("container", "methods", "bundle"),
+    ("container", "methods", "bundle_parts", "bundle"),
     ("rope", "seam", "padding", "rows", "store"),
     (
         "identity",

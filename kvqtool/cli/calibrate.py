@@ -82,7 +82,7 @@ def run(
     }
     note_layers(layers, out)
     path_line = Table((), [(str(output),)])
-    out.result(spec=str(scheme), model=model, result=result, table=path_line)
+    out.result(spec=bundle.name, model=model, result=result, table=path_line)
 
 
 def _partial(output: Path, resume: bool, ranks: Ranks, out: Output) -> Partial:
