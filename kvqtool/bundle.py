@@ -50,8 +50,8 @@ class Bundle:
         codebooks: by (layer, "key" or "value").
         provenance: text, windows, seed, device and versions it was made with; no dates, so equal
             inputs give equal files.
-        layer_specs: the scheme of each packed layer, where bits were spent by budget; empty where
-            all have `spec`. Sinks, recent window and the form of keys are those of `spec`.
+        layer_specs: the scheme of each packed layer of a mixed one; empty where all have `spec`.
+            Sinks, recent window and the form of keys are those of `spec`.
     """
 
     spec: KvSpec
@@ -59,11 +59,6 @@ class Bundle:
     codebooks: dict[tuple[int, str], Codebook]
     provenance: dict[str, Any]
     layer_specs: dict[int, KvSpec] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The scheme's name in reports."""
-        return f"{self.spec}@mixed" if self.layer_specs else str(self.spec)
 
     def spec_of(self, layer: int) -> KvSpec:
         """Return the scheme of a packed layer."""

@@ -43,11 +43,11 @@ def read_spec(text: Any) -> KvSpec:
 def read_layer_specs(texts: Any, spec: KvSpec, layers: list[int]) -> dict[int, KvSpec]:
     """Return the schemes of layers that have their own; ValueError where they do not fit in."""
     specs = {int(layer): read_spec(text) for layer, text in texts.items()}
-    if specs and sorted(specs) != layers:
+    is_whole = sorted(specs) == (layers if spec.mixed else [])
+    if not is_whole or any(
+        each.mixed or _in_common(each) != _in_common(spec) for each in specs.values()
+    ):
         raise ValueError("the layers' specs")
-    for each in specs.values():
-        if _in_common(each) != _in_common(spec):
-            raise ValueError("the layers' specs")
     return specs
 
 

@@ -125,6 +125,26 @@ def weighted_kmeans(points: FloatArray, weights: FloatArray, count: int) -> Floa
         (problems, count) ascending. Levels no point needs repeat the greatest; all are 0 where
         there is no weight.
     """
+    prefix, _, splits = _solve(points, weights, count)
+    return _levels_of(splits, prefix)
+
+
+def least_errors(points: FloatArray, weights: FloatArray, most: int) -> FloatArray:
+    """Return the weighted squared error of the best 1, 2, ... `most` levels, (problems, most).
+
+    Args:
+        points: (problems, n) ascending along the last axis.
+        weights: (problems, n), not negative.
+        most: the greatest number of levels.
+    """
+    _, errors, _ = _solve(points, weights, most)
+    return np.stack(errors, axis=1)
+
+
+def _solve(
+    points: FloatArray, weights: FloatArray, count: int
+) -> tuple[tuple[FloatArray, ...], list[FloatArray], list[IntArray]]:
+    """Return prefix sums, the least error with 1 to `count` levels, and each row's splits."""
     problems, n = points.shape
     prefix = tuple(
         np.pad(np.cumsum(terms, axis=1), ((0, 0), (1, 0)))
@@ -133,11 +153,12 @@ def weighted_kmeans(points: FloatArray, weights: FloatArray, count: int) -> Floa
     flat = tuple(sums.ravel() for sums in prefix)
     base = np.arange(problems)[:, None] * (n + 1)
     best = _cost(flat, np.broadcast_to(base, (problems, n + 1)), base + np.arange(n + 1))
-    splits = []
+    errors, splits = [best[:, -1]], []
     for _ in range(count - 1):
         best, split = _next_row(best, flat)
+        errors.append(best[:, -1])
         splits.append(split)
-    return _levels_of(splits, prefix)
+    return prefix, errors, splits
 
 
 def _cost(prefix: tuple[FloatArray, ...], start: IntArray, stop: IntArray) -> FloatArray:

@@ -64,6 +64,33 @@ class BlockFisher:
             feedback (heads, width, width) float32, fp16 values, strictly upper triangular in the
             order of rounding; and that order, (heads, width) int16 channels of the head.
         """
+        factor, order = self._factor()
+        scaled = factor / factor.diagonal(dim1=1, dim2=2)[:, :, None]
+        return scaled.triu(1).clamp(-65504.0, 65504.0).half().float(), order.to(torch.int16)
+
+    def remaining(self) -> Tensor:
+        """Return the share of each channel's loss that is left when later channels make up for it.
+
+        A rounding error e of channel c costs e^2 H[c, c] alone, and (e / U[c, c])^2 compensated.
+
+        Returns:
+            (heads * width,) float64, in the order of channels.
+        """
+        factor, order = self._factor()
+        left = factor.diagonal(dim1=1, dim2=2) ** -2
+        alone = self._sums.cpu().diagonal(dim1=1, dim2=2)
+        left = torch.empty_like(left).scatter_(1, order, left)
+        return torch.where(
+            alone > 0, (left / alone).clamp_max(1.0), torch.ones_like(left)
+        ).flatten()
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """Sum of squared gradients of each channel, (heads * width,) float64."""
+        return self._sums.cpu().diagonal(dim1=1, dim2=2).flatten()
+
+    def _factor(self) -> tuple[Tensor, Tensor]:
+        """Return U, (heads, width, width) float64 in order of rounding, and that order, int64."""
         fisher = self._sums.cpu()
         diagonal = fisher.diagonal(dim1=1, dim2=2)
         order = diagonal.argsort(dim=1, descending=True, stable=True)
@@ -71,9 +98,7 @@ class BlockFisher:
         mean = diagonal.mean(1)
         ridge = torch.where(mean > 0, DAMPING * mean, torch.ones_like(mean))
         ordered = ordered + ridge[:, None, None] * torch.eye(fisher.shape[1], dtype=torch.float64)
-        factor = torch.linalg.cholesky(torch.linalg.inv(ordered), upper=True)
-        scaled = factor / factor.diagonal(dim1=1, dim2=2)[:, :, None]
-        return scaled.triu(1).clamp(-65504.0, 65504.0).half().float(), order.to(torch.int16)
+        return torch.linalg.cholesky(torch.linalg.inv(ordered), upper=True), order
 
 
 def round_in_order(

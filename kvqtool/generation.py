@@ -201,7 +201,7 @@ class _Run:
         seconds = time.perf_counter() - started
         usage = asdict(measure(self.cache))
         return GenerationResult(
-            spec=self.cache.bundle.name,
+            spec=str(self.cache.bundle.spec),
             text=self.text.sent,
             token_ids=ids,
             prompt_tokens=prompt_tokens,

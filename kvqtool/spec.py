@@ -6,8 +6,10 @@ The short string is the scheme's name everywhere: command line, bundle, reports.
     [-nofisher|-fisher] [-pc] [-comp] [-vrot]
 
 `METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4.
-Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). Printing a spec
-and parsing it gives the same spec.
+Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). `@mixed` at
+the end lets calibration spend the scheme's bytes unevenly: every layer's keys and values get the
+width and outlier share that the loss asks for. `kvq4`, `kvq3` and `kvq2` are short for PRESETS.
+Printing a spec and parsing it gives the same spec.
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ from typing import Final
 from kvqtool.errors import SpecError
 from kvqtool.side import EXACT, QuantSpec
 
-DEFAULT_SPEC: Final = "nuq3-1%-sink1"
+# The best recipe measured at each width (docs/quality.md).
+PRESETS: Final[dict[str, str]] = {
+    f"kvq{bits}": f"nuq{bits}-1%-sink1-pc-comp/nuq{bits}-1%-sink1-comp@mixed" for bits in (4, 3, 2)
+}
+DEFAULT_SPEC: Final = "kvq3"
+_MIXED: Final = "@mixed"
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,15 @@ class KvSpec:
         value: how packed values are stored.
         sink_tokens: first tokens of a sequence kept exact (attention sinks).
         residual_length: most recent tokens kept exact, the newest included.
+        mixed: calibration chooses widths and outlier shares layer by layer, within the bytes that
+            the scheme would take as it stands.
     """
 
     key: QuantSpec
     value: QuantSpec
     sink_tokens: int = 0
     residual_length: int = 0
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if self.value.per_channel or self.value.pre_rope or self.value.channel_levels:
@@ -53,6 +63,13 @@ class KvSpec:
             )
         if (self.key.method == EXACT) != (self.value.method == EXACT):
             raise SpecError("fp is for both sides at once; quantize keys and values, or neither")
+        if self.mixed and not all(
+            side.fits_levels and side.needs_gradients for side in (self.key, self.value)
+        ):
+            raise SpecError(
+                "@mixed spends bytes by Fisher information, on nuq keys and values; "
+                "use nuq without -nofisher, or drop @mixed"
+            )
 
     def __str__(self) -> str:
         key, value = self._print(self.key, is_key=True), self._print(self.value, is_key=False)
@@ -65,9 +82,8 @@ class KvSpec:
             compensated=False,
             rotated=self.value.rotated,
         )
-        if alone == self.value:
-            return key + "-vrot" * self.value.rotated
-        return f"{key}/{value}"
+        one = key + "-vrot" * self.value.rotated if alone == self.value else f"{key}/{value}"
+        return one + _MIXED * self.mixed
 
     def _print(self, spec: QuantSpec, *, is_key: bool) -> str:
         parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
@@ -115,13 +131,14 @@ def parse_spec(text: str) -> KvSpec:
     """Parse a spec string.
 
     Args:
-        text: one scheme (`nuq3-1%-sink1`) or two joined by `/` for keys and values. `sink` and `r`
-            hold for the whole cache and may be written on one side or on both.
+        text: one scheme (`nuq3-1%-sink1`) or two joined by `/` for keys and values, or a preset.
+            `sink` and `r` hold for the whole cache and may be written on one side or on both.
 
     Raises:
         SpecError: when the string is not in the grammar; the message names the part and the remedy.
     """
-    sides = text.strip().split("/")
+    written = PRESETS.get(text.strip(), text.strip())
+    sides = written.removesuffix(_MIXED).split("/")
     if len(sides) > 2:
         raise SpecError(
             f"spec {text!r} has {len(sides)} parts; write KEYS/VALUES, as in nuq4-1%/nuq3-1%"
@@ -139,6 +156,7 @@ def parse_spec(text: str) -> KvSpec:
         value=_quant_spec(value if len(words) == 2 else _of_values(value), is_key=False),
         sink_tokens=shared["sink"],
         residual_length=shared["r"],
+        mixed=written.endswith(_MIXED),
     )
 
 

@@ -40,7 +40,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "probe",
         "capture",
     ),
-    ("collect", "partial", "calibrate", "perplexity", "generation", "restore", "cachefile"),
+    (
+        "collect",
+        "fit",
+        "partial",
+        "calibrate",
+        "perplexity",
+        "allocate",
+        "search",
+        "generation",
+        "restore",
+        "cachefile",
+    ),
     ("cli", "__main__", "__init__"),
 )
 # What a floor may import from outside, beside the standard library and what the floors below may.

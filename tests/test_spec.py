@@ -7,7 +7,7 @@ import pytest
 
 from kvqtool.errors import SpecError
 from kvqtool.side import METHOD_BITS, WEIGHTINGS, QuantSpec
-from kvqtool.spec import DEFAULT_SPEC, KvSpec, parse_spec
+from kvqtool.spec import DEFAULT_SPEC, PRESETS, KvSpec, parse_spec
 
 HEADS = tuple(f"{method}{bits}" for method, widths in METHOD_BITS.items() for bits in widths)
 SHARED_WORDS = ("", "-sink1", "-r128", "-sink4-r32")
@@ -59,12 +59,29 @@ def is_sensible(text: str) -> bool:
 
 
 class TestMeaning:
-    def test_default_is_kvquant_with_a_sink(self) -> None:
-        spec = parse_spec(DEFAULT_SPEC)
+    def test_kvquant_is_nuq_with_outliers_and_a_sink(self) -> None:
+        spec = parse_spec("nuq3-1%-sink1")
         shared = {"method": "nuq", "bits": 3, "outlier_fraction": 0.01}
         assert spec.key == QuantSpec(**shared, pre_rope=True, per_channel=True)  # type: ignore[arg-type]
         assert spec.value == QuantSpec(**shared)  # type: ignore[arg-type]
         assert (spec.sink_tokens, spec.residual_length) == (1, 0)
+
+    @pytest.mark.parametrize("bits", (4, 3, 2))
+    def test_a_preset_is_its_recipe(self, bits: int) -> None:
+        spec = parse_spec(f"kvq{bits}")
+        assert (spec.key.bits, spec.value.bits, spec.sink_tokens) == (bits, bits, 1)
+        assert spec.mixed
+        assert spec.key.channel_levels
+        assert spec.key.compensated
+        assert spec.value.compensated
+        assert str(spec) == PRESETS[f"kvq{bits}"]
+
+    def test_the_default_is_a_preset(self) -> None:
+        assert DEFAULT_SPEC in PRESETS
+
+    def test_mixed_stands_at_the_end_of_any_nuq_scheme(self) -> None:
+        assert str(parse_spec("nuq3@mixed")) == "nuq3@mixed"
+        assert parse_spec("nuq4-1%/nuq3@mixed").mixed
 
     def test_one_string_is_for_both_sides(self) -> None:
         spec = parse_spec("int4-1%-g64")
@@ -228,6 +245,12 @@ class TestRefusal:
             ("nuq3-fisher-nofisher", "fisher and nofisher", "keep one"),
             ("nuq3-50%", "50%", "use 1% or less"),
             ("nuq3-g64", "-g64", "drop -g or use int"),
+            ("int4@mixed", "@mixed", "use nuq without -nofisher"),
+            ("nuq3-nofisher@mixed", "@mixed", "use nuq without -nofisher"),
+            ("nuq3@mixed-sink1", "'nuq3@mixed'", "start with nuq3"),
+            ("nuq3-vrot/nuq3", "vrot", "write it after the /"),
+            ("int4-g64-comp", "-g64", "drop -g or -comp"),
+            ("fp-vrot", "vrot", "do not apply"),
             ("int4-g4", "-g4", "groups of 8 or more"),
             ("int4-qnorm", "int4", "belong to nuq"),
             ("nf4-pc", "nf4", "belong to nuq"),
