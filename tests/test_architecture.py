@@ -48,6 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "perplexity",
         "allocate",
         "search",
+        "passkey",
         "generation",
         "restore",
         "cachefile",
