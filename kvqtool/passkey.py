@@ -6,7 +6,6 @@ and a question that the model completes. Both caches read the same prompts and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -29,6 +28,29 @@ NEEDLE: Final = "\n\nThe secret number is {key}. Remember it: {key} is the secre
 QUESTION: Final = "\n\nWhat is the secret number? The secret number is"
 _DIGITS: Final = 5
 _ANSWER_TOKENS: Final = 8
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """Which prompts to ask.
+
+    Args:
+        lengths: tokens of a prompt.
+        trials: prompts of each length, their numbers at even depths.
+        seed: of the numbers.
+        prefill: how a compressed cache reads the prompt, as in `Session.new_cache`.
+    """
+
+    lengths: tuple[int, ...]
+    trials: int = 6
+    seed: int = 0
+    prefill: str = "decode-exact"
+
+    def key(self, length: int, trial: int) -> str:
+        """Return a prompt's number."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + length * 1009 + trial)
+        low = 10 ** (_DIGITS - 1)
+        return str(int(torch.randint(low, 10 * low, (), generator=generator)))
 
 
 @dataclass(frozen=True)
@@ -60,15 +82,7 @@ class PasskeyResult:
 
 @torch.no_grad()
 def passkey(
-    loaded: LoadedModel,
-    text: Text,
-    bundle: Bundle,
-    *,
-    lengths: Sequence[int],
-    trials: int,
-    seed: int = 0,
-    prefill: str = "decode-exact",
-    progress: Progress = silent,
+    loaded: LoadedModel, text: Text, bundle: Bundle, hunt: Hunt, progress: Progress = silent
 ) -> PasskeyResult:
     """Ask for hidden numbers with a bundle's cache and without.
 
@@ -76,10 +90,7 @@ def passkey(
         loaded: the model.
         text: filler; it must hold the longest prompt.
         bundle: scheme and codebooks, made for this model.
-        lengths: tokens of a prompt.
-        trials: prompts of each length.
-        seed: of the numbers.
-        prefill: how a compressed cache reads the prompt, as in `Session.new_cache`.
+        hunt: the prompts.
         progress: told of every prompt.
 
     Raises:
@@ -88,27 +99,22 @@ def passkey(
     """
     bundle.check_model(loaded.identity.as_json())
     filler = _ids(loaded, text.text)
-    rows, layers, done = [], None, 0
-    for length in lengths:
-        found = [0, 0]
-        for trial in range(trials):
-            progress("hiding numbers", done, len(lengths) * trials)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + length * 1009 + trial)
-            low = 10 ** (_DIGITS - 1)
-            key = str(int(torch.randint(low, 10 * low, (), generator=generator)))
-            prompt = _prompt(loaded, filler, key, (length, (trial + 0.5) / trials))
-            found[1] += _answer(loaded, prompt, DynamicCache(config=loaded.model.config)) == key
-            with attach(loaded.model, bundle, seam=loaded.seam) as session:
-                cache = session.new_cache(bundle, prefill=prefill)
-                found[0] += _answer(loaded, prompt, cache) == key
-            layers = layers or layer_report(cache)
-            done += 1
-        rows.append(asdict(PasskeyRow(length, trials, *found)))
-    progress("hiding numbers", done, done)
+    prompts = [(length, trial) for length in hunt.lengths for trial in range(hunt.trials)]
+    found = {length: [0, 0] for length in hunt.lengths}
+    with attach(loaded.model, bundle, seam=loaded.seam) as session:
+        for done, (length, trial) in enumerate(prompts):
+            progress("hiding numbers", done, len(prompts))
+            key = hunt.key(length, trial)
+            prompt = _prompt(loaded, filler, key, (length, (trial + 0.5) / hunt.trials))
+            packed = session.new_cache(bundle, prefill=hunt.prefill)
+            for which, cache in enumerate((packed, DynamicCache(config=loaded.model.config))):
+                found[length][which] += _answer(loaded, prompt, cache) == key
+    progress("hiding numbers", len(prompts), len(prompts))
+    rows = [PasskeyRow(length, hunt.trials, *counts) for length, counts in found.items()]
     protocol = {
         "name": "passkey",
-        "prefill": prefill,
-        "seed": seed,
+        "prefill": hunt.prefill,
+        "seed": hunt.seed,
         "dataset": text.name,
         "dataset_sha256": text.sha256,
         "device": loaded.device.type,
@@ -116,7 +122,8 @@ def passkey(
         "kernel": KERNEL,
         "versions": versions(),
     }
-    return PasskeyResult(bundle.spec.name, rows, protocol, layers or [])
+    report = layer_report(packed)
+    return PasskeyResult(bundle.spec.name, [asdict(row) for row in rows], protocol, report)
 
 
 def _ids(loaded: LoadedModel, text: str) -> list[int]:
