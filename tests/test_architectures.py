@@ -18,8 +18,12 @@ from kvqtool.memory import LayerGeometry
 
 VECTORS = vectors()
 TOKENS = 21
-# Left to their class, the one has no attention layer and the other a head of 42 2/3 channels.
-NOT_BY_DEFAULT = ("granitemoehybrid", "glm4_moe")
+IS_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+OWNERLESS = ("shared", "none")
+CACHED_BY_HEAD = ("deepseek_v32", "glm_moe_dsa")
+# Left to their class, the first has no attention layer and the second heads of 42 2/3 channels; old
+# caches of the third list layers without attention too.
+NOT_BY_DEFAULT = ("granitemoehybrid", "glm4_moe", *(["nemotron_h"] if IS_OLD else []))
 _STATES = {"conv_states": "state.convolution", "recurrent_states": "state.recurrent"}
 _TENSORS = {"keys": "own.key", "values": "own.value", "indexer_keys": "own.index"}
 
@@ -44,15 +48,22 @@ def held_bytes(cache: Any) -> list[dict[str, int]]:
     return rows
 
 
+def owners(rows: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Leave out layers that share another's cache: transformers 5.17 does not list them."""
+    return [row for row in rows if row]
+
+
 @pytest.mark.parametrize("name", VECTORS)
 def test_each_layer_holds_what_transformers_makes_it_hold(name: str) -> None:
     model_type, options = VECTORS[name]
+    if model_type in CACHED_BY_HEAD and IS_OLD:
+        pytest.skip("transformers before 5.23 caches every head's keys beside an indexer")
     config, cache = own_cache(model_type, options, TOKENS - 1)
-    expected = held_bytes(cache)
+    expected = owners(held_bytes(cache))
     stated = cache_layers(parse_config({"model_type": model_type, **options}, name))
-    assert [layer.own_bytes(2, TOKENS, "bfloat16") for layer in stated] == expected
+    assert owners([layer.own_bytes(2, TOKENS, "bfloat16") for layer in stated]) == expected
     saved = cache_layers(parse_config(config.to_dict(), name))
-    assert [layer.own_bytes(2, TOKENS, "bfloat16") for layer in saved] == expected
+    assert owners([layer.own_bytes(2, TOKENS, "bfloat16") for layer in saved]) == expected
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -63,8 +74,11 @@ def test_what_a_config_leaves_out_is_what_its_class_gives(model_type: str) -> No
     if model_type in NOT_BY_DEFAULT:
         return
     stock = DynamicCache(config=CONFIG_MAPPING[model_type]()).layers
-    windows = [getattr(layer, "sliding_window", None) for layer in stock]
-    assert [layer.window for layer in layers_of(model_type)] == windows
+    windows = [
+        getattr(x, "sliding_window", None) for x in stock if type(x).__name__ != "DummyLayer"
+    ]
+    planned = [layer.window for layer in layers_of(model_type) if layer.kind not in OWNERLESS]
+    assert planned == windows
 
 
 def test_every_type_of_the_table_has_a_vector() -> None:
@@ -164,7 +178,3 @@ def test_layers_may_have_their_own_heads() -> None:
     first, second = layers_of("llama", num_hidden_layers=2, per_layer_config=own)
     assert first.geometry == LayerGeometry(32, 128, 128)
     assert second.geometry == LayerGeometry(2, 64, 64)
-
-
-def test_the_table_names_the_transformers_it_was_taken_from() -> None:
-    assert transformers.__version__ >= "5.17"
