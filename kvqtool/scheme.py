@@ -82,4 +82,4 @@ def bundle_scheme(path: Path) -> Scheme:
         raise BundleError(str(error)) from error
     except (KeyError, TypeError, ValueError, AttributeError, KvqError) as error:
         raise BundleError(f"{path} is not a {_FORMAT} ({brief(error)}); make it again") from error
-    return Scheme(spec, f"{spec}@mixed" if own else str(spec), own, num_layers)
+    return Scheme(spec, str(spec), own, num_layers)

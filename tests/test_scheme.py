@@ -48,17 +48,21 @@ def test_a_bundles_header_is_its_scheme(tmp_path: Path) -> None:
 
 
 def test_layers_of_a_mixed_bundle_are_planned_by_their_own_specs(tmp_path: Path) -> None:
-    own = {0: "int8-pertoken", 1: "int2-pertoken", 2: "int2-pertoken", 3: "int2-pertoken"}
-    scheme = bundle_scheme(saved(tmp_path, "int4-pertoken", own))
+    own = {0: "nuq8-sink1", 1: "nuq2-sink1", 2: "nuq2-sink1", 3: "nuq2-sink1"}
+    scheme = bundle_scheme(saved(tmp_path, "nuq4-sink1@mixed", own))
     shape, work = read_shape("builtin"), Workload(1000)
-    names = ("int8-pertoken", "int2-pertoken")
     (mixed, eight, two) = plans(
-        shape, [scheme, *(plain_scheme(parse_spec(name)) for name in names)], [1000], work
+        shape,
+        [scheme, *(plain_scheme(parse_spec(name)) for name in ("nuq8-sink1", "nuq2-sink1"))],
+        [1000],
+        work,
     )
     positions = mixed.breakdown["angles"]
     shares = [(row.cache_bytes - positions) / 4 for row in (eight, two)]
-    assert mixed.spec == "int4-pertoken@mixed"
+    assert mixed.spec == "nuq4-sink1@mixed"
     assert mixed.cache_bytes - positions == shares[0] + 3 * shares[1]
+    bare = plans(shape, [plain_scheme(scheme.spec)], [1000], work)[0]
+    assert any("@mixed keeps within" in line for line in bare.assumptions)
 
 
 def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -137,7 +137,9 @@ def test_a_bundle_is_planned_from_its_header(run: Run, bundle: Path) -> None:
     done = run("memory-plan", "builtin", "--bundle", bundle, "--json", "-q")
     (row,) = result_of(done)["rows"]
     plain = run("memory-plan", "builtin", "--spec", row["spec"], "--json", "-q")
-    assert [row] == result_of(plain)["rows"]
+    (budget,) = result_of(plain)["rows"]
+    assert row["spec"] == budget["spec"]
+    assert row["cache_bytes"] == pytest.approx(budget["cache_bytes"], rel=0.05)
     other = run("memory-plan", "llama-3.1-8b", "--bundle", bundle)
     assert other.exit_code == 2
     assert "made for 4 cache layers, llama-3.1-8b has 32" in other.stderr
