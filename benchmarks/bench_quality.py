@@ -34,7 +34,7 @@ from kvqtool.spec import PRESETS, KvSpec, parse_spec
 _WIDTHS = (4, 3, 2)
 _NUQ = [f"nuq{b}-1%-sink1" for b in _WIDTHS]
 SETS: dict[str, list[str]] = {
-    "demo": ["fp", *_NUQ, "int4-sink1", "int3-sink1"],
+    "demo": ["fp", *PRESETS, *_NUQ, "int4-sink1", "int3-sink1"],
     "main": [
         *_NUQ,
         *(f"{spec}-pc" for spec in _NUQ),

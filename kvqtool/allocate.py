@@ -28,8 +28,9 @@ from kvqtool.side import METHOD_BITS, QuantSpec
 from kvqtool.spec import KvSpec
 
 SIDES: Final = ("key", "value")
-# Outlier shares an option may have, in shares of the scheme's own.
-_SHARES: Final = (0, 1, 2)
+# Outlier shares an option may have, in shares of the scheme's own. More key outliers would need a
+# third histogram of every key channel.
+_SHARES: Final = {"key": (0, 1), "value": (0, 1, 2)}
 # The widest codebooks that predictions are computed for: every bit beyond quarters the loss.
 _FITTED: Final = 4
 Specs = dict[int, KvSpec]
@@ -109,9 +110,10 @@ def side_of(spec: KvSpec, side: str) -> QuantSpec:
 def variants(scheme: KvSpec) -> list[KvSpec]:
     """Return the schemes that calibration has to observe for every option to be fitted."""
     found = {}
-    for share in _SHARES:
-        spec = replace(scheme, mixed=False)
-        for side in SIDES:
+    for number in range(max(map(len, _SHARES.values()))):
+        spec = replace(scheme, mixed=False, target_bits=None)
+        for side, shares in _SHARES.items():
+            share = shares[min(number, len(shares) - 1)]
             spec = with_side(spec, side, _with_share(side_of(scheme, side), share))
         found[str(spec)] = spec
     return list(found.values())
@@ -129,7 +131,7 @@ def options(ground: Ground, fitter: Fitter, positions: int) -> dict[Place, list[
         ((index, side), _with_share(side_of(ground.scheme, side), share))
         for index in ground.layers
         for side in SIDES
-        for share in _SHARES
+        for share in _SHARES[side]
     ]
     losses = fitter.losses(
         [(with_side(ground.scheme, place[1], quant), place[1], place[0]) for place, quant in jobs],

@@ -115,11 +115,17 @@ def spend_by_loss(
     """Return a scheme for each layer that spends a mixed scheme's bytes by predicted loss."""
     layers = {layer.index: layer.geometry for layer in loaded.seam.packed}
     dtype = str(loaded.dtype).removeprefix("torch.")
-    uniform = replace(scheme, mixed=False)
+    uniform = replace(scheme, mixed=False, target_bits=None)
     ground = Ground(uniform, layers, MIXED_AT, dtype)
     budget = ground.nbytes(dict.fromkeys(layers, uniform))
+    if scheme.target_bits is not None:
+        budget = int(scheme.target_bits * ground.elements / 8)
     found = allocate(ground, options(ground, fitter, positions), budget)
-    assert found is not None, "the scheme as it stands is one allocation"
+    if found is None:
+        raise InputError(
+            f"{scheme.target_bits:g} bits are too few for {uniform} at {MIXED_AT} tokens; "
+            "ask for more, or drop outliers or sinks"
+        )
     return found
 
 

@@ -145,6 +145,10 @@ def _solve(
     points: FloatArray, weights: FloatArray, count: int
 ) -> tuple[tuple[FloatArray, ...], list[FloatArray], list[IntArray]]:
     """Return prefix sums, the least error with 1 to `count` levels, and each row's splits."""
+    weighed = weights > 0
+    most = max(int(weighed.sum(1).max(initial=0)), 1)
+    first = np.argsort(~weighed, axis=1, kind="stable")[:, :most]  # points that matter, in order
+    points, weights = (np.take_along_axis(part, first, axis=1) for part in (points, weights))
     problems, n = points.shape
     prefix = tuple(
         np.pad(np.cumsum(terms, axis=1), ((0, 0), (1, 0)))

@@ -75,8 +75,7 @@ class Trial:
 def spend(
     loaded: LoadedModel,
     texts: tuple[Windows, Windows],
-    scheme: KvSpec,
-    budget: Budget,
+    goal: tuple[KvSpec, Budget],
     *,
     seed: int = 0,
     progress: Progress = silent,
@@ -87,8 +86,8 @@ def spend(
     Args:
         loaded: the model.
         texts: windows to calibrate on, and held-out ones to measure on.
-        scheme: what layers have in common; its method must fit levels by Fisher information.
-        budget: the limit.
+        goal: what layers have in common, a scheme that fits levels by Fisher information; and the
+            limit.
         seed: what the windows were drawn with, for the record.
         progress: told of every window and every measurement.
         partial: where to keep the statistics in the meantime, as in `calibrate`.
@@ -96,8 +95,9 @@ def spend(
     Raises:
         InputError: when the scheme cannot be allocated, or the limit cannot be kept.
     """
-    scheme = replace(scheme, mixed=True)  # refuses what cannot be
-    scheme = replace(scheme, mixed=False)
+    scheme, budget = goal
+    replace(scheme, mixed=True)  # refuses what cannot be
+    scheme = replace(scheme, mixed=False, target_bits=None)
     fitter = observe(
         loaded, texts[0], variants(scheme), seed=seed, progress=progress, partial=partial
     )
@@ -263,7 +263,9 @@ class _Search:
         identity, schemes = self.loaded.identity.as_json(), set(specs.values())
         if len(schemes) == 1:
             return Bundle(schemes.pop(), identity, books, provenance)
-        return Bundle(replace(self.scheme, mixed=True), identity, books, provenance, specs)
+        bits = self.budget.target_bits or round(self.ground.bits(specs), 4)
+        scheme = replace(self.scheme, mixed=True, target_bits=bits)
+        return Bundle(scheme, identity, books, provenance, specs)
 
     def record(self, chosen: Trial) -> dict[str, Any]:
         """Return what the bundle says of the search: the limit, the choice, and all trials."""

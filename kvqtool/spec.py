@@ -8,8 +8,8 @@ The short string is the scheme's name everywhere: command line, bundle, reports.
 `METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4.
 Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). `@mixed` at
 the end lets calibration spend the scheme's bytes unevenly: every layer's keys and values get the
-width and outlier share that the loss asks for. `kvq4`, `kvq3` and `kvq2` are short for PRESETS.
-Printing a spec and parsing it gives the same spec.
+width and outlier share that the loss asks for; `@2.75` spends that many bits a number instead.
+`kvq4`, `kvq3` and `kvq2` are short for PRESETS. Printing a spec and parsing it gives the same spec.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRESETS: Final[dict[str, str]] = {
     f"kvq{bits}": f"nuq{bits}-1%-sink1-pc-comp/nuq{bits}-1%-sink1-comp@mixed" for bits in (4, 3, 2)
 }
 DEFAULT_SPEC: Final = "kvq3"
-_MIXED: Final = "@mixed"
+_MIXED: Final = re.compile(r"@(mixed|[0-9]{1,2}(?:\.[0-9]{1,6})?)$")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class KvSpec:
         value: how packed values are stored.
         sink_tokens: first tokens of a sequence kept exact (attention sinks).
         residual_length: most recent tokens kept exact, the newest included.
-        mixed: calibration chooses widths and outlier shares layer by layer, within the bytes that
-            the scheme would take as it stands.
+        mixed: calibration chooses widths and outlier shares layer by layer.
+        target_bits: effective bits a number that it may spend; None for those that the scheme would
+            take as it stands.
     """
 
     key: QuantSpec
@@ -49,6 +50,7 @@ class KvSpec:
     sink_tokens: int = 0
     residual_length: int = 0
     mixed: bool = False
+    target_bits: float | None = None
 
     def __post_init__(self) -> None:
         if self.value.per_channel or self.value.pre_rope or self.value.channel_levels:
@@ -83,7 +85,15 @@ class KvSpec:
             rotated=self.value.rotated,
         )
         one = key + "-vrot" * self.value.rotated if alone == self.value else f"{key}/{value}"
-        return one + _MIXED * self.mixed
+        if not self.mixed:
+            return one
+        return f"{one}@mixed" if self.target_bits is None else f"{one}@{self.target_bits:.10g}"
+
+    @property
+    def name(self) -> str:
+        """The short name of a preset, or the spec string."""
+        text = str(self)
+        return next((name for name, recipe in PRESETS.items() if recipe == text), text)
 
     def _print(self, spec: QuantSpec, *, is_key: bool) -> str:
         parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
@@ -137,8 +147,12 @@ def parse_spec(text: str) -> KvSpec:
     Raises:
         SpecError: when the string is not in the grammar; the message names the part and the remedy.
     """
-    written = PRESETS.get(text.strip(), text.strip())
-    sides = written.removesuffix(_MIXED).split("/")
+    written = text.strip()
+    preset, at, rest = written.partition("@")
+    if preset in PRESETS:
+        written = PRESETS[preset].removesuffix("@mixed") + (at + rest or "@mixed")
+    mixed = _MIXED.search(written)
+    sides = (written[: mixed.start()] if mixed else written).split("/")
     if len(sides) > 2:
         raise SpecError(
             f"spec {text!r} has {len(sides)} parts; write KEYS/VALUES, as in nuq4-1%/nuq3-1%"
@@ -156,7 +170,8 @@ def parse_spec(text: str) -> KvSpec:
         value=_quant_spec(value if len(words) == 2 else _of_values(value), is_key=False),
         sink_tokens=shared["sink"],
         residual_length=shared["r"],
-        mixed=written.endswith(_MIXED),
+        mixed=mixed is not None,
+        target_bits=float(mixed[1]) if mixed and mixed[1] != "mixed" else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -82,6 +83,18 @@ class TestMeaning:
     def test_mixed_stands_at_the_end_of_any_nuq_scheme(self) -> None:
         assert str(parse_spec("nuq3@mixed")) == "nuq3@mixed"
         assert parse_spec("nuq4-1%/nuq3@mixed").mixed
+
+    @pytest.mark.parametrize("text", ("nuq3-1%@2.75", "nuq3-1%-pc-comp/nuq3-comp@12.345678"))
+    def test_bits_to_spend_are_read_back(self, text: str) -> None:
+        spec = parse_spec(text)
+        assert spec.mixed
+        assert str(spec) == text
+        assert spec.target_bits == float(text.rpartition("@")[2])
+
+    def test_a_preset_can_spend_other_bits(self) -> None:
+        spec = parse_spec("kvq3@2.5")
+        assert spec == replace(parse_spec("kvq3"), target_bits=2.5)
+        assert (spec.name, parse_spec("kvq3").name) == (str(spec), "kvq3")
 
     def test_one_string_is_for_both_sides(self) -> None:
         spec = parse_spec("int4-1%-g64")

@@ -124,7 +124,7 @@ def run(
     }
     note_layers(layers, out)
     path_line = Table((), [(str(output),)])
-    out.result(spec=str(bundle.spec), model=model, result=result, table=path_line)
+    out.result(spec=bundle.spec.name, model=model, result=result, table=path_line)
 
 
 def _spend(
@@ -141,13 +141,12 @@ def _spend(
     windows = calibration.windows(loaded, out)
     held_out = replace(calibration, samples=_HELD_OUT, seed=calibration.seed + _HELD_OUT_SEED)
     texts = windows, held_out.windows(loaded, out)
-    out.note(f"spending a budget on {scheme}, measured on {_HELD_OUT} more windows")
+    out.note(f"spending a budget on {scheme.name}, measured on {_HELD_OUT} more windows")
     with out.progress() as progress:
         return spend(
             loaded,
             texts,
-            scheme,
-            Budget(*limit),
+            (scheme, Budget(*limit)),
             seed=calibration.seed,
             progress=progress,
             partial=partial,

@@ -138,7 +138,7 @@ def make_bundle(
 
     windows = calibration.windows(loaded, out)
     count, seq_len = windows.ids.shape
-    out.note(f"calibrating {spec} on {count} windows of {seq_len} from {windows.source.name}")
+    out.note(f"calibrating {spec.name} on {count} windows of {seq_len} from {windows.source.name}")
     with out.progress() as progress:
         (bundle,) = calibrate(
             loaded, windows, [spec], seed=calibration.seed, progress=progress, partial=partial
