@@ -60,8 +60,9 @@ def _weights(load: Load) -> str:
     if weights is None:
         return "the weights are unknown: the total is without them; see --weights"
     if weights.source == "estimate":
-        also = "; vision and audio parts are not" if load.shape.config.is_multimodal else ""
-        return f"weights are counted from the config, as {load.work.dtype} numbers{also}"
+        also = ", without parts for images and sound" if load.shape.config.is_multimodal else ""
+        counted = f"weights are counted from the config, as {load.work.dtype} numbers{also}"
+        return f"{counted}; a quantized checkpoint takes less, see --weights"
     if weights.source == "stated":
         return "weights are what --weights says"
     return "weights are those of the safetensors files beside the config"

@@ -30,12 +30,14 @@ class Gpu:
         memory_bytes: what programs can allocate, context included.
         bandwidth: bytes a second, from the vendor.
         source: the vendor's page for the bandwidth.
+        is_card: whether it is a card of its own; a Mac shares its memory.
     """
 
     name: str
     memory_bytes: int
     bandwidth: float
     source: str
+    is_card: bool = True
 
 
 def _nvidia(name: str, mib: int, gigabytes_per_second: float, source: str) -> Gpu:
@@ -47,7 +49,8 @@ def _amd(name: str, gib: int, gigabytes_per_second: float, source: str) -> Gpu:
 
 
 def _apple(chip: str, gib: int, gigabytes_per_second: float) -> Gpu:
-    return Gpu(f"{chip}-{gib}", gib * _GIB * 3 // 4, gigabytes_per_second * 1e9, _APPLE)
+    usable = gib * _GIB * 3 // 4
+    return Gpu(f"{chip}-{gib}", usable, gigabytes_per_second * 1e9, _APPLE, is_card=False)
 
 
 GPUS: Final[tuple[Gpu, ...]] = (

@@ -93,6 +93,7 @@ class Forward:
 
     def decode(self, prompt: int, tokens: int) -> Peak:
         """Return the peak of the call that makes the cache `tokens` long, one token at a time."""
+        # A body is one block after one call, until a page more is needed.
         chunked = prompt > (self.chunk or prompt)
         _, before, _ = self.cache.layers[0].parts(self.cache.spec, prompt)
         _, after, _ = self.cache.layers[0].parts(self.cache.spec, tokens)

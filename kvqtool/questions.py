@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 _MOST: Final = 1 << 40
 _RANKS: Final = (1, 2, 4, 8, 16, 32, 64)
-_CARDS: Final = sorted(
-    (gpu for gpu in GPUS if not gpu.name.startswith("m")), key=lambda gpu: gpu.memory_bytes
-)
+_CARDS: Final = sorted((gpu for gpu in GPUS if gpu.is_card), key=lambda gpu: gpu.memory_bytes)
 
 
 def largest_context(load: Load, memory: int, batch: int) -> int:

@@ -68,7 +68,7 @@ def read_shape(
     """Read a model's shape.
 
     Args:
-        name: `builtin`, a well-known model's name, a folder with a config.json, or such a file.
+        name: `builtin`, a folder with a config.json, such a file, or a well-known model's name.
         weights: `auto` for what safetensors files beside the config hold, and for a well-known
             model an estimate; `estimate` to count them from the config; `none` to leave them out;
             or an amount of memory.
@@ -78,9 +78,8 @@ def read_shape(
     Raises:
         InputError: when there is no config, or the model cannot be planned.
     """
-    known = known_models().get(name.lower())
-    path = None if known else _config_path(name)
-    shown = shown or name
+    known = None if Path(name).exists() else known_models().get(name.lower())
+    path, shown = None if known else _config_path(name), shown or name
     config = read_config(path, shown) if path else parse_config((known or {})["config"], shown)
     layers = cache_layers(config)
     if weights == "auto" and path is not None and headers is None:

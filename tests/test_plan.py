@@ -168,6 +168,7 @@ class TestQuestions:
         name = row.smallest_gpu
         assert name is not None and find_gpu(name).memory_bytes >= row.total_bytes
         assert smallest_gpu(10**15) is None
+        assert smallest_gpu(find_gpu("mi325x").memory_bytes) == "mi325x"
 
     def test_the_best_spec_is_the_one_of_most_bits_that_fits(self) -> None:
         schemes = [plain_scheme(parse_spec(s)) for s in ("fp", "nuq4-1%", "nuq3-1%", "nuq2-1%")]
@@ -244,6 +245,15 @@ def test_well_known_models_have_their_published_cache() -> None:
         shape: ModelShape = read_shape(name)
         load = Load(shape, parse_spec("fp"), Workload(1, dtype="bfloat16"))
         assert load.forward(0, 1).cache.fp16_bytes(1) == size, name
+
+
+def test_a_folder_goes_before_a_well_known_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama-7b").mkdir()
+    write_config(tmp_path / "llama-7b", num_hidden_layers=3)
+    assert len(read_shape("llama-7b").layers) == 3
 
 
 def test_more_of_anything_never_takes_less() -> None:
