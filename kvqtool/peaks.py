@@ -135,8 +135,11 @@ class Forward:
             phases.append(("pack", attending + fresh, append_scratch(layer, step)))
             if not step.is_first:
                 phases.append(("read", attending + fresh, read_scratch(layer, step)))
-        shown = fresh if step.is_first else shown_bytes(layer, step) + read
-        output += shown + attention_scratch(layer, step)
+        if layer.is_packed:
+            output += fresh if step.is_first else shown_bytes(layer, step) + read
+        else:
+            output += fresh + self._own_cache(layer, step)
+        output += attention_scratch(layer, step)
         phases.append(("attend", attending, output))
         middle = item * rows * (3 if trunk.is_gated else 2) * trunk.intermediate
         phases.append(("feed-forward", shared + 2 * hidden + read, middle))
@@ -144,6 +147,20 @@ class Forward:
         logits = positions * trunk.vocabulary * (item + (_FLOAT if item != _FLOAT else 0))
         phases.append(("logits", 2 * hidden, logits))
         return phases
+
+    def _own_cache(self, layer: CacheLayer, step: Step) -> int:
+        """Return what growing the model's own cache by copying it takes, and expanding a latent to
+        keys and values of all heads.
+        """
+        item, trunk = step.item, self.trunk
+        copied = sum(
+            layer.own_bytes(step.cache.batch, step.tokens - step.fresh, step.cache.dtype).values()
+        )
+        if layer.kind not in ("latent", "indexed"):
+            return copied
+        unrotated = trunk.query_dim - layer.geometry.value_dim
+        expanded = trunk.num_heads * (unrotated + trunk.value_dim + trunk.query_dim)
+        return copied + item * step.tokens * step.cache.batch * expanded
 
     def _kept_tables(self, step: Step, kept: int) -> int:
         """Return what the rotary tables of the tokens read add to the peak after reading.

@@ -110,3 +110,11 @@ def test_the_tracer_sees_what_is_alive_and_forgets_the_rest() -> None:
         view = kept[:10]
         del view
     assert live.peak_bytes == 4000 + 4000
+
+
+def test_latents_are_expanded_for_all_heads() -> None:
+    """DeepSeek V3: 128 heads, keys of 128 + 64, values of 128 projected beside the 128."""
+    config = parse_config({"model_type": "deepseek_v3"}, "m")
+    cached = CacheModel(cache_layers(config), parse_spec("fp"), 1, "bfloat16")
+    scratch = Forward(cached, read_trunk(config), 0).decode(4095, 4096).scratch
+    assert scratch >= 4096 * 128 * (128 + 128 + 192) * 2
