@@ -10,7 +10,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvqtool"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "side", "spec", "memory", "shape", "plan", "files", "progress"),
+    (
+        *("errors", "side", "spec", "memory", "layers", "config", "layertypes", "states"),
+        *("architectures", "trunk", "headers", "weights", "parameters", "amounts", "scratch"),
+        *("peaks", "shape", "sharding", "scheme", "load", "catalog", "questions", "assumptions"),
+        *("explain", "plan", "files", "progress"),
+    ),
     (
         "ranks",
         "bits",
@@ -39,6 +44,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "split",
         "probe",
         "capture",
+        "live",
+        "hub",
     ),
     (
         "collect",
@@ -52,6 +59,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "generation",
         "restore",
         "cachefile",
+        "synthetic",
+        "measure",
     ),
     ("cli", "__main__", "__init__"),
 )
@@ -61,9 +70,9 @@ OUTSIDE: tuple[frozenset[str], ...] = (
     frozenset({"torch", "numpy"}),
     frozenset({"safetensors"}),
     frozenset(),
-    frozenset({"transformers", "datasets", "pyarrow"}),
+    frozenset({"transformers", "datasets", "pyarrow", "huggingface_hub"}),
     frozenset(),
-    frozenset({"typer", "rich"}),
+    frozenset({"typer", "rich", "matplotlib"}),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 50, 6
 FILES = sorted(PACKAGE.rglob("*.py"))
