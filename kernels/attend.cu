@@ -1,0 +1,295 @@
+// Attention of one query token straight from the packed cache.
+//
+// Grid: any number of blocks of WARPS warps; all slabs of all sequences and KV heads, and the exact
+// tokens in units of 64, are laid end to end and cut into equal ranges, one a block. Within a block
+// each warp takes an equal part of the range, keeps DEPTH - 1 chunks of codes under way and ends
+// with its own softmax; the block joins its warps, and the last block to arrive joins the blocks of
+// a (sequence, head). Nothing depends on the host: lengths lie on the device, counters return to 0.
+//
+// `query`, `output`  (batch, num_heads, HEAD_DIM) half, or bfloat16 with BF16
+// `slabs`            a page of 128 tokens after another, in it KV heads, two slabs each: keys, values
+// `ranges`           (pages, 128) half2: scale and offset of a value token
+// `outlier_index`    (pages, num_kv_heads, 2) x {first quad of words, key quads | value quads << 16}
+// `page_table`       (batch, max_pages) page of each 128 tokens
+// `state`            (batch, 8): packed tokens, sinks, window tokens, position of the first packed
+//                    token, first packed token that is seen; the rest is spare
+// `key_table`        scales and offsets (num_kv_heads, STEPS, 4) x 4 half2, or with CHANNEL_LEVELS
+//                    levels (num_kv_heads, HEAD_DIM, 2^bits)
+// `levels`           (2, 16) half: levels of keys, of values
+// `angles`           half2 cosines and sines of positions 0 to 127 in fragment order
+// `frequencies`      (HEAD_DIM / 2) turns per token, times 2^64
+// `order`            (HEAD_DIM) channel of a head that stands at each place of a packed key
+// exact tokens       (batch, num_kv_heads, capacity, HEAD_DIM) keys after RoPE, and values
+// `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
+#include "attend_slab.cuh"
+
+constexpr u32 THREADS = WARPS * 32;
+constexpr u32 SLAB = KEY_SLAB + VALUE_SLAB;
+constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS == 16 ? 1 : 2);
+constexpr u32 VALUE_CHUNK = step_bytes(VALUE_BITS) * (VALUE_BITS == 16 ? 1 : 2);
+constexpr u32 KEY_CHUNKS = KEY_SLAB / KEY_CHUNK, CHUNKS = KEY_CHUNKS + VALUE_SLAB / VALUE_CHUNK;
+static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2, "a slab's chunks fill the ring a whole number of times");
+constexpr u32 SLOT = KEY_CHUNK > VALUE_CHUNK ? KEY_CHUNK : VALUE_CHUNK;
+constexpr u32 LISTED = 128;  // outliers of a slab and side that are copied ahead
+constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
+constexpr u32 PARTIAL = HEAD_DIM + 2;
+// Shared memory: tables, the query, what warps hand to each other, then each warp's corner.
+constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE;
+constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
+constexpr u32 CORNER_AT = (JOIN_AT + WARPS * GROUP * 12 + 31) / 16 * 16;
+constexpr u32 CORNER_QUERY = DEPTH * SLOT + 2 * SIDE, CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
+constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? 64 * GROUP * 4 : 0);
+constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
+static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
+
+DEVICE float state_value(u16 bits) { return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits); }
+DEVICE u16 state_bits(float value) {
+    if constexpr (!BF16) return float_to_half(value);
+    u32 bits = float_to_bits(value);
+    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+struct Exact {
+    const u16 *key, *value;
+    u32 capacity;
+};
+struct Cache {
+    const u8* slabs;
+    const u32 *ranges, *outlier_index, *outlier_words;
+    const int *page_table, *state;
+    u32 batch, num_heads, num_kv_heads, max_pages;
+    const u64* frequencies;
+    const u16* order;
+    Exact sinks, window;
+};
+
+// A KV head of a sequence with up to GROUP of its query heads: the work of one softmax.
+struct Segment {
+    u32 sequence, kv_head, first_head, heads, index;
+    u32 first_slab, slabs, sink_units, units, start;  // start: among the units of all segments
+};
+
+struct Slab {
+    const u8* words;
+    const u32* ranges;
+    u32 outliers, key_words, value_words;
+};
+
+DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
+    const int* state = cache.state + 8 * sequence;
+    segment.first_slab = (u32)state[4] / 64;
+    segment.slabs = ((u32)state[0] + 63) / 64 - segment.first_slab;
+    segment.sink_units = ((u32)state[1] + 63) / 64;
+    return segment.slabs + segment.sink_units + ((u32)state[2] + 63) / 64;
+}
+
+// Segments of a sequence follow each other, KV head by KV head.
+DEVICE u32 segments_of(const Cache& cache) {
+    u32 heads = cache.num_heads / cache.num_kv_heads;
+    return cache.num_kv_heads * ((heads + GROUP - 1) / GROUP);
+}
+
+DEVICE u32 total_units(const Cache& cache) {
+    u32 total = 0;
+    Segment segment;
+    for (u32 b = 0; b < cache.batch; b++) total += segment_sizes(cache, b, segment) * segments_of(cache);
+    return total;
+}
+
+DEVICE Segment find_segment(const Cache& cache, u32 unit) {
+    Segment segment;
+    u32 many = segments_of(cache), start = 0, b = 0;
+    for (;; b++) {
+        segment.units = segment_sizes(cache, b, segment);
+        if (unit - start < segment.units * many || b + 1 == cache.batch) break;
+        start += segment.units * many;
+    }
+    u32 within = (unit - start) / segment.units, heads = cache.num_heads / cache.num_kv_heads;
+    u32 parts = many / cache.num_kv_heads, part = within % parts;
+    segment.sequence = b;
+    segment.kv_head = within / parts;
+    segment.first_head = segment.kv_head * heads + part * GROUP;
+    segment.heads = smaller(GROUP, heads - part * GROUP);
+    segment.index = b * many + within;
+    segment.start = start + within * segment.units;
+    return segment;
+}
+
+DEVICE Slab find_slab(const Cache& cache, const Segment& segment, u32 number) {
+    u32 page = cache.page_table[segment.sequence * cache.max_pages + number / 2];
+    u64 index = ((u64)page * cache.num_kv_heads + segment.kv_head) * 2 + number % 2;
+    Slab slab;
+    slab.words = cache.slabs + index * SLAB;
+    slab.ranges = cache.ranges + page * 128 + number % 2 * 64;
+    slab.outliers = slab.key_words = slab.value_words = 0;
+    if constexpr (OUTLIERS) {
+        slab.outliers = cache.outlier_index[2 * index];
+        u32 quads = cache.outlier_index[2 * index + 1];
+        slab.key_words = (quads & 0xffff) * 4, slab.value_words = (quads >> 16) * 4;
+    }
+    return slab;
+}
+
+// A warp's stream of chunks through its ring.
+struct Stream {
+    Warp& warp;
+    const Cache& cache;
+    u8 *ring, *side;
+    Slab slab, next;
+    bool has_next;
+    u32 parity;  // which of the two side buffers `slab` has
+
+    DEVICE u8* side_of(u32 which) { return side + (which & 1) * SIDE; }
+
+    DEVICE void send_side(const Slab& of, u8* to) {
+        u32 lane = warp.lane;
+        if (VALUE_BITS != 16 && lane < 16) copy16(to + 16 * lane, (const u8*)of.ranges + 16 * lane);
+        if constexpr (OUTLIERS) {
+            const u32* list = cache.outlier_words + (u64)of.outliers * 4;
+            if (4 * lane < of.key_words) copy16(to + 256 + 16 * lane, list + 4 * lane);
+            if (4 * lane < of.value_words) {
+                copy16(to + 256 + LISTED * 4 + 16 * lane, list + of.key_words + 4 * lane);
+            }
+        }
+    }
+    // Send chunk `number` of the slab, or of the next one past its end.
+    DEVICE void send(u32 number) {
+        bool beyond = number >= CHUNKS;
+        if (!beyond || has_next) {
+            const u8* words = beyond ? next.words : slab.words;
+            u32 chunk = beyond ? number - CHUNKS : number, size = KEY_CHUNK, at = chunk * KEY_CHUNK;
+            if (chunk >= KEY_CHUNKS) {
+                size = VALUE_CHUNK, at = KEY_SLAB + (chunk - KEY_CHUNKS) * VALUE_CHUNK;
+            }
+            u8* to = ring + number % DEPTH * SLOT;
+            KVQ_UNROLL for (u32 i = warp.lane * 16; i < SLOT; i += 512) {
+                if (i < size) copy16(to + i, words + at + i);
+            }
+            if (chunk == 0) send_side(beyond ? next : slab, side_of(parity + beyond));
+        }
+        copies_sent();
+    }
+    // Wait for chunk `number` of the slab, send the one that takes the place of its predecessor.
+    DEVICE const u8* take(u32 number) {
+        await_copies<DEPTH - 2>();
+        sync_warp();
+        send(number + DEPTH - 1);
+        return ring + number % DEPTH * SLOT;
+    }
+};
+
+// The list of a slab's outliers: the first LISTED in shared memory, the rest where they are.
+struct List {
+    const u32 *near, *far;
+    DEVICE u32 operator()(u32 i) const { return i < LISTED ? near[i] : far[i]; }
+};
+
+// Write the query as fragments, turned back by `position` tokens, so that keys need turning by
+// their place in the page only.
+DEVICE void turn_query(const Warp& warp, const Cache& cache, const float* query, int position) {
+    sync_warp();
+    for (u32 i = warp.lane; i < HEAD_DIM / 2; i += 32) {
+        float sine = 0.0f, cosine = 1.0f;
+        if (ROTATED && position) {
+            u64 phase = cache.frequencies[i] * (u64)(long long)position;
+            sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine, cosine);
+        }
+        KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
+            float low = query[h * HEAD_DIM + i], high = query[h * HEAD_DIM + i + HEAD_DIM / 2];
+            u16* at = (u16*)(warp.query + ((i / 8 * GROUP + h) * 4 + i % 8 / 2) * 8) + i % 2;
+            at[0] = float_to_half(low * cosine + high * sine);
+            at[2] = float_to_half(high * cosine - low * sine);
+        }
+    }
+    sync_warp();
+}
+
+DEVICE void cap_scores(float (&score)[4][4], float cap) {
+    if constexpr (SOFTCAP) {
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            float& s = score[i / 4][i % 4];  // cap tanh(s / cap), in base-2 units throughout
+            s = cap * (1.0f - 2.0f * inverse_fast(1.0f + exp2_fast(s * 2.8853901f / cap)));
+        }
+    }
+}
+
+DEVICE void packed_slab(Warp& warp, Stream& stream, u32 number, const int* state, float cap) {
+    const Slab& slab = stream.slab;
+    const u8* side = stream.side_of(stream.parity);
+    float score[4][4] = {};
+    const u8* words = stream.take(0);
+    if constexpr (OUTLIERS) {
+        int* sparse = (int*)warp.sparse;
+        for (u32 i = warp.lane; i < 64 * GROUP; i += 32) sparse[i] = 0;
+        sync_warp();
+        List list{(const u32*)(side + 256), stream.cache.outlier_words + (u64)slab.outliers * 4};
+        key_outliers(warp, list, slab.key_words, number % 2 * 4);
+        sync_warp();
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            u32 token = 16 * (i / 4) + i % 4 / 2 * 8 + warp.row, head = 2 * warp.column + i % 2;
+            if (head < GROUP) score[i / 4][i % 4] = (float)sparse[token * GROUP + head] / SPARSE_ONE;
+        }
+    }
+    constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
+    KVQ_ROLLED for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
+        if (chunk) words = stream.take(chunk);
+        KVQ_UNROLL for (u32 s = 0; s < steps; s++) {
+            key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4, score);
+        }
+    }
+    cap_scores(score, cap);
+    u32 weights[4][2], before = number * 64, seen = (u32)state[4], packed = (u32)state[0];
+    u32 first = seen > before ? seen - before : 0, last = smaller(packed - before, 64);
+    if constexpr (OUTLIERS) sync_warp();  // scores are read, weights take their place
+    soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
+    if constexpr (OUTLIERS) {
+        sync_warp();
+        List list{(const u32*)(side + 256) + LISTED,
+                  stream.cache.outlier_words + (u64)slab.outliers * 4 + slab.key_words};
+        value_outliers(warp, list, slab.value_words);
+    }
+    constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);
+    KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
+        if (m % value_steps == 0) words = stream.take(KEY_CHUNKS + m / value_steps);
+        value_step(warp, words + m % value_steps * step_bytes(VALUE_BITS), weights, warp.out[m]);
+    }
+}
+
+// Up to 64 tokens that are stored exactly: fragments gathered from rows.
+DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, const Exact& exact,
+                       u32 first, u32 tokens, float cap) {
+    u64 base = ((u64)segment.sequence * cache.num_kv_heads + segment.kv_head) * exact.capacity + first;
+    const u16 *key = exact.key + base * HEAD_DIM, *value = exact.value + base * HEAD_DIM;
+    auto load = [&](const u16* states, u32 token, u32 channel) {
+        return token < tokens ? state_value(states[(u64)token * HEAD_DIM + channel]) : 0.0f;
+    };
+    float score[4][4] = {};
+    for (u32 step = 0; step < STEPS; step++) {
+        u32 b0, b1;
+        query_fragment(warp, step, b0, b1);
+        KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
+            u32 k[4];
+            KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+                const u16* channel = cache.order + 8 * step + 2 * warp.column + a / 2 * (HEAD_DIM / 2);
+                u32 token = 16 * t + a % 2 * 8 + warp.row;
+                k[a] = h2_from(load(key, token, channel[0]), load(key, token, channel[1]));
+            }
+            mma(score[t], k, b0, b1);
+        }
+    }
+    cap_scores(score, cap);
+    u32 weights[4][2];
+    soften(warp, score, nullptr, 0, tokens, weights);
+    KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
+        KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
+            u32 v[4];
+            KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+                u32 token = 16 * t + a / 2 * 8 + 2 * warp.column, channel = 16 * m + a % 2 * 8 + warp.row;
+                v[a] = h2_from(load(value, token, channel), load(value, token + 1, channel));
+            }
+            mma(warp.out[m], v, weights[t][0], weights[t][1]);
+        }
+    }
+}
+
+#include "attend_block.cuh"

@@ -1,0 +1,256 @@
+"""One query token's attention over pages: which kernel variant, with which arguments.
+
+`attend` runs kernels/attend.cu; `attend_reference` is the same mathematics in torch, on any device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvqtool.cuda import Macros, launch, load_kernel
+from kvqtool.errors import InputError
+from kvqtool.memory import SLAB_TOKENS
+from kvqtool.pages import Pages
+
+SHARED_LIMIT: Final = 232_448  # what a block may have on compute capability 9.0
+STATE: Final = ("packed", "sinks", "window", "position", "first_seen")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the kernel is specialised for; the macros of kernels/attend.cu.
+
+    Args:
+        head_dim: 64, 96, 128 or 256.
+        key_bits: 2, 3, 4, or 16 for fp16 pages.
+        value_bits: likewise.
+        channel_levels: a codebook per key channel.
+        rotated: keys lie before RoPE.
+        outliers: slabs have lists of outliers.
+        group: query heads a warp takes at once: 1, 2, 4 or 8.
+        softcap: scores are capped.
+        bfloat16: query, output and exact tokens are bfloat16, not float16.
+    """
+
+    head_dim: int
+    key_bits: int
+    value_bits: int
+    channel_levels: bool
+    rotated: bool
+    outliers: bool
+    group: int
+    softcap: bool = False
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in (64, 96, 128, 256):
+            raise InputError(f"fused attention knows head sizes 64, 96, 128, 256; not {self.head_dim}")
+        for bits in (self.key_bits, self.value_bits):
+            if bits not in (2, 3, 4, 16):
+                raise InputError(f"fused attention knows 2, 3 and 4 bits; not {bits}")
+
+    @property
+    def steps(self) -> int:
+        """Tensor-core steps of a head."""
+        return self.head_dim // 16
+
+    @property
+    def depth(self) -> int:
+        """Chunks in a warp's ring: a divisor of a slab's chunks, more of them where they are small."""
+        chunks = sum(self.steps // (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
+        wanted = 8 if max(self.key_bits, self.value_bits) < 4 else 4
+        return next(depth for depth in range(wanted, 1, -1) if chunks % depth == 0)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block: as many as shared memory has room for, at most 12."""
+        room = SHARED_LIMIT - self._common_bytes - 64
+        return min(12, room // self._corner_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self._common_bytes + 64 + self.warps * self._corner_bytes
+
+    @property
+    def macros(self) -> Macros:
+        """The macros, in a fixed order."""
+        return (
+            ("HEAD_DIM", self.head_dim),
+            ("KEY_BITS", self.key_bits),
+            ("VALUE_BITS", self.value_bits),
+            ("CHANNEL_LEVELS", int(self.channel_levels)),
+            ("ROTATED", int(self.rotated)),
+            ("OUTLIERS", int(self.outliers)),
+            ("GROUP", self.group),
+            ("SOFTCAP", int(self.softcap)),
+            ("BF16", int(self.bfloat16)),
+            ("WARPS", self.warps),
+            ("DEPTH", self.depth),
+            ("SHARED_BYTES", self.shared_bytes),
+        )
+
+    @property
+    def _common_bytes(self) -> int:
+        has_lut = self.value_bits == 4 or (self.key_bits == 4 and not self.channel_levels)
+        lut = 0 if not has_lut else 32_768 if self.channel_levels and self.key_bits == 4 else 65_536
+        angles = 4096 * self.steps if self.rotated else 0
+        per_channel = {2: 8, 3: 128, 4: 512, 16: 0}[self.key_bits]
+        head = self.head_dim * per_channel if self.channel_levels else 64 * self.steps
+        query = self.group * self.head_dim * 4
+        return lut + angles + head + query + 12 * self.group * 12
+
+    @property
+    def _corner_bytes(self) -> int:
+        slot = max(128 * b * (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
+        side = 256 + (1024 if self.outliers else 0)
+        mix = self.head_dim * self.group * (2 + 4) + (256 * self.group if self.outliers else 0)
+        return self.depth * slot + 2 * side + mix
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """What reading a layer's pages needs beside them.
+
+    Args:
+        key_table: `pages.key_table`.
+        levels: `pages.level_table`.
+        angles: `slabs.angle_table`.
+        frequencies: `slabs.frequency_table`.
+        order: (head_dim,) int16, the channel at each place of a key.
+        scale: factor on scores, with what the model's rotation scales keys by.
+        softcap: cap of the scores, or None.
+    """
+
+    key_table: Tensor
+    levels: Tensor
+    angles: Tensor
+    frequencies: Tensor
+    order: Tensor
+    scale: float
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """Sinks and recent window, each (batch, num_kv_heads, capacity, head_dim) after RoPE."""
+
+    sink_key: Tensor
+    sink_value: Tensor
+    window_key: Tensor
+    window_value: Tensor
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a launch writes beside its result; belongs to one stream at a time.
+
+    Args:
+        partials: float32, enough for `workspace_floats`.
+        counters: int32 zeros, one for each segment; the kernel leaves zeros behind.
+    """
+
+    partials: Tensor
+    counters: Tensor
+
+
+@dataclass(frozen=True)
+class PackedContext:
+    """A layer's tokens as the kernel reads them: pages, exact tokens, and `state` (batch, 8) int32,
+    whose first columns are those of STATE.
+    """
+
+    pages: Pages
+    exact: ExactTokens
+    state: Tensor
+
+
+def groups_of(num_heads: int, num_kv_heads: int) -> int:
+    """Return the query heads that a warp takes at once: the least of 1, 2, 4, 8 that holds a KV
+    head's, or 8.
+    """
+    share = num_heads // num_kv_heads
+    return next((size for size in (1, 2, 4) if share <= size), 8)
+
+
+def new_workspace(variant: Variant, query: Tensor, num_kv_heads: int, blocks: int) -> Workspace:
+    """Allocate a workspace for queries of this shape."""
+    batch, num_heads, _ = query.shape
+    segments = batch * num_kv_heads * -(-num_heads // num_kv_heads // variant.group)
+    floats = (blocks + segments) * variant.group * (variant.head_dim + 2)
+    return Workspace(
+        torch.empty(floats, dtype=torch.float32, device=query.device),
+        torch.zeros(segments, dtype=torch.int32, device=query.device),
+    )
+
+
+def attend_arguments(
+    query: Tensor, out: Tensor, context: PackedContext, tables: LayerTables, workspace: Workspace
+) -> list[Tensor | int | float]:
+    """Return the arguments of the kernel in its order."""
+    pages, exact = context.pages, context.exact
+    batch, num_heads, _ = query.shape
+    return [
+        *(query, out, pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words),
+        *(pages.page_table, context.state, tables.key_table, tables.levels, tables.angles),
+        *(tables.frequencies, tables.order, exact.sink_key, exact.sink_value),
+        *(exact.window_key, exact.window_value, workspace.partials, workspace.counters),
+        *(batch, num_heads, pages.slabs.shape[1], pages.page_table.shape[1]),
+        *(exact.sink_key.shape[2], exact.window_key.shape[2]),
+        tables.scale * math.log2(math.e),
+        (tables.softcap or 0.0) * math.log2(math.e),
+    ]
+
+
+def attend(
+    query: Tensor,
+    context: PackedContext,
+    tables: LayerTables,
+    variant: Variant,
+    workspace: Workspace,
+) -> Tensor:
+    """Attend with one query token a sequence.
+
+    Args:
+        query: (batch, num_heads, head_dim) after RoPE, contiguous.
+        context: the layer's tokens.
+        tables: what reading them needs.
+        variant: the kernel.
+        workspace: from `new_workspace`.
+
+    Returns:
+        (batch, num_heads, head_dim) in the query's dtype.
+    """
+    _check(query, context, variant)
+    out = torch.empty_like(query)
+    index = query.device.index
+    kernel = load_kernel("attend", variant.macros, variant.shared_bytes, index)
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count
+    arguments = attend_arguments(query, out, context, tables, workspace)
+    launch(kernel, (blocks, 32 * variant.warps, variant.shared_bytes), arguments)
+    return out
+
+
+def _check(query: Tensor, context: PackedContext, variant: Variant) -> None:
+    wanted = torch.bfloat16 if variant.bfloat16 else torch.float16
+    if query.dtype != wanted or query.shape[-1] != variant.head_dim or not query.is_contiguous():
+        raise InputError(
+            f"expected a contiguous {wanted} query of {variant.head_dim} channels, "
+            f"received {query.dtype} {tuple(query.shape)}"
+        )
+    pages = context.pages
+    words = 2 * variant.head_dim * (variant.key_bits + variant.value_bits)
+    if pages.slabs.shape[2:] != (128 // SLAB_TOKENS, words):
+        raise InputError(
+            f"expected slabs of {words} words, received {tuple(pages.slabs.shape)}"
+        )
+    if len(context.state) != len(query) or context.state.dtype != torch.int32:
+        raise InputError(
+            f"expected an int32 state row for each of {len(query)} sequences, "
+            f"received {context.state.dtype} {tuple(context.state.shape)}"
+        )
