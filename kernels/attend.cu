@@ -130,53 +130,63 @@ DEVICE Slab find_slab(const Cache& cache, const Segment& segment, u32 number) {
     return slab;
 }
 
-// A warp's stream of chunks through its ring.
+// A warp's stream of chunks through its ring. `words` and `next_words` are where this lane's share of
+// this slab and of the next one begin; null where there is none.
 struct Stream {
-    Warp& warp;
-    const Cache& cache;
-    u8 *ring, *side;
+    u32 lane;
+    u8 *ring, *side;  // this lane's place in the first slot, and the side buffers
+    const u8 *words, *next_words;
     Slab slab, next;
-    bool has_next;
     u32 parity;  // which of the two side buffers `slab` has
-
-    DEVICE u8* side_of(u32 which) { return side + (which & 1) * SIDE; }
-
-    DEVICE void send_side(const Slab& of, u8* to) {
-        u32 lane = warp.lane;
-        if (VALUE_BITS != 16 && lane < 16) copy16(to + 16 * lane, (const u8*)of.ranges + 16 * lane);
-        if constexpr (OUTLIERS) {
-            const u32* list = cache.outlier_words + (u64)of.outliers * 4;
-            if (4 * lane < of.key_words) copy16(to + 256 + 16 * lane, list + 4 * lane);
-            if (4 * lane < of.value_words) {
-                copy16(to + 256 + LISTED * 4 + 16 * lane, list + of.key_words + 4 * lane);
-            }
-        }
-    }
-    // Send chunk `number` of the slab, or of the next one past its end.
-    DEVICE void send(u32 number) {
-        bool beyond = number >= CHUNKS;
-        if (!beyond || has_next) {
-            const u8* words = beyond ? next.words : slab.words;
-            u32 chunk = beyond ? number - CHUNKS : number, size = KEY_CHUNK, at = chunk * KEY_CHUNK;
-            if (chunk >= KEY_CHUNKS) {
-                size = VALUE_CHUNK, at = KEY_SLAB + (chunk - KEY_CHUNKS) * VALUE_CHUNK;
-            }
-            u8* to = ring + number % DEPTH * SLOT;
-            KVQ_UNROLL for (u32 i = warp.lane * 16; i < SLOT; i += 512) {
-                if (i < size) copy16(to + i, words + at + i);
-            }
-            if (chunk == 0) send_side(beyond ? next : slab, side_of(parity + beyond));
-        }
-        copies_sent();
-    }
-    // Wait for chunk `number` of the slab, send the one that takes the place of its predecessor.
-    DEVICE const u8* take(u32 number) {
-        await_copies<DEPTH - 2>();
-        sync_warp();
-        send(number + DEPTH - 1);
-        return ring + number % DEPTH * SLOT;
-    }
 };
+
+DEVICE u8* side_of(const Stream& stream, u32 which) { return stream.side + (which & 1) * SIDE; }
+
+// Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.
+DEVICE void send_side(const Cache& cache, u32 lane, const Slab& slab, u8* to) {
+    if (VALUE_BITS != 16 && lane < 16) copy16(to + 16 * lane, (const u8*)slab.ranges + 16 * lane);
+    if constexpr (OUTLIERS) {
+        const u32* list = cache.outlier_words + (u64)slab.outliers * 4 + 4 * lane;
+        if (4 * lane < slab.key_words) copy16(to + 256 + 16 * lane, list);
+        if (4 * lane < slab.value_words) {
+            copy16(to + 256 + LISTED * 4 + 16 * lane, list + slab.key_words);
+        }
+    }
+}
+
+// Send chunk `number` of the slab, or of the next one past its end.
+DEVICE void send(const Cache& cache, Stream& stream, u32 number) {
+    bool beyond = number >= CHUNKS;
+    const u8* words = beyond ? stream.next_words : stream.words;
+    if (words) {
+        u32 chunk = beyond ? number - CHUNKS : number, size = KEY_CHUNK;
+        words += chunk * KEY_CHUNK;
+        if (KEY_CHUNK != VALUE_CHUNK && chunk >= KEY_CHUNKS) {
+            size = VALUE_CHUNK;
+            words += (long long)(chunk - KEY_CHUNKS) * ((int)VALUE_CHUNK - (int)KEY_CHUNK);
+        }
+        u8* to = stream.ring + number % DEPTH * SLOT;
+        KVQ_UNROLL for (u32 i = 0; i < SLOT; i += 512) {
+            if (i + 16 * stream.lane < size) copy16(to + i, words + i);
+        }
+        if (chunk == 0) {
+            if (beyond) {
+                send_side(cache, stream.lane, stream.next, side_of(stream, stream.parity + 1));
+            } else {
+                send_side(cache, stream.lane, stream.slab, side_of(stream, stream.parity));
+            }
+        }
+    }
+    copies_sent();
+}
+
+// Wait for chunk `number` of the slab, send the one that takes the place of its predecessor.
+DEVICE const u8* take(const Cache& cache, Stream& stream, u32 number) {
+    await_copies<DEPTH - 2>();
+    sync_warp();
+    send(cache, stream, number + DEPTH - 1);
+    return stream.ring - 16 * stream.lane + number % DEPTH * SLOT;
+}
 
 // The list of a slab's outliers: the first LISTED in shared memory, the rest where they are.
 struct List {
@@ -213,16 +223,17 @@ DEVICE void cap_scores(float (&score)[4][4], float cap) {
     }
 }
 
-DEVICE void packed_slab(Warp& warp, Stream& stream, u32 number, const int* state, float cap) {
+DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 number, u32 first,
+                        u32 last, float cap) {
     const Slab& slab = stream.slab;
-    const u8* side = stream.side_of(stream.parity);
+    const u8* side = side_of(stream, stream.parity);
     float score[4][4] = {};
-    const u8* words = stream.take(0);
+    const u8* words = take(cache, stream, 0);
     if constexpr (OUTLIERS) {
         int* sparse = (int*)warp.sparse;
         for (u32 i = warp.lane; i < 64 * GROUP; i += 32) sparse[i] = 0;
         sync_warp();
-        List list{(const u32*)(side + 256), stream.cache.outlier_words + (u64)slab.outliers * 4};
+        List list{(const u32*)(side + 256), cache.outlier_words + (u64)slab.outliers * 4};
         key_outliers(warp, list, slab.key_words, number % 2 * 4);
         sync_warp();
         KVQ_UNROLL for (int i = 0; i < 16; i++) {
@@ -232,25 +243,24 @@ DEVICE void packed_slab(Warp& warp, Stream& stream, u32 number, const int* state
     }
     constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
     KVQ_ROLLED for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
-        if (chunk) words = stream.take(chunk);
+        if (chunk) words = take(cache, stream, chunk);
         KVQ_UNROLL for (u32 s = 0; s < steps; s++) {
             key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4, score);
         }
     }
     cap_scores(score, cap);
-    u32 weights[4][2], before = number * 64, seen = (u32)state[4], packed = (u32)state[0];
-    u32 first = seen > before ? seen - before : 0, last = smaller(packed - before, 64);
+    u32 weights[4][2];
     if constexpr (OUTLIERS) sync_warp();  // scores are read, weights take their place
     soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
     if constexpr (OUTLIERS) {
         sync_warp();
         List list{(const u32*)(side + 256) + LISTED,
-                  stream.cache.outlier_words + (u64)slab.outliers * 4 + slab.key_words};
+                  cache.outlier_words + (u64)slab.outliers * 4 + slab.key_words};
         value_outliers(warp, list, slab.value_words);
     }
     constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);
     KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
-        if (m % value_steps == 0) words = stream.take(KEY_CHUNKS + m / value_steps);
+        if (m % value_steps == 0) words = take(cache, stream, KEY_CHUNKS + m / value_steps);
         value_step(warp, words + m % value_steps * step_bytes(VALUE_BITS), weights, warp.out[m]);
     }
 }
@@ -263,32 +273,37 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
     auto load = [&](const u16* states, u32 token, u32 channel) {
         return token < tokens ? state_value(states[(u64)token * HEAD_DIM + channel]) : 0.0f;
     };
+    // Register arrays are turned by one tile a round, so that the loops over tiles stay short code.
     float score[4][4] = {};
-    for (u32 step = 0; step < STEPS; step++) {
-        u32 b0, b1;
-        query_fragment(warp, step, b0, b1);
-        KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
-            u32 k[4];
+    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+        float tile[4] = {};
+        KVQ_ROLLED for (u32 step = 0; step < STEPS; step++) {
+            u32 b0, b1, k[4];
+            query_fragment(warp, step, b0, b1);
             KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
                 const u16* channel = cache.order + 8 * step + 2 * warp.column + a / 2 * (HEAD_DIM / 2);
                 u32 token = 16 * t + a % 2 * 8 + warp.row;
                 k[a] = h2_from(load(key, token, channel[0]), load(key, token, channel[1]));
             }
-            mma(score[t], k, b0, b1);
+            mma(tile, k, b0, b1);
+        }
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            score[i / 4][i % 4] = i < 12 ? score[(i + 4) / 4 % 4][i % 4] : tile[i % 4];
         }
     }
     cap_scores(score, cap);
     u32 weights[4][2];
     soften(warp, score, nullptr, 0, tokens, weights);
-    KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
-        KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
+    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+        KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
             u32 v[4];
             KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
                 u32 token = 16 * t + a / 2 * 8 + 2 * warp.column, channel = 16 * m + a % 2 * 8 + warp.row;
                 v[a] = h2_from(load(value, token, channel), load(value, token + 1, channel));
             }
-            mma(warp.out[m], v, weights[t][0], weights[t][1]);
+            mma(warp.out[m], v, weights[0][0], weights[0][1]);
         }
+        KVQ_UNROLL for (int i = 0; i < 6; i++) weights[i / 2][i % 2] = weights[i / 2 + 1][i % 2];
     }
 }
 

@@ -9,14 +9,14 @@ struct Tables {
 // The table of all pairs of 4-bit codes, a copy for each lane, and the angles of a page's places.
 DEVICE void fill_tables(const Tables& tables, u8* shared) {
     constexpr u32 row = LUT_STRIDE / 16;
-    for (u32 i = thread_index(); i < LUT_BYTES / 16; i += THREADS) {
+    KVQ_ROLLED for (u32 i = thread_index(); i < LUT_BYTES / 16; i += THREADS) {
         u32 code = i / row;
         const u16* levels = tables.levels + (LUT_STRIDE == 128 || i % row >= row / 2 ? 16 : 0);
         u32 pair = levels[code & 15] | (u32)levels[code >> 4] << 16;
         u32* at = (u32*)(shared + 16 * i);
         at[0] = at[1] = at[2] = at[3] = pair;
     }
-    for (u32 i = thread_index(); i < ANGLE_BYTES / 16; i += THREADS) {
+    KVQ_ROLLED for (u32 i = thread_index(); i < ANGLE_BYTES / 16; i += THREADS) {
         copy16(shared + LUT_BYTES + 16 * i, (const u8*)tables.angles + 16 * i);
     }
     copies_sent();
@@ -28,13 +28,13 @@ DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
     if constexpr (KEY_BITS == 16) return;
     if constexpr (!CHANNEL_LEVELS) {
         const u32* from = (const u32*)table + head * STEPS * 16;
-        for (u32 i = thread_index(); i < STEPS * 16; i += THREADS) ((u32*)at)[i] = from[i];
+        KVQ_ROLLED for (u32 i = thread_index(); i < STEPS * 16; i += THREADS) ((u32*)at)[i] = from[i];
         return;
     }
     constexpr u32 count = 1u << (KEY_BITS == 16 ? 0 : KEY_BITS);
     const u16* levels = table + head * HEAD_DIM * count;
     constexpr u32 entries = KEY_BITS == 2 ? 1 : count * count;
-    for (u32 i = thread_index(); i < HEAD_DIM / 2 * entries; i += THREADS) {
+    KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM / 2 * entries; i += THREADS) {
         u32 pair = i / entries, half = pair & 1, column = pair >> 1 & 3, step = pair >> 3;
         const u16* even = levels + (8 * step + 2 * column + half * (HEAD_DIM / 2)) * count;
         const u16* odd = even + count;
@@ -56,7 +56,7 @@ DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
 DEVICE void fill_query(const Cache& cache, const Segment& segment, const u16* query, float scale,
                        float* to) {
     const u16* from = query + ((u64)segment.sequence * cache.num_heads + segment.first_head) * HEAD_DIM;
-    for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
+    KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
         u32 head = i / HEAD_DIM, channel = cache.order[i % HEAD_DIM];
         to[i] = head < segment.heads ? state_value(from[head * HEAD_DIM + channel]) * scale : 0.0f;
     }
@@ -69,21 +69,27 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
     u32 stop = smaller(last, segment.slabs);
     if (first < stop) {
         u32 number = segment.first_slab + first, final = segment.first_slab + stop - 1;
-        Stream stream{warp, cache, corner, corner + DEPTH * SLOT};
-        stream.parity = 0;
+        Stream stream;
+        stream.lane = warp.lane, stream.parity = 0;
+        stream.ring = corner + 16 * warp.lane, stream.side = corner + DEPTH * SLOT;
         stream.slab = find_slab(cache, segment, number);
-        stream.has_next = false;
-        for (u32 i = 0; i < DEPTH - 1; i++) stream.send(i);
-        u32 turned_page = ~0u;
+        stream.words = stream.slab.words + 16 * warp.lane, stream.next_words = nullptr;
+        KVQ_ROLLED for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
+        u32 turned_page = ~0u, seen = (u32)state[4], packed = (u32)state[0];
         KVQ_ROLLED for (; number <= final; number++) {
-            stream.has_next = number < final;
-            if (stream.has_next) stream.next = find_slab(cache, segment, number + 1);
+            stream.next_words = nullptr;
+            if (number < final) {
+                stream.next = find_slab(cache, segment, number + 1);
+                stream.next_words = stream.next.words + 16 * warp.lane;
+            }
             if (number / 2 != turned_page && (ROTATED || turned_page == ~0u)) {
                 turned_page = number / 2;
                 turn_query(warp, cache, query, state[3] + (int)turned_page * 128);
             }
-            packed_slab(warp, stream, number, state, cap);
-            stream.slab = stream.next;
+            u32 before = number * 64;
+            packed_slab(warp, cache, stream, number, seen > before ? seen - before : 0,
+                        smaller(packed - before, 64), cap);
+            stream.slab = stream.next, stream.words = stream.next_words;
             stream.parity ^= 1;
         }
         await_copies<0>();
@@ -125,8 +131,8 @@ DEVICE void leave_result(Warp& warp, float* join) {
 // One (head, channel) of the block's result: sum of weighted values, reference, sum of weights.
 DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 channel, float (&result)[3]) {
     float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
-    KVQ_UNROLL for (u32 w = 0; w < WARPS; w++) highest = greater(highest, join[(w * GROUP + head) * 3]);
-    KVQ_UNROLL for (u32 w = 0; w < WARPS; w++) {
+    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) highest = greater(highest, join[(w * GROUP + head) * 3]);
+    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) {
         const float* part = join + (w * GROUP + head) * 3;
         const float* mix = (const float*)(corners + w * CORNER + CORNER_MIX);
         float factor = exp2_fast(part[0] - highest);
@@ -139,7 +145,7 @@ DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 chann
 // One (head, channel) of a segment from the partial results of `parts` blocks.
 DEVICE float join_blocks(const float* partials, u32 parts, u32 head, u32 channel) {
     float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
-    for (u32 p = 0; p < parts; p++) {
+    KVQ_ROLLED for (u32 p = 0; p < parts; p++) {
         const float* part = partials + ((u64)p * GROUP + head) * PARTIAL;
         float value = load_fresh(part + channel), reference = load_fresh(part + HEAD_DIM);
         float next = greater(highest, reference), old = exp2_fast(highest - next);
@@ -163,6 +169,8 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 num_kv_heads, max_pages, frequencies, order,
                 Exact{sink_key, sink_value, sink_capacity},
                 Exact{window_key, window_value, window_capacity}};
+    u64 total = total_units(cache), blocks = smaller(block_count(), (u32)total);
+    if (block_index() >= blocks) return;  // more blocks than units
     fill_tables(Tables{key_table, levels, angles}, shared);
 
     u32 number = thread_index() / 32;
@@ -176,16 +184,15 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS) warp.key_levels.load(levels);
     if constexpr (VALUE_BITS < 4) warp.value_levels.load(levels + 16);
 
-    u64 total = total_units(cache);
-    u32 unit = (u32)(total * block_index() / block_count());
-    u32 end = (u32)(total * (block_index() + 1) / block_count());
+    u32 unit = (u32)(total * block_index() / blocks);
+    u32 end = (u32)(total * (block_index() + 1) / blocks);
     while (unit < end) {
         Segment segment = find_segment(cache, unit);
         u32 from = unit - segment.start, count = smaller(end - unit, segment.units - from);
         sync_block();
         fill_query(cache, segment, query, scale, shared_query);
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
-        for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
+        KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
         KVQ_UNROLL for (int j = 0; j < 2; j++) {
             warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
         }
@@ -196,11 +203,11 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         leave_result(warp, join + number * GROUP * 3);
         sync_block();
 
-        u32 first = (u32)(((u64)(segment.start + 1) * block_count() - 1) / total);
-        u32 last = (u32)(((u64)(segment.start + segment.units) * block_count() - 1) / total);
+        u32 first = (u32)(((u64)(segment.start + 1) * blocks - 1) / total);
+        u32 last = (u32)(((u64)(segment.start + segment.units) * blocks - 1) / total);
         u16* out = output + ((u64)segment.sequence * num_heads + segment.first_head) * HEAD_DIM;
         float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
-        for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
+        KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
             u32 head = i / HEAD_DIM, channel = i % HEAD_DIM;
             float result[3];
             join_warps(join, shared + CORNER_AT, head, channel, result);
@@ -217,7 +224,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
             sync_block();
             if (join[0] != 0.0f) {
                 const float* parts = partials + (u64)(first + segment.index) * GROUP * PARTIAL;
-                for (u32 i = thread_index(); i < segment.heads * HEAD_DIM; i += THREADS) {
+                KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM; i += THREADS) {
                     out[i] = state_bits(
                         join_blocks(parts, last - first + 1, i / HEAD_DIM, i % HEAD_DIM));
                 }

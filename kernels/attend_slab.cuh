@@ -144,7 +144,7 @@ DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4
 template <typename Words>
 DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 first_tile) {
     int* scores = (int*)warp.sparse;
-    for (u32 i = warp.lane; i < count; i += 32) {
+    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
         u32 word = list(i), unit = word >> 3 & 0x1fff, step = (unit >> 6) % STEPS;
         u32 token = unit / (64 * STEPS) * 16 + (unit & 1) * 8 + (unit >> 3 & 7);
         u32 odd = word & 4 ? 0x7632 : 0x5410;  // which halves of a pair of pairs
@@ -172,7 +172,7 @@ DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 fir
 // Outliers of values: a word is a half delta above channel << 8 and token << 2.
 template <typename Words>
 DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count) {
-    for (u32 i = warp.lane; i < count; i += 32) {
+    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
         u32 word = list(i);
         float delta = h2_high(word);
         const float* weight = warp.sparse + (word >> 2 & 63) * GROUP;
@@ -194,9 +194,9 @@ DEVICE void rescale(Warp& warp, const float (&factor)[2]) {
     }
     if constexpr (OUTLIERS) {
         sync_warp();
-        KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
-            float f = from_lane(factor[h & 1], h >> 1);
-            for (u32 d = warp.lane; d < HEAD_DIM; d += 32) warp.mix[d * GROUP + h] *= f;
+        KVQ_ROLLED for (int h = 0; h < GROUP; h++) {
+            float f = from_lane(h & 1 ? factor[1] : factor[0], h >> 1);
+            KVQ_ROLLED for (u32 d = warp.lane; d < HEAD_DIM; d += 32) warp.mix[d * GROUP + h] *= f;
         }
         sync_warp();
     }
@@ -207,13 +207,19 @@ DEVICE void rescale(Warp& warp, const float (&factor)[2]) {
 // outside [first, last) weigh nothing.
 DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 first, u32 last,
                    u32 (&weights)[4][2]) {
+    if (first != 0 || last != 64) {
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            u32 token = 16 * (i / 4) + i % 4 / 2 * 8 + warp.row;
+            if (token < first || token >= last) score[i / 4][i % 4] = FAR_BELOW;
+        }
+    }
     float highest[2] = {FAR_BELOW, FAR_BELOW}, shift[8];
     KVQ_UNROLL for (int i = 0; i < 8; i++) {
         u32 token = 8 * i + warp.row;
         shift[i] = ranges ? log2_fast(greater(h2_low(ranges[token]), 5.9604645e-8f)) : 0.0f;
         KVQ_UNROLL for (int j = 0; j < 2; j++) {
             float& s = score[i / 2][2 * (i & 1) + j];
-            s = token >= first && token < last ? s + shift[i] : FAR_BELOW;
+            s += shift[i];
             highest[j] = greater(highest[j], s);
         }
     }

@@ -103,6 +103,7 @@ DEVICE void sine_cosine(float turns, float& sine, float& cosine) {
     asm("cos.approx.f32 %0, %1;" : "=f"(cosine) : "f"(angle));
 }
 DEVICE int round_to_int(float x) { return __float2int_rn(x); }
+DEVICE float greater(float a, float b) { return fmaxf(a, b); }
 
 // c += a b for a 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.
 DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -151,4 +152,3 @@ DEVICE float load_fresh(const float* at) {
 #endif
 
 DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
-DEVICE float greater(float a, float b) { return a > b ? a : b; }

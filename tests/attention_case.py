@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -142,3 +142,40 @@ def _codebook(spec: QuantSpec, states: Tensor) -> Codebook:
     tail = spec.outlier_fraction / 2
     low, high = states.quantile(tail, dim=0), states.quantile(1 - tail, dim=0)
     return Codebook(levels, levels, *round_range(low, high))
+
+
+def on_device(built: Built, device: str) -> Built:
+    """Return the case with its inputs on a device; the answer stays where it is."""
+
+    def move(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if is_dataclass(value) and not isinstance(value, type | Variant):
+            return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    moved = {name: move(getattr(built, name)) for name in ("query", "context", "tables")}
+    return replace(built, **moved)
+
+
+# Every width, codebook, head size, group and kind of token, at lengths around every boundary.
+CASES = (
+    *(Case(lengths=(n,), num_kv_heads=1) for n in (1, 15, 16, 17, 63, 64, 65, 127, 128, 129)),
+    *(Case(f"nuq{bits}-1%", (100, 257)) for bits in (2, 3, 4)),
+    *(Case(f"nuq{bits}-1%-pc", (70,)) for bits in (2, 3, 4)),
+    *(Case(f"nuq{bits}", (200,)) for bits in (2, 3, 4)),
+    *(Case("nuq3-1%", (65, 129), group=group) for group in (2, 3, 4, 8)),
+    Case("nuq4-1%", (64,), num_kv_heads=1, group=16),
+    *(Case("nuq3-1%", (80,), num_kv_heads=1, head_dim=d) for d in (64, 96, 256)),
+    Case("nuq4-1%-pc", (80,), num_kv_heads=1, head_dim=64, group=4),
+    Case("nuq4-1%/nuq2-1%", (140,), group=2),
+    Case("int4", (64,)),
+    Case("nf3-1%", (64,)),
+    Case("nuq4-1%-postrope", (200,)),
+    Case("nuq4-1%", (300,), first_seen=70),
+    Case("nuq4-1%", (130,), sinks=1, window=65, group=4),
+    Case("nuq4-1%", (130,), sinks=5, bfloat16=True),
+    Case("nuq3-1%", (130,), softcap=20.0),
+    Case("nuq3-1%", (130,), position=2**20 + 5),
+    Case("nuq4-30%", (128,), num_kv_heads=1),
+)

@@ -186,6 +186,7 @@ inline void sine_cosine(float turns, float& sine, float& cosine) {
     sine = std::sin(turns * 6.283185307179586f);
     cosine = std::cos(turns * 6.283185307179586f);
 }
+inline float greater(float a, float b) { return a > b ? a : b; }
 inline int round_to_int(float x) { return (int)std::lrint(x); }
 inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     u32 left[32][4], right[32][2];

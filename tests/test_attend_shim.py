@@ -1,0 +1,60 @@
+"""The kernels' own sources, compiled for the CPU, against float64 and the torch reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_case import CASES, Case, build
+from shim.build import HAS_COMPILER, run
+
+from kvqtool.fused import attend_arguments, new_workspace
+
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
+# Keys after rotation, queries and weights are rounded to fp16 (2**-11 each), sums are float32.
+TOLERANCE = 2e-3
+WARPS = 2
+
+
+def attend_on_cpu(case: Case, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the shim's output and the right answer, both over the greatest value."""
+    built = build(case)
+    variant = built.variant
+    macros = tuple((name, WARPS if name == "WARPS" else v) for name, v in variant.macros)
+    workspace = new_workspace(variant, built.query, case.num_kv_heads, blocks)
+    out = torch.full_like(built.query, float("nan"))
+    arguments = attend_arguments(built.query, out, built.context, built.tables, workspace)
+    run("attend", macros, (blocks, 32 * WARPS, variant.shared_bytes), arguments)
+    assert not workspace.counters.any()
+    return out.double() / built.greatest_value, built.expected / built.greatest_value
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(lengths=(17,), num_kv_heads=1),
+        Case(lengths=(65,), num_kv_heads=1),
+        *(case for case in CASES if case.lengths not in [(n,) for n in range(1, 130)]),
+        *(case for case in CASES if case.head_dim != 128),
+        *(case for case in CASES if "-pc" in case.spec and case.head_dim == 128),
+    ],
+    ids=str,
+)
+def test_sources_equal_float64(case: Case) -> None:
+    out, expected = attend_on_cpu(case, blocks=3)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 40])
+def test_how_work_is_cut_does_not_matter(blocks: int) -> None:
+    case = Case("nuq3-1%", (257, 64), sinks=1, window=3)
+    out, expected = attend_on_cpu(case, blocks)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
+def test_outliers_matter_to_the_answer() -> None:
+    case = Case("nuq2-10%", (128,), num_kv_heads=1)
+    out, _ = attend_on_cpu(case, blocks=1)
+    dense = build(replace(case, spec="nuq2"))
+    assert (out * dense.greatest_value - dense.expected).abs().max() > 0.01
