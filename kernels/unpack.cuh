@@ -8,7 +8,7 @@
 #include "device.cuh"
 
 // Bytes of one step: 32 lanes, 32 codes each; 16 bits stand for states stored as they are.
-constexpr u32 step_bytes(u32 bits) { return 128 * bits; }
+DEVICE constexpr u32 step_bytes(u32 bits) { return 128 * bits; }
 
 // 4 bits: a word per tile. 3 bits: a word for each of the first three tiles, the fourth tile's codes
 // spread over their nibbles' top bits. 2 bits: two tiles in a word, the second one two bits higher.

@@ -98,7 +98,9 @@ def load_kernel(name: str, macros: Macros, shared_bytes: int, device_index: int)
     return kernel
 
 
-def launch(kernel: Any, shape: tuple[int, int, int], arguments: Sequence[Tensor | int | float]) -> None:
+def launch(
+    kernel: Any, shape: tuple[int, int, int], arguments: Sequence[Tensor | int | float]
+) -> None:
     """Launch a kernel on torch's current stream of the tensors' device.
 
     Args:

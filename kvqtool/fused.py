@@ -49,7 +49,9 @@ class Variant:
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
-            raise InputError(f"fused attention knows head sizes 64, 96, 128, 256; not {self.head_dim}")
+            raise InputError(
+                f"fused attention knows head sizes 64, 96, 128, 256; not {self.head_dim}"
+            )
         for bits in (self.key_bits, self.value_bits):
             if bits not in (2, 3, 4, 16):
                 raise InputError(f"fused attention knows 2, 3 and 4 bits; not {bits}")
@@ -246,9 +248,7 @@ def _check(query: Tensor, context: PackedContext, variant: Variant) -> None:
     pages = context.pages
     words = 2 * variant.head_dim * (variant.key_bits + variant.value_bits)
     if pages.slabs.shape[2:] != (128 // SLAB_TOKENS, words):
-        raise InputError(
-            f"expected slabs of {words} words, received {tuple(pages.slabs.shape)}"
-        )
+        raise InputError(f"expected slabs of {words} words, received {tuple(pages.slabs.shape)}")
     if len(context.state) != len(query) or context.state.dtype != torch.int32:
         raise InputError(
             f"expected an int32 state row for each of {len(query)} sequences, "

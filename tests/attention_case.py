@@ -73,7 +73,10 @@ def build(case: Case) -> Built:
         cos, sin = phase.cos(), phase.sin()
         low, high = key[..., :half], key[..., half:]
         key = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-    num_heads, dtype = case.num_kv_heads * case.group, torch.bfloat16 if case.bfloat16 else torch.half
+    num_heads, dtype = (
+        case.num_kv_heads * case.group,
+        torch.bfloat16 if case.bfloat16 else torch.half,
+    )
     query = (normal(batch, num_heads, case.head_dim) * 2).to(dtype)
 
     def exact(count: int) -> tuple[Tensor, Tensor]:
@@ -117,9 +120,7 @@ def build(case: Case) -> Built:
         ks.append(window[0][b, :, : case.window].double())
         vs.append(window[1][b, :, : case.window].double())
         parts.append(_attention(query[b], torch.cat(ks, 1), torch.cat(vs, 1), case))
-    context = PackedContext(
-        build_pages(*sides, batch), ExactTokens(*sinks, *window), state
-    )
+    context = PackedContext(build_pages(*sides, batch), ExactTokens(*sinks, *window), state)
     return Built(query, context, tables, variant, torch.stack(parts), float(value.abs().max()))
 
 

@@ -39,7 +39,10 @@ def _library(name: str, macros: Macros) -> ctypes.CDLL:
 
 
 def run(
-    name: str, macros: Macros, shape: tuple[int, int, int], arguments: Sequence[Tensor | int | float]
+    name: str,
+    macros: Macros,
+    shape: tuple[int, int, int],
+    arguments: Sequence[Tensor | int | float],
 ) -> None:
     """Run a kernel on CPU tensors: (blocks, threads, shared bytes), then its arguments."""
     slots = (ctypes.c_uint64 * len(arguments))()
