@@ -310,20 +310,20 @@ def _random_pages(shape: Shape, variant: Variant, value_outliers: int = 0) -> Pa
         torch.arange(pages, dtype=torch.int32, device="cuda").view(-1, shape.batch).T.contiguous()
     )
     index, outliers = _random_outliers(slabs, shape, value_outliers if variant.outliers else 0)
-    return Pages(words, ranges, index.view(pages, shape.num_kv_heads, 2, 2), outliers, table)
+    return Pages(words, ranges, index.view(pages, shape.num_kv_heads, 2, 4), outliers, table)
 
 
 def _random_outliers(slabs: int, shape: Shape, per_token: int) -> tuple[Tensor, Tensor]:
     """Return lists of a binomial number of outliers at random places: 1 % of keys, so many values."""
     if not per_token:
-        return torch.zeros(slabs, 2, dtype=torch.int32, device="cuda"), torch.zeros(
+        return torch.zeros(slabs, 4, dtype=torch.int32, device="cuda"), torch.zeros(
             4, dtype=torch.int32, device="cuda"
         )
     shares = torch.tensor([0.01, per_token / shape.num_kv_heads / HEAD_DIM], device="cuda")
     trials = torch.full((slabs, 2), float(SLAB_TOKENS * HEAD_DIM), device="cuda")
     quads = (torch.binomial(trials, shares.expand(slabs, 2)) / 4).ceil().long()
-    first = quads.sum(1).cumsum(0) - quads.sum(1)
-    index = torch.stack([first, quads[:, 0] + (quads[:, 1] << 16)], dim=1).to(torch.int32)
+    first = quads.flatten().cumsum(0) - quads.flatten()
+    index = torch.stack([first, quads.flatten()], dim=1).to(torch.int32)
     count = int(quads.sum()) * 4
     is_key = (
         torch.tensor([True, False], device="cuda")

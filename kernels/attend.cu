@@ -9,7 +9,7 @@
 // `query`, `output`  (batch, num_heads, HEAD_DIM) half, or bfloat16 with BF16
 // `slabs`            a page of 128 tokens after another, in it KV heads, two slabs each: keys, values
 // `ranges`           (pages, 128) half2: scale and offset of a value token
-// `outlier_index`    (pages, num_kv_heads, 2) x {first quad of words, key quads | value quads << 16}
+// `outlier_index`    (pages, num_kv_heads, 2) x {first quad of words, quads} of keys, then of values
 // `page_table`       (batch, max_pages) page of each 128 tokens
 // `state`            (batch, 8): packed tokens, sinks, window tokens, position of the first packed
 //                    token, first packed token that is seen; the rest is spare
@@ -72,7 +72,8 @@ struct Segment {
 struct Slab {
     const u8* words;
     const u32* ranges;
-    u32 outliers, key_words, value_words;
+    u64 keys_at, values_at;  // where its lists of outliers begin
+    u32 key_words, value_words;
 };
 
 DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
@@ -121,11 +122,11 @@ DEVICE Slab find_slab(const Cache& cache, const Segment& segment, u32 number) {
     Slab slab;
     slab.words = cache.slabs + index * SLAB;
     slab.ranges = cache.ranges + page * 128 + number % 2 * 64;
-    slab.outliers = slab.key_words = slab.value_words = 0;
+    slab.keys_at = slab.values_at = slab.key_words = slab.value_words = 0;
     if constexpr (OUTLIERS) {
-        slab.outliers = cache.outlier_index[2 * index];
-        u32 quads = cache.outlier_index[2 * index + 1];
-        slab.key_words = (quads & 0xffff) * 4, slab.value_words = (quads >> 16) * 4;
+        const u32* lists = cache.outlier_index + 4 * index;
+        slab.keys_at = (u64)lists[0] * 4, slab.key_words = lists[1] * 4;
+        slab.values_at = (u64)lists[2] * 4, slab.value_words = lists[3] * 4;
     }
     return slab;
 }
@@ -146,10 +147,10 @@ DEVICE u8* side_of(const Stream& stream, u32 which) { return stream.side + (whic
 DEVICE void send_side(const Cache& cache, u32 lane, const Slab& slab, u8* to) {
     if (VALUE_BITS != 16 && lane < 16) copy16(to + 16 * lane, (const u8*)slab.ranges + 16 * lane);
     if constexpr (OUTLIERS) {
-        const u32* list = cache.outlier_words + (u64)slab.outliers * 4 + 4 * lane;
-        if (4 * lane < slab.key_words) copy16(to + 256 + 16 * lane, list);
+        const u32* words = cache.outlier_words + 4 * lane;
+        if (4 * lane < slab.key_words) copy16(to + 256 + 16 * lane, words + slab.keys_at);
         if (4 * lane < slab.value_words) {
-            copy16(to + 256 + LISTED * 4 + 16 * lane, list + slab.key_words);
+            copy16(to + 256 + LISTED * 4 + 16 * lane, words + slab.values_at);
         }
     }
 }
@@ -233,7 +234,7 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
         int* sparse = (int*)warp.sparse;
         for (u32 i = warp.lane; i < 64 * GROUP; i += 32) sparse[i] = 0;
         sync_warp();
-        List list{(const u32*)(side + 256), cache.outlier_words + (u64)slab.outliers * 4};
+        List list{(const u32*)(side + 256), cache.outlier_words + slab.keys_at};
         key_outliers(warp, list, slab.key_words, number % 2 * 4);
         sync_warp();
         KVQ_UNROLL for (int i = 0; i < 16; i++) {
@@ -254,8 +255,7 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
     soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
     if constexpr (OUTLIERS) {
         sync_warp();
-        List list{(const u32*)(side + 256) + LISTED,
-                  cache.outlier_words + (u64)slab.outliers * 4 + slab.key_words};
+        List list{(const u32*)(side + 256) + LISTED, cache.outlier_words + slab.values_at};
         value_outliers(warp, list, slab.value_words);
     }
     constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);

@@ -35,9 +35,12 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE bool any_lane(bool value) { return __any_sync(0xffffffffu, value); }
 DEVICE float exchange(float value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE float from_lane(float value, u32 lane) { return __shfl_sync(0xffffffffu, value, lane); }
+DEVICE u32 exchange(u32 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE u32 from_lane(u32 value, u32 lane) { return __shfl_sync(0xffffffffu, value, lane); }
 DEVICE u32 sum_below(u32 value, u32 distance) { return __shfl_up_sync(0xffffffffu, value, distance); }
 DEVICE u32 vote(bool value) { return __ballot_sync(0xffffffffu, value); }
 DEVICE u32 count_bits(u32 value) { return __popc(value); }
+DEVICE u32 lowest_bit(u32 value) { return __ffs(value) - 1; }
 
 // Bytes of (low, high) picked by the nibbles of `selector`, whose top bits must be clear.
 DEVICE u32 pick_bytes(u32 low, u32 high, u32 selector) {
@@ -105,6 +108,11 @@ DEVICE void sine_cosine(float turns, float& sine, float& cosine) {
 DEVICE int round_to_int(float x) { return __float2int_rn(x); }
 DEVICE float greater(float a, float b) { return fmaxf(a, b); }
 
+// One IEEE operation each, never contracted.
+DEVICE float mul_exact(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float add_exact(float a, float b) { return __fadd_rn(a, b); }
+DEVICE float div_exact(float a, float b) { return __fdiv_rn(a, b); }
+
 // c += a b for a 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.
 DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -136,6 +144,8 @@ DEVICE void await_copies() {
 DEVICE void add_shared(float* at, float value) { atomicAdd(at, value); }
 DEVICE void add_shared(int* at, int value) { atomicAdd(at, value); }
 
+DEVICE void add_global(u32* at, u32 value) { atomicAdd(at, value); }
+
 // Count arrivals from 0 to last and back to 0; returns the count before.
 DEVICE u32 arrive(u32* counter, u32 last) {
     __threadfence();
@@ -152,3 +162,4 @@ DEVICE float load_fresh(const float* at) {
 #endif
 
 DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }

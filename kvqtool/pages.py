@@ -64,8 +64,8 @@ class Pages:
     Args:
         slabs: (pages, num_kv_heads, 2, words) int32; a slab's keys, then its values.
         ranges: (pages, 128, 2) float16, scale and offset of each token's values.
-        outlier_index: (pages, num_kv_heads, 2, 2) int32: first quad of words, key quads + value
-            quads * 65536.
+        outlier_index: (pages, num_kv_heads, 2, 4) int32: first quad of words and quads of the
+            keys, then of the values.
         outlier_words: (4 * quads,) int32: a float16 delta above 16 bits that say where.
         page_table: (batch, blocks) int32.
     """
@@ -95,7 +95,7 @@ def build_pages(key: PageSide, value: PageSide, batch: int) -> Pages:
     return Pages(
         slabs.view(blocks * batch, key.num_heads, SLABS, -1),
         ranges.view(blocks, PAGE_TOKENS, batch, 2).transpose(1, 2).flatten(0, 1).contiguous(),
-        index.view(blocks * batch, key.num_heads, SLABS, 2),
+        index.view(blocks * batch, key.num_heads, SLABS, 4),
         words,
         pages.view(blocks, batch).T.contiguous(),
     )
@@ -151,7 +151,7 @@ def _pack_side(side: PageSide, batch: int, blocks: int) -> Tensor:
 def _pack_outliers(
     sides: tuple[PageSide, PageSide], batch: int, blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """Return (index (lists, 2) int32, words int32): of each slab the keys' words, then the
+    """Return (index (lists, 4) int32, words int32): of each slab the keys' words, then the
     values', each padded to whole quads with words that add nothing.
     """
     lists = blocks * batch * sides[0].num_heads * SLABS
@@ -163,7 +163,7 @@ def _pack_outliers(
             owners.append(owner * 2 + number)
             words.append(word)
     if not owners:
-        empty = torch.zeros(lists, 2, dtype=torch.int32, device=device)
+        empty = torch.zeros(lists, 4, dtype=torch.int32, device=device)
         return empty, torch.zeros(QUAD, dtype=torch.int32, device=device)
     owner, word = torch.cat(owners), torch.cat(words)
     owner, rank = owner.sort(stable=True)
@@ -173,9 +173,7 @@ def _pack_outliers(
     packed = torch.zeros(max(int(quads.sum()), 1) * QUAD, dtype=torch.int32, device=device)
     within = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts)[owner]
     packed[first[owner] * QUAD + within] = word[rank]
-    both = quads.view(lists, 2)
-    index = torch.stack([first.view(lists, 2)[:, 0], both[:, 0] + (both[:, 1] << 16)], dim=1)
-    return index.to(torch.int32), packed
+    return torch.stack([first, quads], dim=1).view(lists, 4).to(torch.int32), packed
 
 
 def _outlier_words(side: PageSide, batch: int) -> tuple[Tensor, Tensor]:

@@ -135,11 +135,17 @@ inline u32 vote(bool value) {
 inline bool any_lane(bool value) { return vote(value) != 0; }
 inline float exchange(float value, u32 mask) { return shim::gather(value)[shim::lane() ^ mask]; }
 inline float from_lane(float value, u32 lane) { return shim::gather(value)[lane & 31]; }
+inline u32 exchange(u32 value, u32 mask) { return shim::gather(value)[shim::lane() ^ mask]; }
+inline u32 from_lane(u32 value, u32 lane) { return shim::gather(value)[lane & 31]; }
 inline u32 sum_below(u32 value, u32 distance) {
     u32* all = shim::gather(value);
     return shim::lane() < distance ? value : all[shim::lane() - distance];
 }
 inline u32 count_bits(u32 value) { return __builtin_popcount(value); }
+inline u32 lowest_bit(u32 value) { return __builtin_ctz(value); }
+inline float mul_exact(float a, float b) { return a * b; }
+inline float add_exact(float a, float b) { return a + b; }
+inline float div_exact(float a, float b) { return a / b; }
 inline u32 pick_bytes(u32 low, u32 high, u32 selector) {
     u64 bytes = (u64)high << 32 | low;
     u32 result = 0;
@@ -229,6 +235,7 @@ template <int pending>
 inline void await_copies() {}
 inline void add_shared(float* at, float value) { *at += value; }
 inline void add_shared(int* at, int value) { *at += value; }
+inline void add_global(u32* at, u32 value) { *at += value; }
 inline u32 arrive(u32* counter, u32 last) {
     u32 before = *counter;
     *counter = before >= last ? 0 : before + 1;
