@@ -7,11 +7,11 @@
 // a (sequence, head). Nothing depends on the host: lengths lie on the device, counters return to 0.
 //
 // `query`, `output`  (batch, num_heads, HEAD_DIM) half, or bfloat16 with BF16
-// `slabs`            a page of 128 tokens after another, in it KV heads, two slabs each: keys, values
-// `ranges`           (pages, 128) half2: scale and offset of a value token
-// `outlier_index`    (pages, num_kv_heads, 2) x {first quad of words, quads} of keys, then of values
-// `page_table`       (batch, max_pages) page of each 128 tokens
-// `state`            (batch, 8): packed tokens, sinks, window tokens, position of the first packed
+// `slabs`            a page of 128 tokens after another, in it KV heads, two slabs each: keys,
+// values `ranges`           (pages, 128) half2: scale and offset of a value token `outlier_index`
+// (pages, num_kv_heads, 2) x {first quad of words, quads} of keys, then of values `page_table`
+// (batch, max_pages) page of each 128 tokens `state`            (batch, 8): packed tokens, sinks,
+// window tokens, position of the first packed
 //                    token, first packed token that is seen; the rest is spare
 // `key_table`        scales and offsets (num_kv_heads, STEPS, 4) x 4 half2, or with CHANNEL_LEVELS
 //                    levels (num_kv_heads, HEAD_DIM, 2^bits)
@@ -28,7 +28,8 @@ constexpr u32 SLAB = KEY_SLAB + VALUE_SLAB;
 constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS == 16 ? 1 : 2);
 constexpr u32 VALUE_CHUNK = step_bytes(VALUE_BITS) * (VALUE_BITS == 16 ? 1 : 2);
 constexpr u32 KEY_CHUNKS = KEY_SLAB / KEY_CHUNK, CHUNKS = KEY_CHUNKS + VALUE_SLAB / VALUE_CHUNK;
-static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2, "a slab's chunks fill the ring a whole number of times");
+static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2,
+              "a slab's chunks fill the ring a whole number of times");
 constexpr u32 SLOT = KEY_CHUNK > VALUE_CHUNK ? KEY_CHUNK : VALUE_CHUNK;
 constexpr u32 LISTED = 128;  // outliers of a slab and side that are copied ahead
 constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
@@ -37,12 +38,15 @@ constexpr u32 PARTIAL = HEAD_DIM + 2;
 constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE;
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 CORNER_AT = (JOIN_AT + WARPS * GROUP * 12 + 31) / 16 * 16;
-constexpr u32 CORNER_QUERY = DEPTH * SLOT + 2 * SIDE, CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
+constexpr u32 CORNER_QUERY = DEPTH * SLOT + 2 * SIDE,
+              CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? 64 * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
 static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
 
-DEVICE float state_value(u16 bits) { return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits); }
+DEVICE float state_value(u16 bits) {
+    return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits);
+}
 DEVICE u16 state_bits(float value) {
     if constexpr (!BF16) return float_to_half(value);
     u32 bits = float_to_bits(value);
@@ -93,7 +97,8 @@ DEVICE u32 segments_of(const Cache& cache) {
 DEVICE u32 total_units(const Cache& cache) {
     u32 total = 0;
     Segment segment;
-    for (u32 b = 0; b < cache.batch; b++) total += segment_sizes(cache, b, segment) * segments_of(cache);
+    for (u32 b = 0; b < cache.batch; b++)
+        total += segment_sizes(cache, b, segment) * segments_of(cache);
     return total;
 }
 
@@ -131,8 +136,8 @@ DEVICE Slab find_slab(const Cache& cache, const Segment& segment, u32 number) {
     return slab;
 }
 
-// A warp's stream of chunks through its ring. `words` and `next_words` are where this lane's share of
-// this slab and of the next one begin; null where there is none.
+// A warp's stream of chunks through its ring. `words` and `next_words` are where this lane's share
+// of this slab and of the next one begin; null where there is none.
 struct Stream {
     u32 lane;
     u8 *ring, *side;  // this lane's place in the first slot, and the side buffers
@@ -141,7 +146,9 @@ struct Stream {
     u32 parity;  // which of the two side buffers `slab` has
 };
 
-DEVICE u8* side_of(const Stream& stream, u32 which) { return stream.side + (which & 1) * SIDE; }
+DEVICE u8* side_of(const Stream& stream, u32 which) {
+    return stream.side + (which & 1) * SIDE;
+}
 
 // Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.
 DEVICE void send_side(const Cache& cache, u32 lane, const Slab& slab, u8* to) {
@@ -239,14 +246,16 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
         sync_warp();
         KVQ_UNROLL for (int i = 0; i < 16; i++) {
             u32 token = 16 * (i / 4) + i % 4 / 2 * 8 + warp.row, head = 2 * warp.column + i % 2;
-            if (head < GROUP) score[i / 4][i % 4] = (float)sparse[token * GROUP + head] / SPARSE_ONE;
+            if (head < GROUP)
+                score[i / 4][i % 4] = (float)sparse[token * GROUP + head] / SPARSE_ONE;
         }
     }
     constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
     KVQ_ROLLED for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
         if (chunk) words = take(cache, stream, chunk);
         KVQ_UNROLL for (u32 s = 0; s < steps; s++) {
-            key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4, score);
+            key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4,
+                     score);
         }
     }
     cap_scores(score, cap);
@@ -268,7 +277,8 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
 // Up to 64 tokens that are stored exactly: fragments gathered from rows.
 DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, const Exact& exact,
                        u32 first, u32 tokens, float cap) {
-    u64 base = ((u64)segment.sequence * cache.num_kv_heads + segment.kv_head) * exact.capacity + first;
+    u64 base =
+        ((u64)segment.sequence * cache.num_kv_heads + segment.kv_head) * exact.capacity + first;
     const u16 *key = exact.key + base * HEAD_DIM, *value = exact.value + base * HEAD_DIM;
     auto load = [&](const u16* states, u32 token, u32 channel) {
         return token < tokens ? state_value(states[(u64)token * HEAD_DIM + channel]) : 0.0f;
@@ -281,7 +291,8 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
             u32 b0, b1, k[4];
             query_fragment(warp, step, b0, b1);
             KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
-                const u16* channel = cache.order + 8 * step + 2 * warp.column + a / 2 * (HEAD_DIM / 2);
+                const u16* channel =
+                    cache.order + 8 * step + 2 * warp.column + a / 2 * (HEAD_DIM / 2);
                 u32 token = 16 * t + a % 2 * 8 + warp.row;
                 k[a] = h2_from(load(key, token, channel[0]), load(key, token, channel[1]));
             }
@@ -298,7 +309,8 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
         KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
             u32 v[4];
             KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
-                u32 token = 16 * t + a / 2 * 8 + 2 * warp.column, channel = 16 * m + a % 2 * 8 + warp.row;
+                u32 token = 16 * t + a / 2 * 8 + 2 * warp.column,
+                    channel = 16 * m + a % 2 * 8 + warp.row;
                 v[a] = h2_from(load(value, token, channel), load(value, token + 1, channel));
             }
             mma(warp.out[m], v, weights[0][0], weights[0][1]);

@@ -28,7 +28,8 @@ DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
     if constexpr (KEY_BITS == 16) return;
     if constexpr (!CHANNEL_LEVELS) {
         const u32* from = (const u32*)table + head * STEPS * 16;
-        KVQ_ROLLED for (u32 i = thread_index(); i < STEPS * 16; i += THREADS) ((u32*)at)[i] = from[i];
+        KVQ_ROLLED for (u32 i = thread_index(); i < STEPS * 16; i += THREADS)((u32*)at)[i] =
+            from[i];
         return;
     }
     constexpr u32 count = 1u << (KEY_BITS == 16 ? 0 : KEY_BITS);
@@ -55,7 +56,8 @@ DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
 
 DEVICE void fill_query(const Cache& cache, const Segment& segment, const u16* query, float scale,
                        float* to) {
-    const u16* from = query + ((u64)segment.sequence * cache.num_heads + segment.first_head) * HEAD_DIM;
+    const u16* from =
+        query + ((u64)segment.sequence * cache.num_heads + segment.first_head) * HEAD_DIM;
     KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
         u32 head = i / HEAD_DIM, channel = cache.order[i % HEAD_DIM];
         to[i] = head < segment.heads ? state_value(from[head * HEAD_DIM + channel]) * scale : 0.0f;
@@ -101,7 +103,8 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
         bool is_sink = number < segment.sink_units;
         if (!is_sink) number -= segment.sink_units;
         u32 tokens = smaller((u32)state[is_sink ? 1 : 2] - number * 64, 64);
-        exact_unit(warp, cache, segment, is_sink ? cache.sinks : cache.window, number * 64, tokens, cap);
+        exact_unit(warp, cache, segment, is_sink ? cache.sinks : cache.window, number * 64, tokens,
+                   cap);
     }
 }
 
@@ -129,9 +132,11 @@ DEVICE void leave_result(Warp& warp, float* join) {
 }
 
 // One (head, channel) of the block's result: sum of weighted values, reference, sum of weights.
-DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 channel, float (&result)[3]) {
+DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 channel,
+                       float (&result)[3]) {
     float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
-    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) highest = greater(highest, join[(w * GROUP + head) * 3]);
+    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) highest =
+        greater(highest, join[(w * GROUP + head) * 3]);
     KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) {
         const float* part = join + (w * GROUP + head) * 3;
         const float* mix = (const float*)(corners + w * CORNER + CORNER_MIX);
@@ -165,8 +170,18 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
        float* partials, u32* counters, u32 batch, u32 num_heads, u32 num_kv_heads, u32 max_pages,
        u32 sink_capacity, u32 window_capacity, float scale, float cap) {
     u8* shared = shared_memory();
-    Cache cache{slabs, ranges, outlier_index, outlier_words, page_table, state, batch, num_heads,
-                num_kv_heads, max_pages, frequencies, order,
+    Cache cache{slabs,
+                ranges,
+                outlier_index,
+                outlier_words,
+                page_table,
+                state,
+                batch,
+                num_heads,
+                num_kv_heads,
+                max_pages,
+                frequencies,
+                order,
                 Exact{sink_key, sink_value, sink_capacity},
                 Exact{window_key, window_value, window_capacity}};
     u64 total = total_units(cache), blocks = smaller(block_count(), (u32)total);
@@ -220,11 +235,13 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         }
         if (first != last) {
             sync_block();
-            if (thread_index() == 0) join[0] = arrive(counters + segment.index, last - first) == last - first;
+            if (thread_index() == 0)
+                join[0] = arrive(counters + segment.index, last - first) == last - first;
             sync_block();
             if (join[0] != 0.0f) {
                 const float* parts = partials + (u64)(first + segment.index) * GROUP * PARTIAL;
-                KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM; i += THREADS) {
+                KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM;
+                                i += THREADS) {
                     out[i] = state_bits(
                         join_blocks(parts, last - first + 1, i / HEAD_DIM, i % HEAD_DIM));
                 }

@@ -24,16 +24,16 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                            : KEY_BITS == 3   ? HEAD_DIM * 128
                                              : STEPS * 128;
 constexpr float FAR_BELOW = -1e30f;
-constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
+constexpr float LAZY = 4.0f;            // weights may reach 2^LAZY before everything is rescaled
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
 
 // A warp's corner of shared memory, and what it has accumulated.
 struct Warp {
     u32 lane, row, column;  // lane = 4 row + column
     const u8 *lut, *angles, *head_table;
-    u8* query;     // (STEPS, GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
-    float* sparse; // (64, GROUP): outliers' share of the scores, then the weights of the tokens
-    float* mix;    // (HEAD_DIM, GROUP): outliers' share of the output
+    u8* query;      // (STEPS, GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
+    float* sparse;  // (64, GROUP): outliers' share of the scores, then the weights of the tokens
+    float* mix;     // (HEAD_DIM, GROUP): outliers' share of the output
     ByteTable<KEY_BITS == 3 ? 3 : 2> key_levels;
     ByteTable<VALUE_BITS == 3 ? 3 : 2> value_levels;
     float out[STEPS][4];
@@ -43,7 +43,8 @@ struct Warp {
 DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
     b0 = b1 = 0;
     if (GROUP == 8 || warp.row < GROUP) {
-        const u32* at = (const u32*)(warp.query + ((step * GROUP + warp.row) * 4 + warp.column) * 8);
+        const u32* at =
+            (const u32*)(warp.query + ((step * GROUP + warp.row) * 4 + warp.column) * 8);
         b0 = at[0], b1 = at[1];
     }
 }
@@ -105,7 +106,8 @@ DEVICE void key_step(const Warp& warp, const u8* words, u32 step, u32 first_tile
         }
         if constexpr (ROTATED) {
             const u32* turn =
-                (const u32*)(warp.angles + (((first_tile + t) * STEPS + step) * 32 + warp.lane) * 16);
+                (const u32*)(warp.angles +
+                             (((first_tile + t) * STEPS + step) * 32 + warp.lane) * 16);
             u32 cosine[2] = {turn[0], turn[2]}, sine[2] = {turn[1], turn[3]};
             KVQ_UNROLL for (int i = 0; i < 2; i++) {
                 u32 first = h2_fma(k[i], cosine[i], h2_neg(h2_mul(k[i + 2], sine[i])));
@@ -139,8 +141,8 @@ DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4
 }
 
 // Outliers of keys: each lane takes words of the list and adds delta * (rotated query) to its
-// token's score. A word is a half delta above 16 bits of place: 8-byte unit of the angle table << 3,
-// odd channel << 2, upper partner << 1.
+// token's score. A word is a half delta above 16 bits of place: 8-byte unit of the angle table <<
+// 3, odd channel << 2, upper partner << 1.
 template <typename Words>
 DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 first_tile) {
     int* scores = (int*)warp.sparse;

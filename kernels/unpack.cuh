@@ -8,10 +8,13 @@
 #include "device.cuh"
 
 // Bytes of one step: 32 lanes, 32 codes each; 16 bits stand for states stored as they are.
-DEVICE constexpr u32 step_bytes(u32 bits) { return 128 * bits; }
+DEVICE constexpr u32 step_bytes(u32 bits) {
+    return 128 * bits;
+}
 
-// 4 bits: a word per tile. 3 bits: a word for each of the first three tiles, the fourth tile's codes
-// spread over their nibbles' top bits. 2 bits: two tiles in a word, the second one two bits higher.
+// 4 bits: a word per tile. 3 bits: a word for each of the first three tiles, the fourth tile's
+// codes spread over their nibbles' top bits. 2 bits: two tiles in a word, the second one two bits
+// higher.
 template <int bits>
 DEVICE void selectors(const u8* step, u32 lane, u32 (&tiles)[4]) {
     const u32* words = (const u32*)step;
@@ -23,7 +26,8 @@ DEVICE void selectors(const u8* step, u32 lane, u32 (&tiles)[4]) {
             w[t] = words[32 * t + lane];
             tiles[t] = w[t] & 0x77777777u;
         }
-        tiles[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+        tiles[3] =
+            (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
     } else {
         KVQ_UNROLL for (int t = 0; t < 2; t++) {
             u32 word = words[2 * lane + t];

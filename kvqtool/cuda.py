@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from kvqtool.errors import RunError
 
 Macros = tuple[tuple[str, int], ...]
+Argument = Tensor | int | float
+_STATIC_SHARED: Final = 48 * 1024  # bytes a block may have without asking first
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 
 
@@ -68,13 +71,30 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A function of a source, specialised: kernels/`source`.cu, `function` in it, and its macros."""
+
+    source: str
+    function: str
+    macros: Macros
+
+
+class Launcher(Protocol):
+    """What runs a kernel: the GPU, or in tests the same sources compiled for the CPU."""
+
+    def __call__(
+        self, kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[Argument]
+    ) -> None:
+        """Run `kernel` in `shape`: blocks, threads of a block, bytes of dynamic shared memory."""
+
+
 @cache
-def load_kernel(name: str, macros: Macros, shared_bytes: int, device_index: int) -> Any:
-    """Compile kernels/`name`.cu for a device and return its function `name`.
+def load_kernel(kernel: Kernel, shared_bytes: int, device_index: int) -> Any:
+    """Compile a kernel for a device and return CuPy's function.
 
     Args:
-        name: the file and the function in it.
-        macros: what specialises it.
+        kernel: which.
         shared_bytes: dynamic shared memory a block may ask for.
         device_index: the GPU.
 
@@ -86,42 +106,40 @@ def load_kernel(name: str, macros: Macros, shared_bytes: int, device_index: int)
         raise RunError(reason)
     import cupy
 
+    options = compile_options(kernel.macros)
     with cupy.cuda.Device(device_index):
-        module = cupy.RawModule(code=source_text(name), options=compile_options(macros))
+        module = cupy.RawModule(code=source_text(kernel.source), options=options)
         try:
-            kernel = module.get_function(name)
+            function = module.get_function(kernel.function)
         except cupy.cuda.compiler.CompileException as error:
             first = str(error).strip().splitlines()[0]
-            raise RunError(f"kernels/{name}.cu with {dict(macros)}: {first}") from error
-        if shared_bytes > 48 * 1024:
-            kernel.max_dynamic_shared_size_bytes = shared_bytes
-    return kernel
+            raise RunError(f"kernels/{kernel.source}.cu {dict(kernel.macros)}: {first}") from error
+        if shared_bytes > _STATIC_SHARED:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+    return function
 
 
-def launch(
-    kernel: Any, shape: tuple[int, int, int], arguments: Sequence[Tensor | int | float]
-) -> None:
+def run_on_gpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
     """Launch a kernel on torch's current stream of the tensors' device.
 
     Args:
-        kernel: what `load_kernel` returned.
+        kernel: which.
         shape: blocks, threads of a block, bytes of dynamic shared memory.
         arguments: tensors are passed as pointers, integers as 32 bits, floats as 32 bits.
     """
+    device = next(a for a in arguments if isinstance(a, Tensor)).device
+    if device.type != "cuda":
+        raise RunError(f"the kernels run on CUDA devices, not on {device.type}")
+    function = load_kernel(kernel, shape[2], device.index)
     import cupy
 
-    device = next(a for a in arguments if isinstance(a, Tensor)).device
     stream = torch.cuda.current_stream(device)
     with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-        kernel(
-            (shape[0],),
-            (shape[1],),
-            tuple(_passed(a) for a in arguments),
-            shared_mem=shape[2],
-        )
+        passed = tuple(_passed(argument) for argument in arguments)
+        function((shape[0],), (shape[1],), passed, shared_mem=shape[2])
 
 
-def _passed(argument: Tensor | int | float) -> np.generic:
+def _passed(argument: Argument) -> np.generic:
     if isinstance(argument, Tensor):
         return np.uint64(argument.data_ptr())
     return np.uint32(argument) if isinstance(argument, int) else np.float32(argument)

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvqtool.cuda import Macros, launch, load_kernel
+from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
 from kvqtool.errors import InputError
 from kvqtool.memory import SLAB_TOKENS
 from kvqtool.pages import Pages
@@ -35,6 +35,7 @@ class Variant:
         group: query heads a warp takes at once: 1, 2, 4 or 8.
         softcap: scores are capped.
         bfloat16: query, output and exact tokens are bfloat16, not float16.
+        most_warps: warps of a block where shared memory has room for them.
     """
 
     head_dim: int
@@ -46,6 +47,7 @@ class Variant:
     group: int
     softcap: bool = False
     bfloat16: bool = False
+    most_warps: int = 12
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -72,7 +74,7 @@ class Variant:
     def warps(self) -> int:
         """Warps of a block: as many as shared memory has room for, at most 12."""
         room = SHARED_LIMIT - self._common_bytes - 64
-        return min(12, room // self._corner_bytes)
+        return min(self.most_warps, room // self._corner_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -155,10 +157,12 @@ class Workspace:
     Args:
         partials: float32, enough for `workspace_floats`.
         counters: int32 zeros, one for each segment; the kernel leaves zeros behind.
+        blocks: blocks of the launch, one a multiprocessor.
     """
 
     partials: Tensor
     counters: Tensor
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -188,12 +192,13 @@ def new_workspace(variant: Variant, query: Tensor, num_kv_heads: int, blocks: in
     return Workspace(
         torch.empty(floats, dtype=torch.float32, device=query.device),
         torch.zeros(segments, dtype=torch.int32, device=query.device),
+        blocks,
     )
 
 
 def attend_arguments(
     query: Tensor, out: Tensor, context: PackedContext, tables: LayerTables, workspace: Workspace
-) -> list[Tensor | int | float]:
+) -> list[Argument]:
     """Return the arguments of the kernel in its order."""
     pages, exact = context.pages, context.exact
     batch, num_heads, _ = query.shape
@@ -215,6 +220,7 @@ def attend(
     tables: LayerTables,
     variant: Variant,
     workspace: Workspace,
+    run: Launcher = run_on_gpu,
 ) -> Tensor:
     """Attend with one query token a sequence.
 
@@ -224,17 +230,16 @@ def attend(
         tables: what reading them needs.
         variant: the kernel.
         workspace: from `new_workspace`.
+        run: what runs the kernel.
 
     Returns:
         (batch, num_heads, head_dim) in the query's dtype.
     """
     _check(query, context, variant)
     out = torch.empty_like(query)
-    index = query.device.index
-    kernel = load_kernel("attend", variant.macros, variant.shared_bytes, index)
-    blocks = torch.cuda.get_device_properties(index).multi_processor_count
     arguments = attend_arguments(query, out, context, tables, workspace)
-    launch(kernel, (blocks, 32 * variant.warps, variant.shared_bytes), arguments)
+    shape = workspace.blocks, 32 * variant.warps, variant.shared_bytes
+    run(Kernel("attend", "attend", variant.macros), shape, arguments)
     return out
 
 

@@ -13,7 +13,7 @@ from kvqtool.codec import decode, encode
 from kvqtool.fused import ExactTokens, LayerTables, PackedContext, Variant, groups_of
 from kvqtool.pages import PageSide, build_pages, key_table, level_table
 from kvqtool.slabs import angle_table, frequency_table
-from kvqtool.spec import KvSpec, QuantSpec, parse_spec
+from kvqtool.spec import QuantSpec, parse_spec
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def build(case: Case) -> Built:
     strength = normal(channels).exp() * 0.5
     keys = (normal(tokens * batch, channels) * strength + normal(channels)).half().float()
     values = (normal(tokens * batch, channels) * normal(channels).exp() * 0.3).half().float()
-    books = _codebook(spec.key, keys), _codebook(spec.value, values)
+    books = codebook(spec.key, keys), codebook(spec.value, values)
     rows = encode(keys, books[0], spec.key), encode(values, books[1], spec.value)
     shape = (tokens, batch, case.num_kv_heads, case.head_dim)
     key, value = (
@@ -132,7 +132,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
     return (score.softmax(-1) @ value).view(-1, case.head_dim)
 
 
-def _codebook(spec: QuantSpec, states: Tensor) -> Codebook:
+def codebook(spec: QuantSpec, states: Tensor) -> Codebook:
     """Return an uneven codebook with thresholds at the spec's share."""
     levels = normalfloat_levels(spec.bits) * 0.9
     if spec.channel_levels:

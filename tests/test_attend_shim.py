@@ -7,25 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_case import CASES, Case, build
-from shim.build import HAS_COMPILER, run
+from shim.build import HAS_COMPILER, run_on_cpu
 
-from kvqtool.fused import attend_arguments, new_workspace
+from kvqtool.fused import attend, new_workspace
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
 # Keys after rotation, queries and weights are rounded to fp16 (2**-11 each), sums are float32.
 TOLERANCE = 2e-3
-WARPS = 2
 
 
 def attend_on_cpu(case: Case, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the shim's output and the right answer, both over the greatest value."""
     built = build(case)
-    variant = built.variant
-    macros = tuple((name, WARPS if name == "WARPS" else v) for name, v in variant.macros)
+    variant = replace(built.variant, most_warps=2)
     workspace = new_workspace(variant, built.query, case.num_kv_heads, blocks)
-    out = torch.full_like(built.query, float("nan"))
-    arguments = attend_arguments(built.query, out, built.context, built.tables, workspace)
-    run("attend", macros, (blocks, 32 * WARPS, variant.shared_bytes), arguments)
+    out = attend(built.query, built.context, built.tables, variant, workspace, run_on_cpu)
     assert not workspace.counters.any()
     return out.double() / built.greatest_value, built.expected / built.greatest_value
 

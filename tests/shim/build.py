@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import struct
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kvqtool.cuda import Macros, source_text
+from kvqtool.cuda import Argument, Kernel, source_text
 
 FOLDER = Path(__file__).parent
 HAS_COMPILER = shutil.which("g++") is not None
@@ -22,15 +23,15 @@ _MAIN = '#include <type_traits>\n#include <utility>\n#include "launch.hpp"\nLAUN
 
 
 @cache
-def _library(name: str, macros: Macros) -> ctypes.CDLL:
-    text = source_text(name) + _MAIN.format(name=name)
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-DKVQ_HOST", "-Wno-unknown-pragmas"]
-    options += [f"-D{key}={value}" for key, value in macros]
+def _library(kernel: Kernel) -> ctypes.CDLL:
+    text = source_text(kernel.source) + _MAIN.format(name=kernel.function)
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-DKVQ_HOST", "-ffp-contract=off"]
+    options += [f"-D{key}={value}" for key, value in kernel.macros]
     headers = "".join(p.read_text(encoding="utf-8") for p in sorted(FOLDER.glob("*.hpp")))
     digest = hashlib.sha256("\0".join([text, headers, *options]).encode()).hexdigest()[:20]
     built = Path(tempfile.gettempdir()) / f"kvqtool-shim-{digest}.so"
     if not built.exists():
-        fresh = built.with_suffix(f".{ctypes.c_uint32(id(text)).value}.tmp")
+        fresh = built.with_suffix(f".{os.getpid()}.tmp")
         command = ["g++", *options, "-I", str(FOLDER), "-x", "c++", "-", "-o", str(fresh)]
         done = subprocess.run(command, input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:4000]
@@ -38,12 +39,7 @@ def _library(name: str, macros: Macros) -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-def run(
-    name: str,
-    macros: Macros,
-    shape: tuple[int, int, int],
-    arguments: Sequence[Tensor | int | float],
-) -> None:
+def run_on_cpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
     """Run a kernel on CPU tensors: (blocks, threads, shared bytes), then its arguments."""
     slots = (ctypes.c_uint64 * len(arguments))()
     for i, argument in enumerate(arguments):
@@ -53,4 +49,4 @@ def run(
             slots[i] = argument
         else:
             slots[i] = struct.unpack("<I", struct.pack("<f", argument))[0]
-    getattr(_library(name, macros), f"launch_{name}")(*shape, slots)
+    getattr(_library(kernel), f"launch_{kernel.function}")(*shape, slots)

@@ -11,7 +11,7 @@
 #include <functional>
 #include <vector>
 
-#define DEVICE inline
+#define DEVICE          inline
 #define KERNEL(threads) extern "C" void
 #define KVQ_UNROLL
 #define KVQ_ROLLED
@@ -59,9 +59,15 @@ inline void meet(u32 first, u32 last, int Fibre::*count) {
         yield();
     }
 }
-inline u32 lane() { return state.thread & 31; }
-inline u32 warp_first() { return state.thread & ~31u; }
-inline void meet_warp() { meet(warp_first(), warp_first() + 32, &Fibre::warp_meets); }
+inline u32 lane() {
+    return state.thread & 31;
+}
+inline u32 warp_first() {
+    return state.thread & ~31u;
+}
+inline void meet_warp() {
+    meet(warp_first(), warp_first() + 32, &Fibre::warp_meets);
+}
 template <typename T>
 T* gather(T value) {  // every lane's value; valid until the next collective
     static_assert(sizeof(T) <= 8);
@@ -116,36 +122,64 @@ inline u16 half_bits(double value) {
 }
 }  // namespace shim
 
-inline u32 thread_index() { return shim::state.thread; }
-inline u32 block_index() { return shim::state.block; }
-inline u32 block_count() { return shim::state.blocks; }
+inline u32 thread_index() {
+    return shim::state.thread;
+}
+inline u32 block_index() {
+    return shim::state.block;
+}
+inline u32 block_count() {
+    return shim::state.blocks;
+}
 inline u8* shared_memory() {
     return (u8*)(((u64)shim::state.shared.data() + 15) & ~15ull);
 }
 inline void sync_block() {
     shim::meet(0, shim::state.fibres.size(), &shim::Fibre::block_meets);
 }
-inline void sync_warp() { shim::meet_warp(); }
+inline void sync_warp() {
+    shim::meet_warp();
+}
 inline u32 vote(bool value) {
     bool* all = shim::gather(value);
     u32 mask = 0;
     for (u32 i = 0; i < 32; i++) mask |= (u32)all[i] << i;
     return mask;
 }
-inline bool any_lane(bool value) { return vote(value) != 0; }
-inline float exchange(float value, u32 mask) { return shim::gather(value)[shim::lane() ^ mask]; }
-inline float from_lane(float value, u32 lane) { return shim::gather(value)[lane & 31]; }
-inline u32 exchange(u32 value, u32 mask) { return shim::gather(value)[shim::lane() ^ mask]; }
-inline u32 from_lane(u32 value, u32 lane) { return shim::gather(value)[lane & 31]; }
+inline bool any_lane(bool value) {
+    return vote(value) != 0;
+}
+inline float exchange(float value, u32 mask) {
+    return shim::gather(value)[shim::lane() ^ mask];
+}
+inline float from_lane(float value, u32 lane) {
+    return shim::gather(value)[lane & 31];
+}
+inline u32 exchange(u32 value, u32 mask) {
+    return shim::gather(value)[shim::lane() ^ mask];
+}
+inline u32 from_lane(u32 value, u32 lane) {
+    return shim::gather(value)[lane & 31];
+}
 inline u32 sum_below(u32 value, u32 distance) {
     u32* all = shim::gather(value);
     return shim::lane() < distance ? value : all[shim::lane() - distance];
 }
-inline u32 count_bits(u32 value) { return __builtin_popcount(value); }
-inline u32 lowest_bit(u32 value) { return __builtin_ctz(value); }
-inline float mul_exact(float a, float b) { return a * b; }
-inline float add_exact(float a, float b) { return a + b; }
-inline float div_exact(float a, float b) { return a / b; }
+inline u32 count_bits(u32 value) {
+    return __builtin_popcount(value);
+}
+inline u32 lowest_bit(u32 value) {
+    return __builtin_ctz(value);
+}
+inline float mul_exact(float a, float b) {
+    return a * b;
+}
+inline float add_exact(float a, float b) {
+    return a + b;
+}
+inline float div_exact(float a, float b) {
+    return a / b;
+}
 inline u32 pick_bytes(u32 low, u32 high, u32 selector) {
     u64 bytes = (u64)high << 32 | low;
     u32 result = 0;
@@ -159,10 +193,18 @@ inline u32 pick_bytes(u32 low, u32 high, u32 selector) {
     }
     return result;
 }
-inline float half_to_float(u16 bits) { return shim::half_value(bits); }
-inline u16 float_to_half(float value) { return shim::half_bits(value); }
-inline float h2_low(u32 pair) { return shim::half_value((u16)pair); }
-inline float h2_high(u32 pair) { return shim::half_value((u16)(pair >> 16)); }
+inline float half_to_float(u16 bits) {
+    return shim::half_value(bits);
+}
+inline u16 float_to_half(float value) {
+    return shim::half_bits(value);
+}
+inline float h2_low(u32 pair) {
+    return shim::half_value((u16)pair);
+}
+inline float h2_high(u32 pair) {
+    return shim::half_value((u16)(pair >> 16));
+}
 inline u32 h2_pack(double low, double high) {
     return shim::half_bits(low) | (u32)shim::half_bits(high) << 16;
 }
@@ -173,8 +215,12 @@ inline u32 h2_fma(u32 a, u32 b, u32 c) {
 inline u32 h2_mul(u32 a, u32 b) {
     return h2_pack((double)h2_low(a) * h2_low(b), (double)h2_high(a) * h2_high(b));
 }
-inline u32 h2_neg(u32 a) { return a ^ 0x80008000u; }
-inline u32 h2_from(float low, float high) { return h2_pack(low, high); }
+inline u32 h2_neg(u32 a) {
+    return a ^ 0x80008000u;
+}
+inline u32 h2_from(float low, float high) {
+    return h2_pack(low, high);
+}
 inline float bits_to_float(u32 bits) {
     float value;
     std::memcpy(&value, &bits, 4);
@@ -185,15 +231,25 @@ inline u32 float_to_bits(float value) {
     std::memcpy(&bits, &value, 4);
     return bits;
 }
-inline float exp2_fast(float x) { return std::exp2(x); }
-inline float log2_fast(float x) { return std::log2(x); }
-inline float inverse_fast(float x) { return 1.0f / x; }
+inline float exp2_fast(float x) {
+    return std::exp2(x);
+}
+inline float log2_fast(float x) {
+    return std::log2(x);
+}
+inline float inverse_fast(float x) {
+    return 1.0f / x;
+}
 inline void sine_cosine(float turns, float& sine, float& cosine) {
     sine = std::sin(turns * 6.283185307179586f);
     cosine = std::cos(turns * 6.283185307179586f);
 }
-inline float greater(float a, float b) { return a > b ? a : b; }
-inline int round_to_int(float x) { return (int)std::lrint(x); }
+inline float greater(float a, float b) {
+    return a > b ? a : b;
+}
+inline int round_to_int(float x) {
+    return (int)std::lrint(x);
+}
 inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     u32 left[32][4], right[32][2];
     for (int i = 0; i < 4; i++) {
@@ -233,12 +289,20 @@ inline void copy16(void* shared, const void* global) {
 inline void copies_sent() {}
 template <int pending>
 inline void await_copies() {}
-inline void add_shared(float* at, float value) { *at += value; }
-inline void add_shared(int* at, int value) { *at += value; }
-inline void add_global(u32* at, u32 value) { *at += value; }
+inline void add_shared(float* at, float value) {
+    *at += value;
+}
+inline void add_shared(int* at, int value) {
+    *at += value;
+}
+inline void add_global(u32* at, u32 value) {
+    *at += value;
+}
 inline u32 arrive(u32* counter, u32 last) {
     u32 before = *counter;
     *counter = before >= last ? 0 : before + 1;
     return before;
 }
-inline float load_fresh(const float* at) { return *at; }
+inline float load_fresh(const float* at) {
+    return *at;
+}

@@ -13,12 +13,11 @@ void call_with(void (*kernel)(Arguments...), const u64* slots, std::index_sequen
 
 template <typename... Arguments>
 void launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, u32 shared, const u64* slots) {
-    shim::run(blocks, threads, shared, [=] {
-        call_with(kernel, slots, std::make_index_sequence<sizeof...(Arguments)>());
-    });
+    shim::run(blocks, threads, shared,
+              [=] { call_with(kernel, slots, std::make_index_sequence<sizeof...(Arguments)>()); });
 }
 
-#define LAUNCHER(kernel)                                                                      \
+#define LAUNCHER(kernel)                                                                     \
     extern "C" void launch_##kernel(u32 blocks, u32 threads, u32 shared, const u64* slots) { \
-        launch(kernel, blocks, threads, shared, slots);                                       \
+        launch(kernel, blocks, threads, shared, slots);                                      \
     }
