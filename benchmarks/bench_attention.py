@@ -165,7 +165,8 @@ def _measure_shape(
         )
         row = rows[-1]
         print(
-            f"{shape.batch:3} {shape.num_heads}/{shape.num_kv_heads} {shape.context:7} {contender.name:15}"
+            f"{shape.batch:3} {shape.num_heads}/{shape.num_kv_heads} {shape.context:7}"
+            f" {contender.name:15}"
             f" {median * 1e6:8.1f} us {row['gb_per_second']:6.0f} GB/s"
             f" {row['fraction_of_byte_limit']:.2f} of limit, x{row['speedup_vs_best_fp16']:.2f}",
             file=sys.stderr,
@@ -271,7 +272,8 @@ def _contender(name: str, shape: Shape, variant: Variant, pages: Pages) -> Conte
         if bits <= 4:
             levels[side, : 1 << bits] = normalfloat_levels(bits)
     tables = LayerTables(
-        table.half().cuda(), levels.half().cuda(), angle_table(inv_freq).cuda(), frequency_table(inv_freq).cuda(),
+        table.half().cuda(), levels.half().cuda(),
+        angle_table(inv_freq).cuda(), frequency_table(inv_freq).cuda(),
         torch.arange(HEAD_DIM, dtype=torch.int16).cuda(), HEAD_DIM**-0.5,
     )  # fmt: skip
     state = torch.zeros(shape.batch, 8, dtype=torch.int32, device="cuda")
@@ -314,7 +316,7 @@ def _random_pages(shape: Shape, variant: Variant, value_outliers: int = 0) -> Pa
 
 
 def _random_outliers(slabs: int, shape: Shape, per_token: int) -> tuple[Tensor, Tensor]:
-    """Return lists of a binomial number of outliers at random places: 1 % of keys, so many values."""
+    """Return lists of outliers at random places: 1 % of keys, `per_token` of a token's values."""
     if not per_token:
         return torch.zeros(slabs, 4, dtype=torch.int32, device="cuda"), torch.zeros(
             4, dtype=torch.int32, device="cuda"

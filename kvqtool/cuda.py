@@ -73,7 +73,7 @@ def unavailable(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function of a source, specialised: kernels/`source`.cu, `function` in it, and its macros."""
+    """A specialised function: kernels/`source`.cu, `function` in it, and its macros."""
 
     source: str
     function: str

@@ -65,7 +65,7 @@ class Variant:
 
     @property
     def depth(self) -> int:
-        """Chunks in a warp's ring: a divisor of a slab's chunks, more of them where they are small."""
+        """Chunks in a warp's ring: a divisor of a slab's chunks, more where they are small."""
         chunks = sum(self.steps // (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
         wanted = 8 if max(self.key_bits, self.value_bits) < 4 else 4
         return next(depth for depth in range(wanted, 1, -1) if chunks % depth == 0)

@@ -47,7 +47,7 @@ class CodeTables:
 
 def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: int) -> CodeTables:
     """Return the tables of a layer's codebooks."""
-    key, value = books
+    key = books[0]
     scale, offset = channel_affine(key)
     assert key.lower is not None and key.upper is not None
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
@@ -82,43 +82,48 @@ def pack(
     """
     key, value = states
     batch, heads, tokens, _ = key.shape
-    blocks, slabs = -(-tokens // PAGE_TOKENS), -(-tokens // SLAB_TOKENS)
+    blocks = -(-tokens // PAGE_TOKENS)
     numbers = torch.arange(blocks * batch, dtype=torch.int32, device=key.device)
     table = numbers.view(blocks, batch).T.contiguous()
     ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=key.device)
     cuts = torch.empty(batch, tokens, 4, dtype=torch.int16, device=key.device)
-    counts = torch.zeros(blocks * batch * heads * SLABS * 2, dtype=torch.int32, device=key.device)
-    kernel, threads = _kernels(variant), 2 * variant.head_dim
+    kernels, grid = pack_kernels(variant), (batch * heads * -(-tokens // SLAB_TOKENS), variant)
     shape: list[Argument] = [heads, tokens, 0, blocks]
-    keys = [code.lower, code.upper, code.offset, code.inverse]
-    staged = SLAB_TOKENS * (variant.head_dim + 8) * 2
-    channels = heads * variant.head_dim
+    keys = [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
+    counts = torch.zeros(blocks * batch * heads * SLABS * 2, dtype=torch.int32, device=key.device)
     run(
-        kernel["survey_values"],
-        (-(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * channels + 3072)),
+        kernels["survey_values"],
+        (-(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * value[0, :, 0].numel() + 3072)),
         [value, table, ranges, cuts, counts, batch, *shape, code.per_tail],
     )
     if variant.outliers:
-        arguments = [key, table, *keys, code.key_middles, tables.order, turns, counts, *shape]
-        run(kernel["survey_keys"], (batch * heads * slabs, threads, staged), arguments)
-    quads = (counts + (QUAD - 1)) // QUAD
-    first = quads.cumsum(0, dtype=torch.int32) - quads
-    index = torch.stack([first, quads], dim=1).view(blocks * batch, heads, SLABS, 4)
-    words = torch.zeros(max(int(quads.sum()), 1) * QUAD, dtype=torch.int32, device=key.device)
+        arguments = [key, table, *keys, tables.order, turns, counts, *shape]
+        run(kernels["survey_keys"], _slab_grid(*grid), arguments)
+    index, words = _lay_out(counts.view(blocks * batch, heads, SLABS, 2))
     width = 2 * variant.head_dim * (variant.key_bits + variant.value_bits)
     packed = torch.zeros(blocks * batch, heads, SLABS, width, dtype=torch.int32, device=key.device)
-    run(
-        kernel["pack_slabs"],
-        (batch * heads * slabs, threads, 2 * staged + 8 * variant.steps),
-        [
-            *(key, value, table, *keys, code.key_middles, code.value_middles, tables.order, turns),
-            *(tables.levels, tables.key_table, ranges, cuts, index, packed, words, *shape),
-        ],
-    )
+    rest = [tables.levels, tables.key_table, ranges, cuts, index, packed, words, *shape]
+    arguments = [key, value, table, *keys, code.value_middles, tables.order, turns, *rest]
+    run(kernels["pack_slabs"], _slab_grid(*grid), arguments)
     return Pages(packed, ranges, index, words, table)
 
 
-def _kernels(variant: Variant) -> dict[str, Kernel]:
+def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (index, words) with room for lists of so many outliers; waits for the GPU."""
+    quads = (counts.flatten() + (QUAD - 1)) // QUAD
+    first = quads.cumsum(0, dtype=torch.int32) - quads
+    index = torch.stack([first, quads], dim=1).view(*counts.shape[:3], 4)
+    size = max(int(quads.sum()), 1) * QUAD
+    return index, torch.zeros(size, dtype=torch.int32, device=counts.device)
+
+
+def _slab_grid(blocks: int, variant: Variant) -> tuple[int, int, int]:
+    """Return the shape of a launch with a block a slab: room for its keys, values and counts."""
+    staged = SLAB_TOKENS * (variant.head_dim + 8) * 2
+    return blocks, 32 * variant.steps, 2 * staged + 8 * variant.steps
+
+
+def pack_kernels(variant: Variant) -> dict[str, Kernel]:
     """Return the functions of kernels/pack.cu for a variant."""
     wanted = ("HEAD_DIM", "KEY_BITS", "VALUE_BITS", "CHANNEL_LEVELS", "ROTATED", "OUTLIERS", "BF16")
     macros = (*((k, v) for k, v in variant.macros if k in wanted), ("WARPS", _WARPS))

@@ -108,13 +108,13 @@ def angle_table(inv_freq: Tensor) -> Tensor:
     """
     phase = torch.arange(PAGE_TOKENS, dtype=torch.float64)[:, None] * inv_freq.cpu().double()
     turns = torch.stack([phase.cos(), phase.sin()], dim=-1).half()
-    # (tile, row + 8, row, step, column, half, which) -> (tile, step, row, column, row + 8, which, half)
+    # (tile, r + 8, r, step, column, half, which) -> (tile, step, r, column, r + 8, which, half)
     split = turns.view(PAGE_TOKENS // 16, 2, 8, len(inv_freq) // 8, 4, 2, 2)
     return split.permute(0, 3, 2, 4, 1, 6, 5).flatten(2, 3).contiguous()
 
 
 def frequency_table(inv_freq: Tensor) -> Tensor:
-    """Return turns per token times 2**64, whole turns dropped, as the bits of (head_dim / 2,) int64.
+    """Return turns a token times 2**64, whole turns dropped, as bits of (head_dim / 2,) int64.
 
     A position times this number, modulo 2**64, is its phase to 2**-64 of a turn a token.
     """

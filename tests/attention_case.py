@@ -1,4 +1,4 @@
-"""A small packed context with its exact answer in float64: what fused attention is tested against."""
+"""A small packed context with its exact answer in float64, to test fused attention against."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States of a prompt and the pages the codec makes of them: what packing kernels are tested against."""
+"""States of a prompt and the pages the codec makes of them, to test packing kernels against."""
 
 from __future__ import annotations
 

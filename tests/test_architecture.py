@@ -11,8 +11,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvqtool"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "memory", "shape", "plan", "files", "progress"),
-    ("ranks", "bits", "outliers", "codebook", "histogram", "quantiles", "codec", "packed"),
-    ("container", "methods", "bundle"),
+    (
+        "ranks",
+        "bits",
+        "outliers",
+        "codebook",
+        "histogram",
+        "quantiles",
+        "codec",
+        "packed",
+        "slabs",
+        "pages",
+    ),
+    ("container", "methods", "bundle", "cuda", "fused", "packing"),
     ("rope", "seam", "padding", "rows", "store"),
     (
         "identity",
@@ -36,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 OUTSIDE: tuple[frozenset[str], ...] = (
     frozenset(),
     frozenset({"torch", "numpy"}),
-    frozenset({"safetensors"}),
+    frozenset({"safetensors", "cupy"}),
     frozenset(),
     frozenset({"transformers", "datasets", "pyarrow"}),
     frozenset(),

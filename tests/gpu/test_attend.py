@@ -20,7 +20,7 @@ LONG = (
 
 
 def error(case: Case) -> float:
-    """Return the greatest error relative to the greatest value, of two launches on one workspace."""
+    """Return the error over the greatest value, of the second launch on one workspace."""
     built = on_device(build(case), "cuda")
     blocks = torch.cuda.get_device_properties(0).multi_processor_count
     workspace = new_workspace(built.variant, built.query, case.num_kv_heads, blocks)
