@@ -195,9 +195,16 @@ DEVICE void add_shared(float* at, float value) {
 DEVICE void add_shared(int* at, int value) {
     atomicAdd(at, value);
 }
+DEVICE void least_shared(u32* at, u32 value) {
+    atomicMin(at, value);
+}
+DEVICE void greatest_shared(u32* at, u32 value) {
+    atomicMax(at, value);
+}
 
-DEVICE void add_global(u32* at, u32 value) {
-    atomicAdd(at, value);
+// Add and return what was there.
+DEVICE u32 add_global(u32* at, u32 value) {
+    return atomicAdd(at, value);
 }
 
 // Count arrivals from 0 to last and back to 0; returns the count before.

@@ -94,12 +94,8 @@ survey_values(const u16* value, const int* page_table, u32* ranges, u16* cuts, u
         high = larger(high, exchange(high, mask));
     }
     if (lane != 0) return;
-    float bottom = low > high ? 0.0f : state_value(key_bits(low));
-    float top = low > high ? 0.0f : state_value(key_bits(high));
-    float scale = clamp_half(add_exact(mul_exact(top, 0.5f), -mul_exact(bottom, 0.5f)));
-    float offset = clamp_half(add_exact(mul_exact(top, 0.5f), mul_exact(bottom, 0.5f)));
     u32 at = first_slab * 64 + token, page = page_table[sequence * max_pages + at / 128];
-    ranges[page * 128 + at % 128] = float_to_half(scale) | (u32)float_to_half(offset) << 16;
+    ranges[page * 128 + at % 128] = range_of(low, high);
     for (u32 i = 0; i < 4; i++) cuts[(u64)number * 4 + i] = cut[i];
 }
 
@@ -167,9 +163,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
                 value_place(n, step, lane, token, at);
                 Element found = value_element(value_middles, staged_value, range[token],
                                               cut + 4 * token, place.head, token, at);
-                float dense = add_exact(
-                    mul_exact(half_to_float(levels[16 + found.code]), h2_low(range[token])),
-                    h2_high(range[token]));
+                float dense = value_dense(decode, range[token], found.code);
                 to[before] = delta_word(found.state, dense, at << 8 | token << 2);
             } else {
                 key_place(n, step, lane, token, at);

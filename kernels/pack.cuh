@@ -133,6 +133,14 @@ DEVICE float clamp_half(float x) {
     return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
 }
 
+// A token's range, scale and offset as halves, from the least and greatest keys of what is packed.
+DEVICE u32 range_of(u32 low, u32 high) {
+    float bottom = low > high ? 0.0f : mul_exact(state_value(key_bits(low)), 0.5f);
+    float top = low > high ? 0.0f : mul_exact(state_value(key_bits(high)), 0.5f);
+    u32 scale = float_to_half(clamp_half(add_exact(top, -bottom)));
+    return scale | (u32)float_to_half(clamp_half(add_exact(top, bottom))) << 16;
+}
+
 // A half of what an outlier adds to what its code decodes to.
 DEVICE u32 delta_word(float state, float dense, u32 where) {
     float stored = half_to_float(float_to_half(clamp_half(state)));
@@ -217,6 +225,11 @@ DEVICE float key_dense(const Decode& decode, u32 head, u32 place, u32 code) {
     u32 shift = place % 2 * 16;
     return h2_low(
         h2_fma(decode.levels[code], affine[0] >> shift & 0xffff, affine[1] >> shift & 0xffff));
+}
+
+DEVICE float value_dense(const Decode& decode, u32 range, u32 code) {
+    float level = half_to_float(decode.levels[16 + code]);
+    return add_exact(mul_exact(level, h2_low(range)), h2_high(range));
 }
 
 // Where a key's outlier lies: the 8 bytes of its turn in the angle table, then odd and upper.

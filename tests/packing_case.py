@@ -8,7 +8,9 @@ import torch
 from attention_case import codebook
 from torch import Tensor
 
+from kvqtool.appending import GrowingPages, append, new_pages
 from kvqtool.codec import encode
+from kvqtool.cuda import Launcher
 from kvqtool.fused import LayerTables, Variant
 from kvqtool.packing import CodeTables, code_tables
 from kvqtool.pages import Pages, PageSide, build_pages, key_table, level_table
@@ -116,7 +118,29 @@ def same_pages(found: Pages, expected: Pages) -> None:
     assert torch.equal(found.ranges, expected.ranges)
     assert torch.equal(found.slabs, expected.slabs)
     assert torch.equal(found.outlier_index, expected.outlier_index)
-    for first, quads in expected.outlier_index.view(-1, 2).tolist():
-        words = slice(4 * first, 4 * (first + quads))
-        left, right = found.outlier_words[words], expected.outlier_words[words]
-        assert torch.equal(left.sort()[0], right.sort()[0])
+    same_lists(found, expected)
+
+
+def same_lists(found: Pages, expected: Pages) -> None:
+    """Raise unless every list holds the same words, in whatever order."""
+    places = zip(found.outlier_index.view(-1, 2), expected.outlier_index.view(-1, 2), strict=True)
+    for left, right in places:
+        words = [
+            pages.outlier_words[4 * int(first) : 4 * int(first + quads)].sort()[0]
+            for pages, (first, quads) in ((found, left), (expected, right))
+        ]
+        assert torch.equal(*words)
+
+
+def append_all(built: BuiltPack, run: Launcher, room: tuple[int, int]) -> GrowingPages:
+    """Append every token of a case to empty pages."""
+    key, value = built.states
+    batch, heads, tokens, _ = key.shape
+    growing = new_pages(built.variant, batch, heads, -(-tokens // 128), room, key.device)
+    state = torch.zeros(batch, 8, dtype=torch.int32, device=key.device)
+    for t in range(tokens):
+        state[:, 0] = t
+        turns = built.turns[t].expand(batch, -1, -1).contiguous()
+        token = key[:, :, t].contiguous(), value[:, :, t].contiguous(), turns, state
+        append(token, growing, built.code, built.tables, built.variant, run)
+    return growing

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "slabs",
         "pages",
     ),
-    ("container", "methods", "bundle", "cuda", "fused", "packing"),
+    ("container", "methods", "bundle", "cuda", "fused", "packing", "appending"),
     ("rope", "seam", "padding", "rows", "store"),
     (
         "identity",

@@ -13,7 +13,10 @@ from kvqtool.packing import pack_kernels
 
 pytestmark = pytest.mark.skipif(not HAS_NVRTC, reason="NVRTC is not installed")
 VARIANTS = (
-    *(Variant(128, b, b, pc, True, True, g) for b, pc, g in product((2, 3, 4), (False, True), (1, 4))),
+    *(
+        Variant(128, b, b, pc, True, True, g)
+        for b, pc, g in product((2, 3, 4), (False, True), (1, 4))
+    ),
     *(Variant(d, 3, 3, False, True, True, 1) for d in (64, 96, 256)),
     Variant(128, 4, 2, False, True, True, 8, softcap=True),
     Variant(128, 4, 4, False, False, False, 1, bfloat16=True),

@@ -295,8 +295,16 @@ inline void add_shared(float* at, float value) {
 inline void add_shared(int* at, int value) {
     *at += value;
 }
-inline void add_global(u32* at, u32 value) {
+inline u32 add_global(u32* at, u32 value) {
+    u32 before = *at;
     *at += value;
+    return before;
+}
+inline void least_shared(u32* at, u32 value) {
+    *at = *at < value ? *at : value;
+}
+inline void greatest_shared(u32* at, u32 value) {
+    *at = *at > value ? *at : value;
 }
 inline u32 arrive(u32* counter, u32 last) {
     u32 before = *counter;
