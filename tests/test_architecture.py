@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "slabs",
         "pages",
     ),
-    ("container", "methods", "bundle", "cuda", "fused", "packing", "appending"),
+    ("container", "methods", "bundle", "cuda", "fused", "packing", "appending", "reading", "ops"),
     ("rope", "seam", "padding", "rows", "store"),
     (
         "identity",
