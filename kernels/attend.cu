@@ -31,16 +31,18 @@ constexpr u32 KEY_CHUNKS = KEY_SLAB / KEY_CHUNK, CHUNKS = KEY_CHUNKS + VALUE_SLA
 static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2,
               "a slab's chunks fill the ring a whole number of times");
 constexpr u32 SLOT = KEY_CHUNK > VALUE_CHUNK ? KEY_CHUNK : VALUE_CHUNK;
-constexpr u32 LISTED = 128;  // outliers of a slab and side that are copied ahead
+constexpr u32 LISTED = 112;  // outliers of a slab and side that are copied ahead
 constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
+constexpr u32 SORTED = 0x80000000u;  // beside the quads of values' lists
 constexpr u32 PARTIAL = HEAD_DIM + 2;
 // Shared memory: tables, the query, what warps hand to each other, then each warp's corner.
 constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE;
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
-constexpr u32 CORNER_AT = (JOIN_AT + WARPS * GROUP * 12 + 31) / 16 * 16;
+constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
+constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
 constexpr u32 CORNER_QUERY = DEPTH * SLOT + 2 * SIDE,
               CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
-constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? 64 * GROUP * 4 : 0);
+constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
 static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
 
@@ -73,11 +75,10 @@ struct Segment {
     u32 first_slab, slabs, sink_units, units, start;  // start: among the units of all segments
 };
 
+// A slab's number among all, and the sizes of its lists in words.
 struct Slab {
-    const u8* words;
-    const u32* ranges;
-    u64 keys_at, values_at;  // where its lists of outliers begin
-    u32 key_words, value_words;
+    u32 index, ranges, key_words, value_words;
+    bool sorted;
 };
 
 DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
@@ -123,17 +124,21 @@ DEVICE Segment find_segment(const Cache& cache, u32 unit) {
 
 DEVICE Slab find_slab(const Cache& cache, const Segment& segment, u32 number) {
     u32 page = cache.page_table[segment.sequence * cache.max_pages + number / 2];
-    u64 index = ((u64)page * cache.num_kv_heads + segment.kv_head) * 2 + number % 2;
     Slab slab;
-    slab.words = cache.slabs + index * SLAB;
-    slab.ranges = cache.ranges + page * 128 + number % 2 * 64;
-    slab.keys_at = slab.values_at = slab.key_words = slab.value_words = 0;
+    slab.index = (page * cache.num_kv_heads + segment.kv_head) * 2 + number % 2;
+    slab.ranges = page * 2 + number % 2;
+    slab.key_words = slab.value_words = 0, slab.sorted = false;
     if constexpr (OUTLIERS) {
-        const u32* lists = cache.outlier_index + 4 * index;
-        slab.keys_at = (u64)lists[0] * 4, slab.key_words = lists[1] * 4;
-        slab.values_at = (u64)lists[2] * 4, slab.value_words = lists[3] * 4;
+        const u32* lists = cache.outlier_index + 4 * (u64)slab.index;
+        slab.key_words = lists[1] * 4;
+        slab.value_words = (lists[3] & ~SORTED) * 4, slab.sorted = lists[3] & SORTED;
     }
     return slab;
+}
+
+// Where a slab's outliers of keys (0) or values (1) begin.
+DEVICE const u32* outliers_at(const Cache& cache, const Slab& slab, u32 side) {
+    return cache.outlier_words + (u64)cache.outlier_index[4 * (u64)slab.index + 2 * side] * 4;
 }
 
 // A warp's stream of chunks through its ring. `words` and `next_words` are where this lane's share
@@ -152,12 +157,14 @@ DEVICE u8* side_of(const Stream& stream, u32 which) {
 
 // Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.
 DEVICE void send_side(const Cache& cache, u32 lane, const Slab& slab, u8* to) {
-    if (VALUE_BITS != 16 && lane < 16) copy16(to + 16 * lane, (const u8*)slab.ranges + 16 * lane);
+    if (VALUE_BITS != 16 && lane < 16) {
+        copy16(to + 16 * lane, (const u8*)cache.ranges + (u64)slab.ranges * 256 + 16 * lane);
+    }
     if constexpr (OUTLIERS) {
-        const u32* words = cache.outlier_words + 4 * lane;
-        if (4 * lane < slab.key_words) copy16(to + 256 + 16 * lane, words + slab.keys_at);
-        if (4 * lane < slab.value_words) {
-            copy16(to + 256 + LISTED * 4 + 16 * lane, words + slab.values_at);
+        KVQ_UNROLL for (u32 side = 0; side < 2; side++) {
+            u32 words = smaller(side ? slab.value_words : slab.key_words, LISTED);
+            const u32* from = outliers_at(cache, slab, side) + 4 * lane;
+            if (4 * lane < words) copy16(to + 256 + side * LISTED * 4 + 16 * lane, from);
         }
     }
 }
@@ -198,25 +205,31 @@ DEVICE const u8* take(const Cache& cache, Stream& stream, u32 number) {
 
 // The list of a slab's outliers: the first LISTED in shared memory, the rest where they are.
 struct List {
-    const u32 *near, *far;
-    DEVICE u32 operator()(u32 i) const { return i < LISTED ? near[i] : far[i]; }
+    const u32* near;
+    const Cache& cache;
+    const Slab& slab;
+    u32 side;
+    DEVICE u32 operator()(u32 i) const {
+        return i < LISTED ? near[i] : outliers_at(cache, slab, side)[i];
+    }
 };
 
 // Write the query as fragments, turned back by `position` tokens, so that keys need turning by
 // their place in the page only.
-DEVICE void turn_query(const Warp& warp, const Cache& cache, const float* query, int position) {
+DEVICE void turn_query(const Warp& warp, const float* query, int position) {
     sync_warp();
-    for (u32 i = warp.lane; i < HEAD_DIM / 2; i += 32) {
+    KVQ_UNROLL for (u32 k = 0; k < HEAD_DIM / 2; k += 32) {
+        u32 i = warp.lane + k;
+        if (HEAD_DIM % 64 && i >= HEAD_DIM / 2) break;
         float sine = 0.0f, cosine = 1.0f;
         if (ROTATED && position) {
-            u64 phase = cache.frequencies[i] * (u64)(long long)position;
+            u64 phase = warp.frequencies[i] * (u64)(long long)position;
             sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine, cosine);
         }
         KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
             float low = query[h * HEAD_DIM + i], high = query[h * HEAD_DIM + i + HEAD_DIM / 2];
-            u16* at = (u16*)(warp.query + ((i / 8 * GROUP + h) * 4 + i % 8 / 2) * 8) + i % 2;
-            at[0] = float_to_half(low * cosine + high * sine);
-            at[2] = float_to_half(high * cosine - low * sine);
+            u32* at = (u32*)(warp.query + ((i / 8 * GROUP + h) * 4 + i % 8 / 2) * 8) + i % 2;
+            *at = h2_from(low * cosine + high * sine, high * cosine - low * sine);
         }
     }
     sync_warp();
@@ -239,15 +252,15 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
     const u8* words = take(cache, stream, 0);
     if constexpr (OUTLIERS) {
         int* sparse = (int*)warp.sparse;
-        for (u32 i = warp.lane; i < 64 * GROUP; i += 32) sparse[i] = 0;
+        for (u32 i = warp.lane; i < SPARSE_ROW * GROUP; i += 32) sparse[i] = 0;
         sync_warp();
-        List list{(const u32*)(side + 256), cache.outlier_words + slab.keys_at};
+        List list{(const u32*)(side + 256), cache, slab, 0};
         key_outliers(warp, list, slab.key_words, number % 2 * 4);
         sync_warp();
         KVQ_UNROLL for (int i = 0; i < 16; i++) {
             u32 token = 16 * (i / 4) + i % 4 / 2 * 8 + warp.row, head = 2 * warp.column + i % 2;
             if (head < GROUP)
-                score[i / 4][i % 4] = (float)sparse[token * GROUP + head] / SPARSE_ONE;
+                score[i / 4][i % 4] = (float)sparse[head * SPARSE_ROW + token] / SPARSE_ONE;
         }
     }
     constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
@@ -264,8 +277,8 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
     soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
     if constexpr (OUTLIERS) {
         sync_warp();
-        List list{(const u32*)(side + 256) + LISTED, cache.outlier_words + slab.values_at};
-        value_outliers(warp, list, slab.value_words);
+        List list{(const u32*)(side + 256) + LISTED, cache, slab, 1};
+        value_outliers(warp, list, slab.value_words, slab.sorted);
     }
     constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);
     KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
@@ -287,16 +300,18 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
     float score[4][4] = {};
     KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
         float tile[4] = {};
-        KVQ_ROLLED for (u32 step = 0; step < STEPS; step++) {
-            u32 b0, b1, k[4];
-            query_fragment(warp, step, b0, b1);
-            KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
-                const u16* channel =
-                    cache.order + 8 * step + 2 * warp.column + a / 2 * (HEAD_DIM / 2);
-                u32 token = 16 * t + a % 2 * 8 + warp.row;
-                k[a] = h2_from(load(key, token, channel[0]), load(key, token, channel[1]));
+        if (16 * t < tokens) {
+            KVQ_UNROLL_4 for (u32 step = 0; step < STEPS; step++) {
+                u32 b0, b1, k[4];
+                query_fragment(warp, step, b0, b1);
+                KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+                    const u16* channel =
+                        warp.order + 8 * step + 2 * warp.column + a / 2 * (HEAD_DIM / 2);
+                    u32 token = 16 * t + a % 2 * 8 + warp.row;
+                    k[a] = h2_from(load(key, token, channel[0]), load(key, token, channel[1]));
+                }
+                mma(tile, k, b0, b1);
             }
-            mma(tile, k, b0, b1);
         }
         KVQ_UNROLL for (int i = 0; i < 16; i++) {
             score[i / 4][i % 4] = i < 12 ? score[(i + 4) / 4 % 4][i % 4] : tile[i % 4];
@@ -305,7 +320,7 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
     cap_scores(score, cap);
     u32 weights[4][2];
     soften(warp, score, nullptr, 0, tokens, weights);
-    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+    KVQ_ROLLED for (u32 t = 0; 16 * t < tokens; t++) {
         KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
             u32 v[4];
             KVQ_UNROLL for (u32 a = 0; a < 4; a++) {

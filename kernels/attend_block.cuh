@@ -6,20 +6,26 @@ struct Tables {
     const u32* angles;
 };
 
-// The table of all pairs of 4-bit codes, a copy for each lane, and the angles of a page's places.
-DEVICE void fill_tables(const Tables& tables, u8* shared) {
+// The angles of a page's places, and the table of all pairs of 4-bit codes, a copy for each lane.
+DEVICE void fill_tables(const Tables& tables, const Cache& cache, u8* shared) {
+    KVQ_ROLLED for (u32 i = thread_index(); i < ANGLE_BYTES / 16; i += THREADS) {
+        copy16(shared + LUT_BYTES + 16 * i, (const u8*)tables.angles + 16 * i);
+    }
+    copies_sent();
+    u64* frequencies = (u64*)(shared + FREQUENCIES_AT);
+    u16* order = (u16*)(shared + ORDER_AT);
+    KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
+        order[i] = cache.order[i];
+        if (i < HEAD_DIM / 2) frequencies[i] = cache.frequencies[i];
+    }
     constexpr u32 row = LUT_STRIDE / 16;
-    KVQ_ROLLED for (u32 i = thread_index(); i < LUT_BYTES / 16; i += THREADS) {
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < LUT_BYTES / 16; i += THREADS) {
         u32 code = i / row;
         const u16* levels = tables.levels + (LUT_STRIDE == 128 || i % row >= row / 2 ? 16 : 0);
         u32 pair = levels[code & 15] | (u32)levels[code >> 4] << 16;
         u32* at = (u32*)(shared + 16 * i);
         at[0] = at[1] = at[2] = at[3] = pair;
     }
-    KVQ_ROLLED for (u32 i = thread_index(); i < ANGLE_BYTES / 16; i += THREADS) {
-        copy16(shared + LUT_BYTES + 16 * i, (const u8*)tables.angles + 16 * i);
-    }
-    copies_sent();
     await_copies<0>();
 }
 
@@ -75,18 +81,19 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
         stream.lane = warp.lane, stream.parity = 0;
         stream.ring = corner + 16 * warp.lane, stream.side = corner + DEPTH * SLOT;
         stream.slab = find_slab(cache, segment, number);
-        stream.words = stream.slab.words + 16 * warp.lane, stream.next_words = nullptr;
+        stream.words = cache.slabs + (u64)stream.slab.index * SLAB + 16 * warp.lane,
+        stream.next_words = nullptr;
         KVQ_ROLLED for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
         u32 turned_page = ~0u, seen = (u32)state[4], packed = (u32)state[0];
         KVQ_ROLLED for (; number <= final; number++) {
             stream.next_words = nullptr;
             if (number < final) {
                 stream.next = find_slab(cache, segment, number + 1);
-                stream.next_words = stream.next.words + 16 * warp.lane;
+                stream.next_words = cache.slabs + (u64)stream.next.index * SLAB + 16 * warp.lane;
             }
             if (number / 2 != turned_page && (ROTATED || turned_page == ~0u)) {
                 turned_page = number / 2;
-                turn_query(warp, cache, query, state[3] + (int)turned_page * 128);
+                turn_query(warp, query, state[3] + (int)turned_page * 128);
             }
             u32 before = number * 64;
             packed_slab(warp, cache, stream, number, seen > before ? seen - before : 0,
@@ -97,7 +104,7 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
         await_copies<0>();
     }
     if (last <= segment.slabs) return;
-    turn_query(warp, cache, query, 0);
+    turn_query(warp, query, 0);
     for (u32 unit = first > segment.slabs ? first : segment.slabs; unit < last; unit++) {
         u32 number = unit - segment.slabs;
         bool is_sink = number < segment.sink_units;
@@ -149,15 +156,27 @@ DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 chann
 
 // One (head, channel) of a segment from the partial results of `parts` blocks.
 DEVICE float join_blocks(const float* partials, u32 parts, u32 head, u32 channel) {
+    constexpr u32 batch = 8;  // so many loads are under way at once
     float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
-    KVQ_ROLLED for (u32 p = 0; p < parts; p++) {
-        const float* part = partials + ((u64)p * GROUP + head) * PARTIAL;
-        float value = load_fresh(part + channel), reference = load_fresh(part + HEAD_DIM);
-        float next = greater(highest, reference), old = exp2_fast(highest - next);
-        float factor = exp2_fast(reference - next);
-        total = total * old + value * factor;
-        sum = sum * old + load_fresh(part + HEAD_DIM + 1) * factor;
-        highest = next;
+    KVQ_ROLLED for (u32 first = 0; first < parts; first += batch) {
+        float value[batch], reference[batch], share[batch], next = highest;
+        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
+            const float* part =
+                partials + ((u64)smaller(first + k, parts - 1) * GROUP + head) * PARTIAL;
+            value[k] = load_fresh(part + channel);
+            reference[k] = load_fresh(part + HEAD_DIM);
+            share[k] = load_fresh(part + HEAD_DIM + 1);
+        }
+        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
+            if (first + k >= parts) reference[k] = FAR_BELOW;
+            next = greater(next, reference[k]);
+        }
+        float old = exp2_fast(highest - next);
+        total *= old, sum *= old, highest = next;
+        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
+            float factor = exp2_fast(reference[k] - next);
+            total += value[k] * factor, sum += share[k] * factor;
+        }
     }
     return total / sum;
 }
@@ -186,7 +205,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 Exact{window_key, window_value, window_capacity}};
     u64 total = total_units(cache), blocks = smaller(block_count(), (u32)total);
     if (block_index() >= blocks) return;  // more blocks than units
-    fill_tables(Tables{key_table, levels, angles}, shared);
+    fill_tables(Tables{key_table, levels, angles}, cache, shared);
 
     u32 number = thread_index() / 32;
     u8* corner = shared + CORNER_AT + number * CORNER;
@@ -194,6 +213,8 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     Warp warp;
     warp.lane = thread_index() % 32, warp.row = warp.lane / 4, warp.column = warp.lane % 4;
     warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
+    warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
+    warp.order = (const u16*)(shared + ORDER_AT);
     warp.query = corner + CORNER_QUERY;
     warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
     if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS) warp.key_levels.load(levels);

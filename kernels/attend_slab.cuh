@@ -24,15 +24,19 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                            : KEY_BITS == 3   ? HEAD_DIM * 128
                                              : STEPS * 128;
 constexpr float FAR_BELOW = -1e30f;
-constexpr float LAZY = 4.0f;            // weights may reach 2^LAZY before everything is rescaled
+constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
+constexpr u32 SPARSE_ROW =
+    GROUP == 1 ? 64 : 68;               // sparse scores of a head, padded against conflicts
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
 
 // A warp's corner of shared memory, and what it has accumulated.
 struct Warp {
     u32 lane, row, column;  // lane = 4 row + column
     const u8 *lut, *angles, *head_table;
+    const u64* frequencies;
+    const u16* order;
     u8* query;      // (STEPS, GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
-    float* sparse;  // (64, GROUP): outliers' share of the scores, then the weights of the tokens
+    float* sparse;  // outliers' share of the scores, then the tokens' weights, (64, GROUP)
     float* mix;     // (HEAD_DIM, GROUP): outliers' share of the output
     ByteTable<KEY_BITS == 3 ? 3 : 2> key_levels;
     ByteTable<VALUE_BITS == 3 ? 3 : 2> value_levels;
@@ -45,7 +49,8 @@ DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
     if (GROUP == 8 || warp.row < GROUP) {
         const u32* at =
             (const u32*)(warp.query + ((step * GROUP + warp.row) * 4 + warp.column) * 8);
-        b0 = at[0], b1 = at[1];
+        u32 first = at[0], second = at[1];
+        b0 = pick_bytes(first, second, 0x5410), b1 = pick_bytes(first, second, 0x7632);
     }
 }
 
@@ -140,46 +145,74 @@ DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4
     }
 }
 
-// Outliers of keys: each lane takes words of the list and adds delta * (rotated query) to its
-// token's score. A word is a half delta above 16 bits of place: 8-byte unit of the angle table <<
-// 3, odd channel << 2, upper partner << 1.
-template <typename Words>
-DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 first_tile) {
-    int* scores = (int*)warp.sparse;
-    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
-        u32 word = list(i), unit = word >> 3 & 0x1fff, step = (unit >> 6) % STEPS;
-        u32 token = unit / (64 * STEPS) * 16 + (unit & 1) * 8 + (unit >> 3 & 7);
-        u32 odd = word & 4 ? 0x7632 : 0x5410;  // which halves of a pair of pairs
-        float delta = h2_high(word), u = delta, v = 0.0f;
-        if constexpr (ROTATED) {
-            const u32* turn =
-                (const u32*)(warp.angles + first_tile * STEPS * 512 + (word & 0xfff8));
-            u32 pair = pick_bytes(turn[0], turn[1], odd);
-            float cosine = h2_low(pair), sine = h2_high(pair);
-            u = delta * (word & 2 ? -sine : cosine);
-            v = delta * (word & 2 ? cosine : sine);
-        } else if (word & 2) {
-            u = 0.0f, v = delta;
-        }
-        KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
-            const u32* at =
-                (const u32*)(warp.query + ((step * GROUP + h) * 4 + (unit >> 1 & 3)) * 8);
-            u32 pair = pick_bytes(at[0], at[1], odd);
-            float share = u * h2_low(pair) + v * h2_high(pair);
-            add_shared(scores + token * GROUP + h, round_to_int(share * SPARSE_ONE));
-        }
+// A key's outlier: delta * (rotated query) is added to its token's score. A word is a half delta
+// above 16 bits of place: 8-byte unit of the angle table << 3, odd channel << 2, upper partner
+// << 1.
+DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
+    u32 unit = word >> 3 & 0x1fff, step = (unit >> 6) % STEPS;
+    u32 token = unit / (64 * STEPS) * 16 + (unit & 1) * 8 + (unit >> 3 & 7);
+    float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
+    if constexpr (ROTATED) {
+        const u32* turn = (const u32*)(warp.angles + first_tile * STEPS * 512 + (word & 0xfff8));
+        u32 pair = pick_bytes(turn[0], turn[1], word & 4 ? 0x7632 : 0x5410);
+        float cosine = h2_low(pair), sine = h2_high(pair);
+        u = delta * (word & 2 ? -sine : cosine);
+        v = delta * (word & 2 ? cosine : sine);
+    } else if (word & 2) {
+        u = 0.0f, v = delta;
+    }
+    const u8* query = warp.query + (step * GROUP * 4 + (unit >> 1 & 3)) * 8 + (word & 4);
+    int* score = (int*)warp.sparse + token;
+    KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
+        u32 pair = *(const u32*)(query + 32 * h);
+        add_shared(score + h * SPARSE_ROW, round_to_int(u * h2_low(pair) + v * h2_high(pair)));
     }
 }
 
-// Outliers of values: a word is a half delta above channel << 8 and token << 2.
+// A list of keys' outliers; a lane takes every 32nd word, three of them at a time.
 template <typename Words>
-DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count) {
-    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
+DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 first_tile) {
+    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 96) {
+        u32 words[3];
+        KVQ_UNROLL for (u32 k = 0; k < 3; k++) words[k] = i + 32 * k < count ? list(i + 32 * k) : 0;
+        KVQ_UNROLL for (u32 k = 0; k < 3; k++) key_outlier(warp, words[k], first_tile);
+    }
+}
+
+// Floats of all heads that a KV head has, read and written at once.
+struct alignas(8) Two {
+    float of[2];
+};
+struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
+    float of[GROUP];
+};
+
+// Outliers of values: a word is a half delta above channel << 8 and token << 2. In a sorted list
+// the words of channels that are equal modulo 32 stand together, and each lane takes those of one
+// remainder: no two lanes write to one place. `starts` says where they begin. Lists that grew word
+// by word are not sorted; there atomics keep lanes apart.
+template <typename Words>
+DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool sorted) {
+    if (!sorted) {
+        KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
+            u32 word = list(i);
+            const float* weight = warp.sparse + (word >> 2 & 63) * GROUP;
+            float* at = warp.mix + (word >> 8 & 255) * GROUP;
+            KVQ_ROLLED for (int h = 0; h < GROUP; h++)
+                add_shared(at + h, weight[h] * h2_high(word));
+        }
+        return;
+    }
+    u32 shift = warp.lane % 4 * 8, i = list(warp.lane / 4) >> shift & 255;
+    u32 end = warp.lane == 31 ? count : list((warp.lane + 1) / 4) >> (shift + 8) % 32 & 255;
+    KVQ_ROLLED for (; i < end; i++) {
         u32 word = list(i);
         float delta = h2_high(word);
-        const float* weight = warp.sparse + (word >> 2 & 63) * GROUP;
-        float* at = warp.mix + (word >> 8 & 255) * GROUP;
-        KVQ_UNROLL for (int h = 0; h < GROUP; h++) add_shared(at + h, weight[h] * delta);
+        Heads weight = *(const Heads*)(warp.sparse + (word >> 2 & 63) * GROUP);
+        Heads* at = (Heads*)(warp.mix + (word >> 8 & 255) * GROUP);
+        Heads sum = *at;
+        KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weight.of[h] * delta;
+        *at = sum;
     }
 }
 
@@ -244,14 +277,19 @@ DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 firs
     KVQ_UNROLL for (int i = 0; i < 8; i++) {
         u32 token = 8 * i + warp.row;
         float inverse = ranges ? exp2_fast(-shift[i]) : 1.0f;
-        float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[2];
+        float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[2], p[2];
         KVQ_UNROLL for (int j = 0; j < 2; j++) {
             weight[j] = exp2_fast(score[i / 2][2 * (i & 1) + j] - warp.greatest[j]);
-            float p = weight[j] * inverse;
-            warp.sum[j] += p;
-            warp.offset[j] += p * zero;
-            if (OUTLIERS && 2 * warp.column + j < GROUP) {
-                warp.sparse[token * GROUP + 2 * warp.column + j] = p;
+            p[j] = weight[j] * inverse;
+            warp.sum[j] += p[j];
+            warp.offset[j] += p[j] * zero;
+        }
+        if (OUTLIERS && 2 * warp.column < GROUP) {
+            float* at = warp.sparse + token * GROUP + 2 * warp.column;
+            if constexpr (GROUP == 1) {
+                at[0] = p[0];
+            } else {
+                *(Two*)at = Two{{p[0], p[1]}};
             }
         }
         weights[i / 2][i & 1] = transpose8(h2_from(weight[0], weight[1]));

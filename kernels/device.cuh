@@ -19,6 +19,7 @@ typedef unsigned long long u64;
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 #define KVQ_UNROLL      _Pragma("unroll")
 #define KVQ_ROLLED      _Pragma("unroll 1")
+#define KVQ_UNROLL_4    _Pragma("unroll 4")
 
 DEVICE u32 thread_index() {
     return threadIdx.x;
@@ -217,7 +218,7 @@ DEVICE u32 arrive(u32* counter, u32 last) {
 // Read what another block wrote.
 DEVICE float load_fresh(const float* at) {
     float value;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(at));
     return value;
 }
 #endif

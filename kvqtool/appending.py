@@ -16,7 +16,8 @@ from kvqtool.cuda import Kernel, Launcher, run_on_gpu
 from kvqtool.fused import LayerTables, Variant
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.packing import CodeTables
-from kvqtool.pages import QUAD, SLABS, Pages
+from kvqtool.page_memory import QUAD, SLABS
+from kvqtool.pages import Pages
 
 _WARPS: Final = 8  # of a block
 

@@ -107,13 +107,16 @@ class Variant:
         per_channel = {2: 8, 3: 128, 4: 512, 16: 0}[self.key_bits]
         head = self.head_dim * per_channel if self.channel_levels else 64 * self.steps
         query = self.group * self.head_dim * 4
-        return lut + angles + head + query + 12 * self.group * 12
+        order = 6 * self.head_dim  # and frequencies
+        return lut + angles + head + query + self.most_warps * self.group * 12 + order
 
     @property
     def _corner_bytes(self) -> int:
         slot = max(128 * b * (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
-        side = 256 + (1024 if self.outliers else 0)
-        mix = self.head_dim * self.group * (2 + 4) + (256 * self.group if self.outliers else 0)
+        side = 256 + (896 if self.outliers else 0)
+        mix = self.head_dim * self.group * (2 + 4)
+        if self.outliers:
+            mix += 256 if self.group == 1 else 272 * self.group
         return self.depth * slot + 2 * side + mix
 
 

@@ -16,7 +16,8 @@ from kvqtool.codec import channel_affine
 from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
 from kvqtool.fused import LayerTables, Variant
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
-from kvqtool.pages import QUAD, SLABS, Pages
+from kvqtool.page_memory import QUAD, SLABS
+from kvqtool.pages import Pages
 from kvqtool.spec import KvSpec
 
 _WARPS = 4  # of a block of `survey_values`

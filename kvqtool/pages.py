@@ -9,7 +9,6 @@ that a kernel adds it and never branches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -19,11 +18,9 @@ from kvqtool.codebook import Codebook
 from kvqtool.codec import channel_affine
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.outliers import row_of_outlier
+from kvqtool.page_memory import MOST_SORTED, QUAD, SLABS, STARTS
 from kvqtool.slabs import pack_slabs
 from kvqtool.spec import QuantSpec
-
-SLABS: Final = PAGE_TOKENS // SLAB_TOKENS
-QUAD: Final = 4  # outlier words are read 16 bytes at a time
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Pages:
         slabs: (pages, num_kv_heads, 2, words) int32; a slab's keys, then its values.
         ranges: (pages, 128, 2) float16, scale and offset of each token's values.
         outlier_index: (pages, num_kv_heads, 2, 4) int32: first quad of words and quads of the
-            keys, then of the values.
+            keys, then of the values; bit 31 says that a list of values is sorted.
         outlier_words: (4 * quads,) int32: a float16 delta above 16 bits that say where.
         page_table: (batch, blocks) int32.
     """
@@ -166,14 +163,36 @@ def _pack_outliers(
         empty = torch.zeros(lists, 4, dtype=torch.int32, device=device)
         return empty, torch.zeros(QUAD, dtype=torch.int32, device=device)
     owner, word = torch.cat(owners), torch.cat(words)
-    owner, rank = owner.sort(stable=True)
+    # Values stand sorted by the lane that reads them; keys stay in the order of their tokens.
+    lane = torch.where(owner % 2 == 1, word >> 8 & 31, 0)
+    rank = torch.argsort(owner * 32 + lane, stable=True)
+    owner, lane, word = owner[rank], lane[rank], word[rank]
     counts = torch.bincount(owner, minlength=2 * lists)
-    quads = -(-counts // QUAD)
+    head, quads, is_sorted = list_sizes(counts)
     first = quads.cumsum(0) - quads
     packed = torch.zeros(max(int(quads.sum()), 1) * QUAD, dtype=torch.int32, device=device)
     within = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts)[owner]
-    packed[first[owner] * QUAD + within] = word[rank]
-    return torch.stack([first, quads], dim=1).view(lists, 4).to(torch.int32), packed
+    packed[first[owner] * QUAD + head[owner] + within] = word
+    starts = torch.bincount(owner * 32 + lane, minlength=64 * lists).view(-1, 32)
+    starts = starts.cumsum(1) - starts + STARTS
+    heads = (starts.view(-1, STARTS, 4) << torch.arange(0, 32, 8, device=device)).sum(-1)
+    places = (first * QUAD)[is_sorted][:, None] + torch.arange(STARTS, device=device)
+    packed[places] = heads[is_sorted].to(torch.int32)
+    sizes = quads - (is_sorted.long() << 31)  # bit 31 of an int32
+    return torch.stack([first, sizes], dim=1).view(lists, 4).to(torch.int32), packed
+
+
+def list_sizes(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the words before a list's first outlier, its quads, and whether it is sorted.
+
+    Args:
+        counts: (2 * lists,) outliers of each list, keys and values in turn. Lists of values whose
+            words a byte can count are sorted and begin with 32 bytes: where each lane's words are.
+    """
+    is_value = torch.arange(len(counts), device=counts.device) % 2 == 1
+    is_sorted = is_value & (counts > 0) & (counts <= MOST_SORTED)
+    head = is_sorted.to(counts.dtype) * STARTS
+    return head, (counts + head + (QUAD - 1)) // QUAD, is_sorted
 
 
 def _outlier_words(side: PageSide, batch: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvqtool.fused import LayerTables, PackedContext, Variant
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
-from kvqtool.pages import QUAD, Pages
+from kvqtool.page_memory import QUAD, STARTS
+from kvqtool.pages import Pages
 from kvqtool.slabs import unpack_slabs
 
 
@@ -89,12 +90,13 @@ def _decode_keys(codes: Tensor, tables: LayerTables, variant: Variant) -> Tensor
 
 
 def _outliers(pages: Pages, side: int) -> tuple[Tensor, Tensor]:
-    """Return (list, word) of every outlier word of a side, padding included."""
+    """Return (list, word) of every outlier of a side, padding included."""
     first, quads = pages.outlier_index.view(-1, 4)[:, 2 * side : 2 * side + 2].long().unbind(1)
-    counts = quads * QUAD
+    head = (quads < 0).long() * STARTS  # bit 31: sorted, behind a head
+    counts = (quads & 0x7FFFFFFF) * QUAD - head
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     within = torch.arange(len(row), device=counts.device) - (counts.cumsum(0) - counts)[row]
-    return row, pages.outlier_words[first[row] * QUAD + within]
+    return row, pages.outlier_words[first[row] * QUAD + head[row] + within]
 
 
 def _key_place(word: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

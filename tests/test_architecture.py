@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvqtool"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "memory", "shape", "plan", "files", "progress"),
+    ("errors", "spec", "memory", "page_memory", "shape", "plan", "files", "progress"),
     (
         "ranks",
         "bits",

@@ -15,6 +15,7 @@
 #define KERNEL(threads) extern "C" void
 #define KVQ_UNROLL
 #define KVQ_ROLLED
+#define KVQ_UNROLL_4
 
 namespace shim {
 struct Fibre {
