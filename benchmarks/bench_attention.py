@@ -37,7 +37,7 @@ from kvqtool.fused import (
     new_workspace,
 )
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
-from kvqtool.pages import Pages
+from kvqtool.pages import Pages, folds_levels, lay_out_lists
 from kvqtool.slabs import angle_table, frequency_table, pack_slabs
 from kvqtool.spec import parse_spec
 
@@ -250,7 +250,7 @@ def _packed(shape: Shape, text: str) -> Contender:
         HEAD_DIM,
         spec.key.bits,
         spec.value.bits,
-        spec.key.channel_levels,
+        folds_levels(spec.key),
         True,
         bool(spec.key.outlier_fraction),
         groups_of(shape.num_heads, shape.num_kv_heads),
@@ -318,26 +318,18 @@ def _random_pages(shape: Shape, variant: Variant, value_outliers: int = 0) -> Pa
 def _random_outliers(slabs: int, shape: Shape, per_token: int) -> tuple[Tensor, Tensor]:
     """Return lists of outliers at random places: 1 % of keys, `per_token` of a token's values."""
     if not per_token:
-        return torch.zeros(slabs, 4, dtype=torch.int32, device="cuda"), torch.zeros(
-            4, dtype=torch.int32, device="cuda"
-        )
+        empty = torch.zeros(slabs, 4, dtype=torch.int32, device="cuda")
+        return empty, torch.zeros(4, dtype=torch.int32, device="cuda")
     shares = torch.tensor([0.01, per_token / shape.num_kv_heads / HEAD_DIM], device="cuda")
     trials = torch.full((slabs, 2), float(SLAB_TOKENS * HEAD_DIM), device="cuda")
-    quads = (torch.binomial(trials, shares.expand(slabs, 2)) / 4).ceil().long()
-    first = quads.flatten().cumsum(0) - quads.flatten()
-    index = torch.stack([first, quads.flatten()], dim=1).to(torch.int32)
-    count = int(quads.sum()) * 4
-    is_key = (
-        torch.tensor([True, False], device="cuda")
-        .repeat(slabs)
-        .repeat_interleave(quads.flatten() * 4)
-    )
-    token = torch.randint(0, 64, (count,), device="cuda")
-    place = torch.randint(0, HEAD_DIM, (count,), device="cuda")
-    unit = torch.randint(0, 4 * HEAD_DIM // 16 * 64, (count,), device="cuda")
-    where = torch.where(is_key, unit << 3 | (place & 3) << 1, place << 8 | token << 2)
-    delta = torch.randn(count, device="cuda").half().view(torch.int16).to(torch.int32)
-    return index, delta << 16 | where.to(torch.int32)
+    counts = torch.binomial(trials, shares.expand(slabs, 2)).long().flatten()
+    owner = torch.arange(2 * slabs, device="cuda").repeat_interleave(counts)
+    token = torch.randint(0, 64, owner.shape, device="cuda")
+    place = torch.randint(0, HEAD_DIM, owner.shape, device="cuda")
+    unit = torch.randint(0, 4 * HEAD_DIM // 16 * 64, owner.shape, device="cuda")
+    where = torch.where(owner % 2 == 0, unit << 3 | (place & 3) << 1, place << 8 | token << 2)
+    delta = torch.randn(len(owner), device="cuda").half().view(torch.int16).to(torch.int32)
+    return lay_out_lists(owner, delta << 16 | where.to(torch.int32), slabs)
 
 
 def _read_rate() -> float:

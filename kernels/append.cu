@@ -83,11 +83,65 @@ struct Lists {
 
 DEVICE void add_outlier(const Lists& lists, u64 list, u32 side, u32 word) {
     u32 at = add_global(lists.counts + 2 * list + side, 1);
+    u32* entry = lists.index + 4 * list + 2 * side;
     if (at < lists.room[side]) {
-        lists.words[(u64)lists.index[4 * list + 2 * side] * 4 + at] = word;
+        lists.words[(u64)entry[0] * 4 + at] = word;
+        greatest_global(entry + 1, at / 4 + 1);
     } else {
         add_global(lists.dropped, 1);
     }
+}
+
+// Where the token goes: its place in the slab, the slab's number among all, and its words.
+struct Target {
+    u32 head, in_slab;
+    u64 list;
+    u8* words;
+};
+
+// The four codes of a token's keys that one lane of a step holds.
+DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& lists,
+                        const Target& target, const u16* staged, u32 task) {
+    u32 in_slab = target.in_slab, step = task / 4, lane = in_slab % 8 * 4 + task % 4;
+    u32 n[4], codes[4];
+    KeyChannel channels[2][2];
+    lane_channels(code, target.head, step, lane, channels);
+    KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
+        Element found[2];
+        key_pair(code, channels[e], staged, 0, 8 * step + lane % 4 * 2 + e, found);
+        KVQ_UNROLL for (u32 partner = 0; partner < 2; partner++) {
+            u32 row, at, i = 2 * partner + e;
+            n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 2 + 4 * partner + e;
+            key_place(n[i], step, lane, row, at);
+            codes[i] = found[partner].code;
+            if (!found[partner].is_outlier) continue;
+            float dense = key_dense(decode, target.head, at, codes[i]);
+            add_outlier(lists, target.list, 0,
+                        delta_word(found[partner].state, dense, key_where(row, at)));
+        }
+    }
+    replace_codes<KEY_BITS>(target.words + step * step_bytes(KEY_BITS), lane, n, codes, 4);
+}
+
+// The two codes of a token's values that one lane of a step holds.
+DEVICE void append_values(const float* middles, const Decode& decode, const Lists& lists,
+                          const Target& target, const u16* staged, u32 range, const u16* cut,
+                          u32 task) {
+    u32 in_slab = target.in_slab, step = task / 8, lane = task % 8 * 4 + in_slab % 8 / 2;
+    u32 n[2], codes[2];
+    KVQ_UNROLL for (u32 i = 0; i < 2; i++) {
+        u32 row, at;
+        n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 4 + i * 2 + in_slab % 2;
+        value_place(n[i], step, lane, row, at);
+        Element found = value_element(middles, staged[at], range, inverse_scale(range), cut,
+                                      target.head * HEAD_DIM + at);
+        codes[i] = found.code;
+        if (!found.is_outlier) continue;
+        float dense = value_dense(decode, range, found.code);
+        add_outlier(lists, target.list, 1, delta_word(found.state, dense, at << 8 | row << 2));
+    }
+    u8* words = target.words + STEPS * step_bytes(KEY_BITS);
+    replace_codes<VALUE_BITS>(words + step * step_bytes(VALUE_BITS), lane, n, codes, 2);
 }
 
 KERNEL(THREADS)
@@ -101,67 +155,43 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     u32 token = (u32)state[8 * sequence], channels = num_kv_heads * HEAD_DIM;
     u32 page = page_table[sequence * max_pages + token / 128], in_slab = token % 64;
     u32* bins = (u32*)shared_memory();
-    u16 *staged = (u16*)(bins + 776), *keys = staged + 2 * HEAD_DIM;
+    float* middles = (float*)(bins + 776);  // of keys, of values
+    u16 *staged = (u16*)(middles + 32), *keys = staged + 2 * HEAD_DIM;
     for (u32 i = thread_index(); i < 768; i += THREADS) bins[i] = 0;
     const u16* own = key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM;
     const u16* all = value + (u64)sequence * channels;
     for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
         staged[i] = own[i], staged[HEAD_DIM + i] = all[head * HEAD_DIM + i];
+        if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
+        if (i < (1u << VALUE_BITS) - 1) middles[16 + i] = value_middles[i];
     }
     sync_block();
-    for (u32 i = thread_index(); i < channels; i += THREADS) {
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < channels; i += THREADS) {
         u32 at = order_key(all[i]);
         keys[i] = (u16)at;
         if (per_tail) add_shared((int*)bins + (at >> 8), 1);
     }
     sync_block();
+    KeyCode code{lower,
+                 upper,
+                 offset,
+                 inverse,
+                 CHANNEL_LEVELS ? key_middles : middles,
+                 order,
+                 turns + sequence * HEAD_DIM};
+    Decode decode{levels, key_levels, (const u32*)key_levels};
+    Lists lists{counts, index, outlier_words, dropped, {key_room, value_room}};
+    u64 list = ((u64)page * num_kv_heads + head) * 2 + token / 64 % 2;
+    Target target{head, in_slab, list,
+                  slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS))};
+    // The first two warps rank values meanwhile.
+    u32 task = thread_index() - 64;
+    if (task < STEPS * 4) append_keys(code, decode, lists, target, staged, task);
     u16 cut[4];
     u32 range = find_range(keys, channels, per_tail, bins, cut);
     if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
-
-    KeyCode code{lower, upper, offset, inverse, key_middles, order, turns + sequence * HEAD_DIM};
-    Decode decode{levels, key_levels, (const u32*)key_levels};
-    Lists lists{counts, index, outlier_words, dropped, {key_room, value_room}};
-    Place place{sequence, head, 0, page, 1};
-    u64 list = ((u64)page * num_kv_heads + head) * 2 + token / 64 % 2;
-    u8* slab = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
-    u32 task = thread_index(), n[4], codes[4];
-    if (task < STEPS * 4) {
-        u32 step = task / 4, lane = in_slab % 8 * 4 + task % 4;
-        KVQ_UNROLL for (u32 i = 0; i < 4; i++) {
-            u32 row, at;
-            n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 2 + i / 2 * 4 + i % 2;
-            key_place(n[i], step, lane, row, at);
-            Element found = key_element(code, staged, place, 0, at);
-            codes[i] = found.code;
-            if (found.is_outlier) {
-                float dense = key_dense(decode, head, at, found.code);
-                add_outlier(lists, list, 0, delta_word(found.state, dense, key_where(row, at)));
-            }
-        }
-        replace_codes<KEY_BITS>(slab + step * step_bytes(KEY_BITS), lane, n, codes, 4);
-    }
-    if (task >= THREADS - STEPS * 8) {
-        task -= THREADS - STEPS * 8;
-        u32 step = task / 8, lane = task % 8 * 4 + in_slab % 8 / 2;
-        KVQ_UNROLL for (u32 i = 0; i < 2; i++) {
-            u32 row, at;
-            n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 4 + i * 2 + in_slab % 2;
-            value_place(n[i], step, lane, row, at);
-            Element found =
-                value_element(value_middles, staged + HEAD_DIM, range, cut, head, 0, at);
-            codes[i] = found.code;
-            if (found.is_outlier) {
-                float dense = value_dense(decode, range, found.code);
-                add_outlier(lists, list, 1, delta_word(found.state, dense, at << 8 | row << 2));
-            }
-        }
-        replace_codes<VALUE_BITS>(
-            slab + STEPS * step_bytes(KEY_BITS) + step * step_bytes(VALUE_BITS), lane, n, codes, 2);
-    }
-    sync_block();
-    if (OUTLIERS && thread_index() < 2) {
-        u32 side = thread_index(), count = add_global(counts + 2 * list + side, 0);
-        index[4 * list + 2 * side + 1] = (smaller(count, lists.room[side]) + 3) / 4;
+    if (thread_index() < STEPS * 8) {
+        append_values(middles + 16, decode, lists, target, staged + HEAD_DIM, range, cut,
+                      thread_index());
     }
 }

@@ -33,6 +33,9 @@ static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2,
 constexpr u32 SLOT = KEY_CHUNK > VALUE_CHUNK ? KEY_CHUNK : VALUE_CHUNK;
 constexpr u32 LISTED = 112;  // outliers of a slab and side that are copied ahead
 constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
+// What goes with the next slab arrives while values are read, when this slab's is used up; else two
+// buffers take turns.
+constexpr u32 SIDES = DEPTH - 1 <= CHUNKS - KEY_CHUNKS ? 1 : 2;
 constexpr u32 SORTED = 0x80000000u;  // beside the quads of values' lists
 constexpr u32 PARTIAL = HEAD_DIM + 2;
 // Shared memory: tables, the query, what warps hand to each other, then each warp's corner.
@@ -40,7 +43,7 @@ constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
 constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
-constexpr u32 CORNER_QUERY = DEPTH * SLOT + 2 * SIDE,
+constexpr u32 CORNER_QUERY = DEPTH * SLOT + SIDES * SIDE,
               CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
@@ -152,7 +155,7 @@ struct Stream {
 };
 
 DEVICE u8* side_of(const Stream& stream, u32 which) {
-    return stream.side + (which & 1) * SIDE;
+    return stream.side + which % SIDES * SIDE;
 }
 
 // Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.

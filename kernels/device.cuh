@@ -196,6 +196,9 @@ DEVICE void add_shared(float* at, float value) {
 DEVICE void add_shared(int* at, int value) {
     atomicAdd(at, value);
 }
+DEVICE u32 take_shared(u32* at, u32 value) {
+    return atomicAdd(at, value);
+}
 DEVICE void least_shared(u32* at, u32 value) {
     atomicMin(at, value);
 }
@@ -203,6 +206,9 @@ DEVICE void greatest_shared(u32* at, u32 value) {
     atomicMax(at, value);
 }
 
+DEVICE void greatest_global(u32* at, u32 value) {
+    atomicMax(at, value);
+}
 // Add and return what was there.
 DEVICE u32 add_global(u32* at, u32 value) {
     return atomicAdd(at, value);

@@ -5,6 +5,7 @@
 constexpr u32 STEPS = HEAD_DIM / 16;
 constexpr u32 ROW = HEAD_DIM + 8;  // halves of a staged row, padded against bank conflicts
 constexpr u32 LEVELS = 1u << KEY_BITS;
+constexpr u32 SORTED = 0x80000000u, STARTS = 8;  // as in attend.cu; words of a sorted list's head
 
 DEVICE float state_value(u16 bits) {
     return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits);
@@ -80,27 +81,58 @@ DEVICE void value_place(u32 n, u32 step, u32 lane, u32& token, u32& place) {
     place = 16 * step + n / 2 % 2 * 8 + lane / 4;
 }
 
-// A key before RoPE (undone by the exact inverse of the model's own cosine and sine) and its code.
-DEVICE Element key_element(const KeyCode& code, const u16* staged, const Place& at, u32 token,
-                           u32 place) {
-    Element element;
-    u32 channel = code.order[place];
-    float x = state_value(staged[token * ROW + channel]);
+// What encoding one channel's keys takes.
+struct KeyChannel {
+    u32 channel;  // of the head
+    float lower, upper, offset, inverse;
+    const float* middles;
+};
+
+DEVICE KeyChannel key_channel(const KeyCode& code, u32 head, u32 place) {
+    KeyChannel found;
+    found.channel = code.order[place];
+    u32 c = head * HEAD_DIM + found.channel;
+    found.lower = code.lower[c], found.upper = code.upper[c];
+    found.offset = code.offset[c], found.inverse = code.inverse[c];
+    found.middles = code.middles + (CHANNEL_LEVELS ? c * (LEVELS - 1) : 0);
+    return found;
+}
+
+DEVICE Element key_element(const KeyChannel& channel, float x) {
+    float u = mul_exact(add_exact(x, -channel.offset), channel.inverse);
+    return Element{x, nearest<KEY_BITS>(u, channel.middles),
+                   OUTLIERS && (x < channel.lower || x > channel.upper)};
+}
+
+struct alignas(8) Turn {
+    float cosine, sine;
+};
+
+// A token's keys at a place and at its partner before RoPE (undone by the exact inverse of the
+// model's own cosine and sine), and their codes.
+DEVICE void key_pair(const KeyCode& code, const KeyChannel (&channels)[2], const u16* row,
+                     u32 token, u32 place, Element (&found)[2]) {
+    float x = state_value(row[channels[0].channel]), y = state_value(row[channels[1].channel]);
     if constexpr (ROTATED) {
-        constexpr u32 half = HEAD_DIM / 2;
-        u32 pair = place % half;
-        float y = state_value(staged[token * ROW + code.order[place < half ? place + half : pair]]);
-        const float* turn = code.turns + ((u64)at.slab * 64 + token) * HEAD_DIM + 2 * pair;
-        float cosine = turn[0], sine = place < half ? turn[1] : -turn[1];
-        float norm = add_exact(mul_exact(turn[0], turn[0]), mul_exact(turn[1], turn[1]));
-        x = div_exact(add_exact(mul_exact(x, cosine), mul_exact(y, sine)), norm);
+        Turn turn = ((const Turn*)code.turns)[(u64)token * (HEAD_DIM / 2) + place];
+        float norm =
+            add_exact(mul_exact(turn.cosine, turn.cosine), mul_exact(turn.sine, turn.sine));
+        float low = add_exact(mul_exact(x, turn.cosine), mul_exact(y, turn.sine));
+        float high = add_exact(mul_exact(y, turn.cosine), -mul_exact(x, turn.sine));
+        x = div_exact(low, norm), y = div_exact(high, norm);
     }
-    u32 c = at.head * HEAD_DIM + channel;
-    float u = mul_exact(add_exact(x, -code.offset[c]), code.inverse[c]);
-    element.state = x;
-    element.code = nearest<KEY_BITS>(u, code.middles + (CHANNEL_LEVELS ? c * (LEVELS - 1) : 0));
-    element.is_outlier = OUTLIERS && (x < code.lower[c] || x > code.upper[c]);
-    return element;
+    found[0] = key_element(channels[0], x), found[1] = key_element(channels[1], y);
+}
+
+// The channels of a lane's two places of a step and of their partners.
+DEVICE void lane_channels(const KeyCode& code, u32 head, u32 step, u32 lane,
+                          KeyChannel (&channels)[2][2]) {
+    KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
+        KVQ_UNROLL for (u32 partner = 0; partner < 2; partner++) {
+            u32 place = 8 * step + lane % 4 * 2 + e + partner * (HEAD_DIM / 2);
+            channels[e][partner] = key_channel(code, head, place);
+        }
+    }
 }
 
 // A 16-bit float as an integer of the same order; both zeros are one.
@@ -116,16 +148,16 @@ DEVICE bool is_cut(const u16* cuts, u32 key, u32 channel) {
            (key == cuts[2] && channel >= cuts[3]);
 }
 
-DEVICE Element value_element(const float* middles, const u16* staged, u32 range, const u16* cuts,
-                             u32 head, u32 token, u32 place) {
-    Element element;
-    u16 bits = staged[token * ROW + place];
-    float scale = h2_low(range), inverse = scale > 0.0f ? div_exact(1.0f, scale) : 0.0f;
-    element.state = state_value(bits);
-    float u = mul_exact(add_exact(element.state, -h2_high(range)), inverse);
-    element.code = nearest<VALUE_BITS>(u, middles);
-    element.is_outlier = OUTLIERS && is_cut(cuts, order_key(bits), head * HEAD_DIM + place);
-    return element;
+DEVICE float inverse_scale(u32 range) {
+    float scale = h2_low(range);
+    return scale > 0.0f ? div_exact(1.0f, scale) : 0.0f;
+}
+
+DEVICE Element value_element(const float* middles, u16 bits, u32 range, float inverse,
+                             const u16* cuts, u32 channel) {
+    float state = state_value(bits), u = mul_exact(add_exact(state, -h2_high(range)), inverse);
+    return Element{state, nearest<VALUE_BITS>(u, middles),
+                   OUTLIERS && is_cut(cuts, order_key(bits), channel)};
 }
 
 // Within what a half can say.

@@ -98,7 +98,7 @@ def append(
     macros = (*((k, v) for k, v in variant.macros if k in wanted), ("WARPS", _WARPS))
     run(
         Kernel("append", "append", macros),
-        (batch * heads, 32 * _WARPS, 776 * 4 + 2 * head_dim * (2 + heads)),
+        (batch * heads, 32 * _WARPS, 808 * 4 + 2 * head_dim * (2 + heads)),
         [
             *(key, value, pages.page_table, state, code.lower, code.upper, code.offset),
             *(code.inverse, code.key_middles, code.value_middles, tables.order, turns),

@@ -47,7 +47,7 @@ class Variant:
     group: int
     softcap: bool = False
     bfloat16: bool = False
-    most_warps: int = 12
+    most_warps: int = 16
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -65,16 +65,15 @@ class Variant:
 
     @property
     def depth(self) -> int:
-        """Chunks in a warp's ring: a divisor of a slab's chunks, more where they are small."""
-        chunks = sum(self.steps // (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
-        wanted = 8 if max(self.key_bits, self.value_bits) < 4 else 4
-        return next(depth for depth in range(wanted, 1, -1) if chunks % depth == 0)
+        """Chunks in a warp's ring, a divisor of a slab's chunks."""
+        return next(depth for depth in (4, 3, 2) if sum(self._chunks) % depth == 0)
 
     @property
     def warps(self) -> int:
-        """Warps of a block: as many as shared memory has room for, at most 12."""
+        """Warps of a block: as many as shared memory has room for."""
         room = SHARED_LIMIT - self._common_bytes - 64
-        return min(self.most_warps, room // self._corner_bytes)
+        by_registers = 12 if self.head_dim == 256 else 16
+        return min(self.most_warps, by_registers, room // self._corner_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -100,6 +99,12 @@ class Variant:
         )
 
     @property
+    def _chunks(self) -> tuple[int, int]:
+        """Chunks of a slab's keys and of its values."""
+        key, value = (self.steps // (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
+        return key, value
+
+    @property
     def _common_bytes(self) -> int:
         has_lut = self.value_bits == 4 or (self.key_bits == 4 and not self.channel_levels)
         lut = 0 if not has_lut else 32_768 if self.channel_levels and self.key_bits == 4 else 65_536
@@ -117,7 +122,8 @@ class Variant:
         mix = self.head_dim * self.group * (2 + 4)
         if self.outliers:
             mix += 256 if self.group == 1 else 272 * self.group
-        return self.depth * slot + 2 * side + mix
+        sides = 1 if self.depth - 1 <= self._chunks[1] else 2
+        return self.depth * slot + sides * side + mix
 
 
 @dataclass(frozen=True)

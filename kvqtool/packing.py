@@ -17,7 +17,7 @@ from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
 from kvqtool.fused import LayerTables, Variant
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.page_memory import QUAD, SLABS
-from kvqtool.pages import Pages
+from kvqtool.pages import Pages, folds_levels, list_sizes
 from kvqtool.spec import KvSpec
 
 _WARPS = 4  # of a block of `survey_values`
@@ -53,6 +53,8 @@ def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: 
     assert key.lower is not None and key.upper is not None
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     middles = [(b.levels[..., 1:] + b.levels[..., :-1]) * 0.5 for b in books]
+    if folds_levels(spec.key):
+        middles[0] = middles[0].expand(len(offset), -1)
     tail = outliers_per_tail(spec.value, value_channels) if spec.value.outlier_fraction else 0
     return CodeTables(
         key.lower, key.upper, offset, inverse, middles[0].contiguous(), middles[1], tail
@@ -94,7 +96,7 @@ def pack(
     counts = torch.zeros(blocks * batch * heads * SLABS * 2, dtype=torch.int32, device=key.device)
     run(
         kernels["survey_values"],
-        (-(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * value[0, :, 0].numel() + 3072)),
+        (-(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * value[0, :, 0].numel() + 4096)),
         [value, table, ranges, cuts, counts, batch, *shape, code.per_tail],
     )
     if variant.outliers:
@@ -111,9 +113,10 @@ def pack(
 
 def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return (index, words) with room for lists of so many outliers; waits for the GPU."""
-    quads = (counts.flatten() + (QUAD - 1)) // QUAD
-    first = quads.cumsum(0, dtype=torch.int32) - quads
-    index = torch.stack([first, quads], dim=1).view(*counts.shape[:3], 4)
+    _, quads, is_sorted = list_sizes(counts.flatten())
+    first = quads.cumsum(0) - quads
+    sizes = quads - (is_sorted.long() << 31)  # bit 31 of an int32
+    index = torch.stack([first, sizes], dim=1).to(torch.int32).view(*counts.shape[:3], 4)
     size = max(int(quads.sum()), 1) * QUAD
     return index, torch.zeros(size, dtype=torch.int32, device=counts.device)
 
@@ -121,7 +124,7 @@ def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
 def _slab_grid(blocks: int, variant: Variant) -> tuple[int, int, int]:
     """Return the shape of a launch with a block a slab: room for its keys, values and counts."""
     staged = SLAB_TOKENS * (variant.head_dim + 8) * 2
-    return blocks, 32 * variant.steps, 2 * staged + 8 * variant.steps
+    return blocks, 32 * variant.steps, 2 * staged + 4 * (64 + variant.steps)
 
 
 def pack_kernels(variant: Variant) -> dict[str, Kernel]:

@@ -110,13 +110,21 @@ def key_table(codebook: Codebook, spec: QuantSpec, order: Tensor, num_heads: int
     head_dim = len(order)
     places = order.to(scale.device)
     scale, offset = (part.view(num_heads, head_dim)[:, places] for part in (scale, offset))
-    if spec.channel_levels:
-        levels = codebook.decode_levels.view(num_heads, head_dim, -1)[:, places]
+    if folds_levels(spec):
+        shared = codebook.decode_levels.expand(num_heads * head_dim, -1)
+        levels = shared.view(num_heads, head_dim, -1)[:, places]
         return (levels * scale[..., None] + offset[..., None]).half().contiguous()
     both = torch.stack([scale, offset], dim=-1).half()
     # (H, partner, step, column, half, scale or offset) -> (H, step, column, partner, which, half)
     split = both.view(num_heads, 2, head_dim // 16, 4, 2, 2)
     return split.permute(0, 2, 3, 1, 5, 4).contiguous()
+
+
+def folds_levels(spec: QuantSpec) -> bool:
+    """Whether every key channel gets its own levels, scale and offset folded in: where they have
+    them already, and at 2 bits, where that is cheaper to read.
+    """
+    return spec.channel_levels or spec.bits == 2
 
 
 def level_table(key: PageSide, value: PageSide) -> Tensor:
@@ -162,7 +170,21 @@ def _pack_outliers(
     if not owners:
         empty = torch.zeros(lists, 4, dtype=torch.int32, device=device)
         return empty, torch.zeros(QUAD, dtype=torch.int32, device=device)
-    owner, word = torch.cat(owners), torch.cat(words)
+    return lay_out_lists(torch.cat(owners), torch.cat(words), lists)
+
+
+def lay_out_lists(owner: Tensor, word: Tensor, lists: int) -> tuple[Tensor, Tensor]:
+    """Put outliers into lists.
+
+    Args:
+        owner: (n,) int64, twice the number of an outlier's slab, and 1 more for values.
+        word: (n,) int32.
+        lists: slabs there are.
+
+    Returns:
+        The index (lists, 4) int32 and the words int32 of `Pages`.
+    """
+    device = owner.device
     # Values stand sorted by the lane that reads them; keys stay in the order of their tokens.
     lane = torch.where(owner % 2 == 1, word >> 8 & 31, 0)
     rank = torch.argsort(owner * 32 + lane, stable=True)
@@ -230,7 +252,8 @@ def _dense_at(side: PageSide, row: Tensor, channel: Tensor) -> Tensor:
     both = (words[row, word].long() & 0xFFFFFFFF) | words[row, following].long() << 32
     code = both >> at % 32 & ((1 << bits) - 1)
     levels = side.codebook.decode_levels
-    if levels.dim() == 2:
+    if side.is_key and folds_levels(side.spec):
+        levels = levels.expand(side.channels, -1)
         scale, offset = channel_affine(side.codebook)
         return (levels[channel, code] * scale[channel] + offset[channel]).half().float()
     level = levels.half().float()[code]

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvqtool.codebook import Codebook, as_half, normalfloat_levels, round_range
 from kvqtool.codec import decode, encode
 from kvqtool.fused import ExactTokens, LayerTables, PackedContext, Variant, groups_of
-from kvqtool.pages import PageSide, build_pages, key_table, level_table
+from kvqtool.pages import PageSide, build_pages, folds_levels, key_table, level_table
 from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import QuantSpec, parse_spec
 
@@ -106,7 +106,7 @@ def build(case: Case) -> Built:
         case.head_dim,
         spec.key.bits,
         spec.value.bits,
-        spec.key.channel_levels,
+        folds_levels(spec.key),
         spec.key.pre_rope,
         bool(spec.key.outlier_fraction or spec.value.outlier_fraction),
         groups_of(num_heads, case.num_kv_heads),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ from kvqtool.codec import encode
 from kvqtool.cuda import Launcher
 from kvqtool.fused import LayerTables, Variant
 from kvqtool.packing import CodeTables, code_tables
-from kvqtool.pages import Pages, PageSide, build_pages, key_table, level_table
+from kvqtool.page_memory import STARTS
+from kvqtool.pages import Pages, PageSide, build_pages, folds_levels, key_table, level_table
 from kvqtool.rope import Rotation
 from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import parse_spec
@@ -100,7 +102,7 @@ def build_pack(case: PackCase) -> BuiltPack:
         case.head_dim,
         spec.key.bits,
         spec.value.bits,
-        spec.key.channel_levels,
+        folds_levels(spec.key),
         spec.key.pre_rope,
         bool(spec.key.outlier_fraction),
         1,
@@ -122,14 +124,17 @@ def same_pages(found: Pages, expected: Pages) -> None:
 
 
 def same_lists(found: Pages, expected: Pages) -> None:
-    """Raise unless every list holds the same words, in whatever order."""
-    places = zip(found.outlier_index.view(-1, 2), expected.outlier_index.view(-1, 2), strict=True)
-    for left, right in places:
-        words = [
-            pages.outlier_words[4 * int(first) : 4 * int(first + quads)].sort()[0]
-            for pages, (first, quads) in ((found, left), (expected, right))
-        ]
-        assert torch.equal(*words)
+    """Raise unless every list holds the same outliers, in whatever order."""
+    lists = zip(lists_of(found), lists_of(expected), strict=True)
+    assert all(torch.equal(left, right) for left, right in lists)
+
+
+def lists_of(pages: Pages) -> Iterator[Tensor]:
+    """Yield each list's outliers, without its head and its padding."""
+    for first, quads in pages.outlier_index.view(-1, 2).tolist():
+        begin = 4 * first + (STARTS if quads < 0 else 0)
+        words = pages.outlier_words[begin : 4 * (first + (quads & 0x7FFFFFFF))]
+        yield words[words != 0].sort()[0]
 
 
 def append_all(built: BuiltPack, run: Launcher, room: tuple[int, int]) -> GrowingPages:

@@ -296,7 +296,15 @@ inline void add_shared(float* at, float value) {
 inline void add_shared(int* at, int value) {
     *at += value;
 }
+inline void greatest_global(u32* at, u32 value) {
+    *at = *at > value ? *at : value;
+}
 inline u32 add_global(u32* at, u32 value) {
+    u32 before = *at;
+    *at += value;
+    return before;
+}
+inline u32 take_shared(u32* at, u32 value) {
     u32 before = *at;
     *at += value;
     return before;
