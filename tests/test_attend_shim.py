@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_case import CASES, Case, build
-from shim.build import HAS_COMPILER, run_on_cpu
+from shim.build import HAS_COMPILER, mostly_slow, run_on_cpu
 
 from kvqtool.fused import attend, new_workspace
 
@@ -26,23 +26,21 @@ def attend_on_cpu(case: Case, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
     return out.double() / built.greatest_value, built.expected / built.greatest_value
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(lengths=(17,), num_kv_heads=1),
-        Case(lengths=(65,), num_kv_heads=1),
-        *(case for case in CASES if case.lengths not in [(n,) for n in range(1, 130)]),
-        *(case for case in CASES if case.head_dim != 128),
-        *(case for case in CASES if "-pc" in case.spec and case.head_dim == 128),
-    ],
-    ids=str,
+QUICK = (
+    Case("nuq4-1%", (130,), sinks=1, window=65, group=4),
+    Case("nuq2-1%", (100, 257)),
+    Case("nuq3-1%", (130,), position=2**20 + 5),
+    Case("nuq4-1%-pc", (70,)),
 )
+
+
+@pytest.mark.parametrize("case", mostly_slow(QUICK, CASES), ids=str)
 def test_sources_equal_float64(case: Case) -> None:
     out, expected = attend_on_cpu(case, blocks=3)
     assert (out - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5, 40])
+@pytest.mark.parametrize("blocks", mostly_slow([5, 40], [1, 2, 5, 40]))
 def test_how_work_is_cut_does_not_matter(blocks: int) -> None:
     case = Case("nuq3-1%", (257, 64), sinks=1, window=3)
     out, expected = attend_on_cpu(case, blocks)

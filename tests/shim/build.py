@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import pytest
 from torch import Tensor
 
 from kvqtool.cuda import Argument, Kernel, source_text
@@ -50,3 +51,8 @@ def run_on_cpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[
         else:
             slots[i] = struct.unpack("<I", struct.pack("<f", argument))[0]
     getattr(_library(kernel), f"launch_{kernel.function}")(*shape, slots)
+
+
+def mostly_slow(quick: Sequence[object], cases: Sequence[object]) -> list[object]:
+    """Return cases for parametrize: `quick` ones always run, the rest with -m slow only."""
+    return [c if c in quick else pytest.param(c, marks=pytest.mark.slow) for c in cases]
