@@ -35,7 +35,7 @@ test-gpu: $(READY) ## run the GPU tests; a machine without a GPU is a failure, n
 	KVQTOOL_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
 
 test-kernels: $(READY) ## run every kernel variant on the CPU, and compile all for every GPU where NVRTC is installed
-	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_attend_shim.py tests/test_packing.py tests/test_appending.py tests/test_compile.py
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_attend_shim.py tests/test_packing.py tests/test_appending.py tests/test_dequantize.py tests/test_compile.py
 
 test-oldest: $(OLDEST)/.ready ## run the tests (or TESTS=...) with the oldest transformers that is allowed, in .venv-oldest
 	$(OLDEST)/bin/python -m pytest $(TESTS)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from kvqtool.fused import (
 )
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.pages import Pages, folds_levels, lay_out_lists
+from kvqtool.reading import dequantize
 from kvqtool.slabs import angle_table, frequency_table, pack_slabs
 from kvqtool.spec import parse_spec
 
@@ -94,6 +96,7 @@ class Contender:
     name: str
     nbytes: int
     calls: list[Callable[[], object]]
+    inputs: tuple[tuple[PackedContext, LayerTables, Variant], ...] = ()
 
 
 def main() -> None:
@@ -132,7 +135,10 @@ def main() -> None:
 def _measure_shape(
     shape: Shape, options: argparse.Namespace, read_rate: float
 ) -> list[dict[str, object]]:
-    contenders = [*_fp16(shape), *(_packed(shape, spec) for spec in options.spec or SPECS)]
+    packed = [_packed(shape, spec) for spec in options.spec or SPECS]
+    contenders = [*_fp16(shape), *packed]
+    if options.dequantize:
+        contenders.append(_dequantized(shape, packed[0]))
     times = _interleave(contenders, options.rounds)
     fp16 = {
         c.name: statistics.median(times[c.name])
@@ -184,7 +190,9 @@ def _interleave(contenders: list[Contender], rounds: int) -> dict[str, list[floa
             contender.calls[0]()
             torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        slow = contender.name in ("sdpa math", "sdpa efficient")
+        slow = contender.name in ("sdpa math", "sdpa efficient") or contender.name.endswith(
+            "dequantize"
+        )
         launches = (contender.calls * (1 if slow else max(1, 16 // len(contender.calls))))[
             : 2 if slow else None
         ]
@@ -282,12 +290,27 @@ def _contender(name: str, shape: Shape, variant: Variant, pages: Pages) -> Conte
     query = _query(shape)
     blocks = torch.cuda.get_device_properties(0).multi_processor_count
     workspace = new_workspace(variant, query, shape.num_kv_heads, blocks)
+    inputs: list[tuple[PackedContext, LayerTables, Variant]] = []
     calls = []
     for copy in range(_copies(pages.nbytes)):
         own = pages if not copy else Pages(*(t.clone() for t in vars(pages).values()))
         context = PackedContext(own, ExactTokens(sink, sink, sink, sink), state)
-        calls.append(lambda context=context: attend(query, context, tables, variant, workspace))
-    return Contender(name, pages.nbytes, calls)
+        inputs.append((context, tables, variant))
+        calls.append(partial(attend, query, *inputs[-1], workspace))
+    return Contender(name, pages.nbytes, calls, tuple(inputs))
+
+
+def _dequantized(shape: Shape, packed: Contender) -> Contender:
+    """Return the way without fusion: decode everything, then the best of torch."""
+    query, grouped = _query(shape)[:, :, None], shape.num_heads != shape.num_kv_heads
+
+    def call(context: PackedContext, tables: LayerTables, variant: Variant) -> object:
+        key, value = dequantize(context, tables, variant, torch.half)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            return scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
+
+    calls = [partial(call, *inputs) for inputs in packed.inputs]
+    return Contender(f"{packed.name} dequantize", packed.nbytes, calls)
 
 
 def _random_pages(shape: Shape, variant: Variant, value_outliers: int = 0) -> Pages:
@@ -357,6 +380,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the four shapes that must hold")
+    parser.add_argument("--dequantize", action="store_true", help="also decode, then attend")
     parser.add_argument("--spec", action="append", help="specs instead of all; repeatable")
     parser.add_argument("--shapes", action="append", help="B,HEADS,KV_HEADS,CONTEXT; repeatable")
     parser.add_argument("--rounds", type=int, default=11, help="how often contenders take turns")

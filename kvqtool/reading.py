@@ -10,9 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from kvqtool.cuda import Kernel, Launcher, run_on_gpu
 from kvqtool.fused import LayerTables, PackedContext, Variant
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
-from kvqtool.page_memory import QUAD, STARTS
+from kvqtool.page_memory import QUAD, SLABS, STARTS
 from kvqtool.pages import Pages
 from kvqtool.slabs import unpack_slabs
 
@@ -51,6 +52,47 @@ def decode_pages(
     ordered = torch.empty_like(key)
     ordered[..., tables.order.long()] = key
     return ordered, value
+
+
+def dequantize(
+    context: PackedContext,
+    tables: LayerTables,
+    variant: Variant,
+    dtype: torch.dtype,
+    run: Launcher = run_on_gpu,
+) -> tuple[Tensor, Tensor]:
+    """Return what `decode_pages` does, by kernels/dequantize.cu.
+
+    Args:
+        context: the layer's tokens.
+        tables: what reading them needs.
+        variant: the attention kernel's variant.
+        dtype: float16 or bfloat16, of the result.
+        run: what runs the kernel.
+
+    Returns:
+        Keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim); room past a sequence's
+        end is zero.
+    """
+    pages, heads = context.pages, context.pages.slabs.shape[1]
+    batch, blocks = pages.page_table.shape
+    shape = batch, heads, blocks * PAGE_TOKENS, variant.head_dim
+    device = pages.slabs.device
+    key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    wanted = ("HEAD_DIM", "KEY_BITS", "VALUE_BITS", "CHANNEL_LEVELS", "ROTATED", "OUTLIERS")
+    macros = tuple((k, v) for k, v in variant.macros if k in wanted)
+    kernel = Kernel("dequantize", "dequantize", (*macros, ("BF16", int(dtype == torch.bfloat16))))
+    grid = batch * heads * blocks * SLABS
+    run(
+        kernel,
+        (grid, 32 * variant.steps, SLAB_TOKENS * (variant.head_dim + 4) * 4),
+        [
+            *(pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words),
+            *(pages.page_table, context.state, tables.key_table, tables.levels),
+            *(tables.frequencies, tables.order, key, value, heads, blocks, shape[2]),
+        ],
+    )
+    return key, value
 
 
 def attend_reference(
