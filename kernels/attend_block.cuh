@@ -19,12 +19,21 @@ DEVICE void fill_tables(const Tables& tables, const Cache& cache, u8* shared) {
         if (i < HEAD_DIM / 2) frequencies[i] = cache.frequencies[i];
     }
     constexpr u32 row = LUT_STRIDE / 16;
-    KVQ_UNROLL_4 for (u32 i = thread_index(); i < LUT_BYTES / 16; i += THREADS) {
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < PAIR_BYTES / 16; i += THREADS) {
         u32 code = i / row;
         const u16* levels = tables.levels + (LUT_STRIDE == 128 || i % row >= row / 2 ? 16 : 0);
         u32 pair = levels[code & 15] | (u32)levels[code >> 4] << 16;
         u32* at = (u32*)(shared + 16 * i);
         at[0] = at[1] = at[2] = at[3] = pair;
+    }
+    if constexpr (VALUE_QUADS) {
+        KVQ_UNROLL_4 for (u32 i = thread_index(); i < 65536 / 16; i += THREADS) {
+            u32 code = i / 16;  // two lanes' copies at once
+            const u16* levels = tables.levels + 16;
+            u32* at = (u32*)(shared + PAIR_BYTES + 16 * i);
+            at[0] = at[2] = levels[code & 3] | (u32)levels[code >> 4 & 3] << 16;
+            at[1] = at[3] = levels[code >> 2 & 3] | (u32)levels[code >> 6 & 3] << 16;
+        }
     }
     await_copies<0>();
 }
@@ -217,8 +226,9 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     warp.order = (const u16*)(shared + ORDER_AT);
     warp.query = corner + CORNER_QUERY;
     warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
-    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS) warp.key_levels.load(levels);
-    if constexpr (VALUE_BITS < 4) warp.value_levels.load(levels + 16);
+    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) warp.key_levels.load(levels);
+    if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
+        warp.value_levels.load(levels + 16);
 
     u32 unit = (u32)(total * block_index() / blocks);
     u32 end = (u32)(total * (block_index() + 1) / blocks);

@@ -1,8 +1,8 @@
 // One slab of packed keys and values through the tensor cores, by one warp.
 //
 // Macros: HEAD_DIM, KEY_BITS, VALUE_BITS (2, 3, 4; 16 stands for fp16 states), CHANNEL_LEVELS (a
-// codebook per key channel), ROTATED (keys were stored before RoPE), OUTLIERS, GROUP (query heads
-// of a KV head, 1 2 4 8), SOFTCAP.
+// codebook per key channel), LUT_KEYS, LUT_VALUES, ROTATED (keys were stored before RoPE),
+// OUTLIERS, GROUP (query heads of a KV head, 1 2 4 8), SOFTCAP.
 //
 // Tokens are rows of the score fragments, query heads their columns: lane 4r + c holds tokens r and
 // r + 8 of each tile for heads 2c and 2c + 1. Scores are base-2 logarithms. A value token's scale
@@ -12,10 +12,16 @@
 
 constexpr u32 STEPS = HEAD_DIM / 16;
 constexpr u32 KEY_SLAB = STEPS * step_bytes(KEY_BITS), VALUE_SLAB = STEPS * step_bytes(VALUE_BITS);
+// Which codes are looked up in shared memory: pairs in the halves of a row of LUT_STRIDE bytes
+// (keys first), 2-bit values four at once. The others are picked from registers.
+constexpr bool KEY_PAIRS = !CHANNEL_LEVELS && (KEY_BITS == 4 || (KEY_BITS == 3 && LUT_KEYS));
+constexpr bool VALUE_PAIRS = VALUE_BITS == 4 || (VALUE_BITS == 3 && LUT_VALUES);
+constexpr bool VALUE_QUADS = VALUE_BITS == 2 && LUT_VALUES;
 constexpr int LUT_STRIDE = CHANNEL_LEVELS && KEY_BITS == 4 ? 128 : 256;
-constexpr int VALUE_LUT = LUT_STRIDE == 256 ? 128 : 0;  // keys have the first half of a row
-constexpr bool HAS_LUT = VALUE_BITS == 4 || (KEY_BITS == 4 && !CHANNEL_LEVELS);
-constexpr u32 LUT_BYTES = HAS_LUT ? 256 * LUT_STRIDE : 0;
+constexpr int VALUE_HALF = LUT_STRIDE == 256 ? 128 : 0;
+constexpr u32 PAIRS = KEY_BITS == 4 || VALUE_BITS == 4 ? 256 : 128;
+constexpr u32 PAIR_BYTES = KEY_PAIRS || VALUE_PAIRS ? PAIRS * LUT_STRIDE : 0;
+constexpr u32 LUT_BYTES = PAIR_BYTES + (VALUE_QUADS ? 65536 : 0);
 constexpr u32 ANGLE_BYTES = ROTATED ? 8 * STEPS * 512 : 0;
 // What a KV head's keys need beside their codes: scales and offsets, or levels, in fragment order.
 constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
@@ -59,7 +65,7 @@ DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
 DEVICE void key_levels(const Warp& warp, u32 step, u32 tile, u32 (&k)[4]) {
     if constexpr (KEY_BITS == 16) {
     } else if constexpr (!CHANNEL_LEVELS) {
-        if constexpr (KEY_BITS == 4) {
+        if constexpr (KEY_PAIRS) {
             look_up_pairs<LUT_STRIDE>(warp.lut, warp.lane, tile, k);
         } else {
             look_up_bytes<KEY_BITS == 3 ? 3 : 2>(warp.key_levels, tile, k);
@@ -124,9 +130,27 @@ DEVICE void key_step(const Warp& warp, const u8* words, u32 step, u32 first_tile
     }
 }
 
+struct alignas(8) Pair {
+    u32 of[2];
+};
+
 // Add p V of 16 channels for the slab's 64 tokens; `weights` are the tokens' fragments.
 DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4][2],
                        float (&out)[4]) {
+    if constexpr (VALUE_QUADS) {
+        const u32* pair = (const u32*)words + 2 * warp.lane;
+        KVQ_UNROLL for (int i = 0; i < 2; i++) {
+            u32 word = pair[i], first[4], second[4];
+            KVQ_UNROLL for (int a = 0; a < 4; a++) {
+                u32 at = pick_bytes(word, 8 * warp.lane, 0x5504 | a << 4);
+                Pair found = *(const Pair*)(warp.lut + PAIR_BYTES + at);
+                first[a] = found.of[0], second[a] = found.of[1];
+            }
+            mma(out, first, weights[2 * i][0], weights[2 * i][1]);
+            mma(out, second, weights[2 * i + 1][0], weights[2 * i + 1][1]);
+        }
+        return;
+    }
     u32 tiles[4];
     if constexpr (VALUE_BITS != 16) {
         selectors<VALUE_BITS == 16 ? 4 : VALUE_BITS>(words, warp.lane, tiles);
@@ -136,8 +160,8 @@ DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4
         if constexpr (VALUE_BITS == 16) {
             const u32* at = (const u32*)words + (32 * t + warp.lane) * 4;
             KVQ_UNROLL for (int i = 0; i < 4; i++) v[i] = at[i];
-        } else if constexpr (VALUE_BITS == 4) {
-            look_up_pairs<LUT_STRIDE>(warp.lut + VALUE_LUT, warp.lane, tiles[t], v);
+        } else if constexpr (VALUE_PAIRS) {
+            look_up_pairs<LUT_STRIDE>(warp.lut + VALUE_HALF, warp.lane, tiles[t], v);
         } else {
             look_up_bytes<VALUE_BITS == 3 ? 3 : 2>(warp.value_levels, tiles[t], v);
         }

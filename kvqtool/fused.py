@@ -36,6 +36,8 @@ class Variant:
         softcap: scores are capped.
         bfloat16: query, output and exact tokens are bfloat16, not float16.
         most_warps: warps of a block where shared memory has room for them.
+        lut_keys: 3-bit keys are looked up in shared memory, in pairs, not picked from registers.
+        lut_values: 3-bit values in pairs, 2-bit values four at once, likewise.
     """
 
     head_dim: int
@@ -48,6 +50,8 @@ class Variant:
     softcap: bool = False
     bfloat16: bool = False
     most_warps: int = 16
+    lut_keys: bool = False
+    lut_values: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -96,6 +100,8 @@ class Variant:
             ("WARPS", self.warps),
             ("DEPTH", self.depth),
             ("SHARED_BYTES", self.shared_bytes),
+            ("LUT_KEYS", int(self.lut_keys)),
+            ("LUT_VALUES", int(self.lut_values)),
         )
 
     @property
@@ -105,9 +111,18 @@ class Variant:
         return key, value
 
     @property
+    def _tables(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
+        """Bits of keys and values that shared tables may serve, and whether they shall."""
+        key_bits = 0 if self.channel_levels else self.key_bits
+        return (key_bits, self.lut_keys), (self.value_bits, self.lut_values)
+
+    @property
     def _common_bytes(self) -> int:
-        has_lut = self.value_bits == 4 or (self.key_bits == 4 and not self.channel_levels)
-        lut = 0 if not has_lut else 32_768 if self.channel_levels and self.key_bits == 4 else 65_536
+        pairs = [b == 4 or (b == 3 and lut) for b, lut in self._tables]
+        rows = 256 if 4 in (self.key_bits, self.value_bits) else 128
+        stride = 128 if self.channel_levels and self.key_bits == 4 else 256
+        lut = rows * stride if any(pairs) else 0
+        lut += 65_536 if self.value_bits == 2 and self.lut_values else 0
         angles = 4096 * self.steps if self.rotated else 0
         per_channel = {2: 8, 3: 128, 4: 512, 16: 0}[self.key_bits]
         head = self.head_dim * per_channel if self.channel_levels else 64 * self.steps

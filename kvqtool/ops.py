@@ -82,11 +82,10 @@ def _arguments(
     cap = reals[1] if len(reals) > 1 else None
     tables = LayerTables(read[10], read[11], read[12], read[13], read[14], reals[0], cap)
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
+    rest = numbers[9], bool(numbers[10]), bool(numbers[11])
     flags = bool(levels), bool(rotated), bool(outliers)
     return (
         context,
         tables,
-        Variant(
-            head_dim, key_bits, value_bits, *flags, group, bool(softcap), bool(bf16), numbers[9]
-        ),
+        Variant(head_dim, key_bits, value_bits, *flags, group, bool(softcap), bool(bf16), *rest),
     )

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
 TOLERANCE = 2e-3
 
 
-def attend_on_cpu(case: Case, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_on_cpu(case: Case, blocks: int, **fields: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the shim's output and the right answer, both over the greatest value."""
     built = build(case)
-    variant = replace(built.variant, most_warps=2)
+    variant = replace(built.variant, most_warps=2, **fields)
     workspace = new_workspace(variant, built.query, case.num_kv_heads, blocks)
     out = attend(built.query, built.context, built.tables, variant, workspace, run_on_cpu)
     assert not workspace.counters.any()
@@ -44,6 +44,13 @@ def test_sources_equal_float64(case: Case) -> None:
 def test_how_work_is_cut_does_not_matter(blocks: int) -> None:
     case = Case("nuq3-1%", (257, 64), sinks=1, window=3)
     out, expected = attend_on_cpu(case, blocks)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", ["nuq3-1%", "nuq2-1%", "nuq4-1%/nuq2-1%", "nuq3-1%/nuq4-1%"])
+def test_shared_tables_and_registers_agree(spec: str) -> None:
+    case = Case(spec, (70,), num_kv_heads=1)
+    out, expected = attend_on_cpu(case, 1, lut_keys=True, lut_values=True)
     assert (out - expected).abs().max() < TOLERANCE
 
 
