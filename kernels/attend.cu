@@ -23,6 +23,12 @@
 // `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
 #include "attend_slab.cuh"
 
+#if UNROLLED
+#define KVQ_KEYS KVQ_UNROLL
+#else
+#define KVQ_KEYS KVQ_ROLLED
+#endif
+
 constexpr u32 THREADS = WARPS * 32;
 constexpr u32 SLAB = KEY_SLAB + VALUE_SLAB;
 constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS == 16 ? 1 : 2);
@@ -267,7 +273,7 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
         }
     }
     constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
-    KVQ_ROLLED for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
+    KVQ_KEYS for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
         if (chunk) words = take(cache, stream, chunk);
         KVQ_UNROLL for (u32 s = 0; s < steps; s++) {
             key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4,

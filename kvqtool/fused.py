@@ -38,6 +38,7 @@ class Variant:
         most_warps: warps of a block where shared memory has room for them.
         lut_keys: 3-bit keys are looked up in shared memory, in pairs, not picked from registers.
         lut_values: 3-bit values in pairs, 2-bit values four at once, likewise.
+        unrolled: a slab's keys are straight code, not a loop.
     """
 
     head_dim: int
@@ -52,6 +53,7 @@ class Variant:
     most_warps: int = 16
     lut_keys: bool = False
     lut_values: bool = False
+    unrolled: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -102,6 +104,7 @@ class Variant:
             ("SHARED_BYTES", self.shared_bytes),
             ("LUT_KEYS", int(self.lut_keys)),
             ("LUT_VALUES", int(self.lut_values)),
+            ("UNROLLED", int(self.unrolled)),
         )
 
     @property

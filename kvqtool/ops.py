@@ -82,10 +82,17 @@ def _arguments(
     cap = reals[1] if len(reals) > 1 else None
     tables = LayerTables(read[10], read[11], read[12], read[13], read[14], reals[0], cap)
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
-    rest = numbers[9], bool(numbers[10]), bool(numbers[11])
     flags = bool(levels), bool(rotated), bool(outliers)
+    most_warps, tunables = numbers[9], (numbers[10] > 0, numbers[11] > 0, numbers[12] > 0)
     return (
         context,
         tables,
-        Variant(head_dim, key_bits, value_bits, *flags, group, bool(softcap), bool(bf16), *rest),
+        Variant(
+            *(head_dim, key_bits, value_bits),
+            *flags,
+            group,
+            *(softcap > 0, bf16 > 0),
+            most_warps,
+            *tunables,
+        ),
     )
