@@ -102,17 +102,7 @@ def build(case: Case) -> Built:
     state[:, 0] = torch.tensor(case.lengths)
     state[:, 1], state[:, 2] = case.sinks, case.window
     state[:, 3], state[:, 4] = case.position, case.first_seen
-    variant = Variant(
-        case.head_dim,
-        spec.key.bits,
-        spec.value.bits,
-        folds_levels(spec.key),
-        spec.key.pre_rope,
-        bool(spec.key.outlier_fraction or spec.value.outlier_fraction),
-        groups_of(num_heads, case.num_kv_heads),
-        case.softcap is not None,
-        case.bfloat16,
-    )
+    variant = variant_of(case)
     parts = []
     for b, length in enumerate(case.lengths):
         ks = [sinks[0][b, :, : case.sinks].double(), key[b, :, case.first_seen : length]]
@@ -122,6 +112,22 @@ def build(case: Case) -> Built:
         parts.append(_attention(query[b], torch.cat(ks, 1), torch.cat(vs, 1), case))
     context = PackedContext(build_pages(*sides, batch), ExactTokens(*sinks, *window), state)
     return Built(query, context, tables, variant, torch.stack(parts), float(value.abs().max()))
+
+
+def variant_of(case: Case) -> Variant:
+    """Return the kernel a case is for."""
+    spec = parse_spec(case.spec)
+    return Variant(
+        case.head_dim,
+        spec.key.bits,
+        spec.value.bits,
+        folds_levels(spec.key),
+        spec.key.pre_rope,
+        bool(spec.key.outlier_fraction or spec.value.outlier_fraction),
+        groups_of(case.num_kv_heads * case.group, case.num_kv_heads),
+        case.softcap is not None,
+        case.bfloat16,
+    )
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
@@ -179,4 +185,11 @@ CASES = (
     Case("nuq3-1%", (130,), softcap=20.0),
     Case("nuq3-1%", (130,), position=2**20 + 5),
     Case("nuq4-30%", (128,), num_kv_heads=1),
+)
+# Real lengths, for a GPU.
+LONG = (
+    Case("nuq4-1%", (4096, 1000), num_kv_heads=8, group=4, sinks=1),
+    Case("nuq3-1%", (9000,), num_kv_heads=4, group=8, sinks=1, window=128),
+    Case("nuq2-1%", (20000,), num_kv_heads=2, position=1),
+    Case("nuq4-1%-pc", (5000,), num_kv_heads=8, group=4),
 )

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_case import CASES, Case, build, on_device
+from attention_case import CASES, LONG, Case, build, on_device
 
 from kvqtool.fused import attend, new_workspace
 
 pytestmark = pytest.mark.gpu
 # Keys after rotation, queries and weights are rounded to fp16 (2**-11 each), sums are float32.
 TOLERANCE = 2e-3
-LONG = (
-    Case("nuq4-1%", (4096, 1000), num_kv_heads=8, group=4, sinks=1),
-    Case("nuq3-1%", (9000,), num_kv_heads=4, group=8, sinks=1, window=128),
-    Case("nuq2-1%", (20000,), num_kv_heads=2, position=1),
-    Case("nuq4-1%-pc", (5000,), num_kv_heads=8, group=4),
-)
 
 
 def error(case: Case) -> float:
