@@ -29,18 +29,24 @@ from kvqtool.data import Windows, calibration_windows, evaluation_windows, load_
 from kvqtool.files import atomic_output, check_output
 from kvqtool.models import LoadedModel, load_model
 from kvqtool.perplexity import PplResult, evaluate
-from kvqtool.spec import KvSpec, parse_spec
+from kvqtool.spec import PRESETS, KvSpec, parse_spec
 
 _WIDTHS = (4, 3, 2)
 _NUQ = [f"nuq{b}-1%-sink1" for b in _WIDTHS]
 SETS: dict[str, list[str]] = {
-    "demo": ["fp", *_NUQ, "int4-sink1", "int3-sink1"],
+    "demo": ["fp", *PRESETS, *_NUQ, "int4-sink1", "int3-sink1"],
     "main": [
         *_NUQ,
         *(f"{spec}-pc" for spec in _NUQ),
         *(f"{spec}-qnorm" for spec in _NUQ),
         "int4-sink1",
         "int3-sink1",
+    ],
+    "presets": [
+        *_NUQ,
+        *(f"nuq{b}-1%-sink1-pc-comp/nuq{b}-1%-sink1-comp" for b in _WIDTHS),
+        *(f"nuq{b}-1%-sink1-pc-comp/nuq{b}-sink1-comp-vrot" for b in _WIDTHS),
+        *PRESETS,
     ],
     "ladder": [
         "fp",
@@ -90,14 +96,16 @@ def main() -> None:
     if options.output:
         check_output(options.output, options.force)
     loaded = load_model(options.model, device=options.device, dtype=options.dtype)
-    specs = [parse_spec(text) for text in options.spec or SETS[options.set]]
+    wanted = options.spec or ([] if options.bundle else SETS[options.set])
+    specs = [parse_spec(text) for text in wanted]
     started = time.perf_counter()
     source = load_text(options.calibration, part="calibration")
     seq_len = min(options.calibration_seq_len, loaded.identity.max_context)
     learned = calibration_windows(
         source, loaded.tokenizer, samples=options.samples, seq_len=seq_len, seed=options.seed
     )
-    bundles = _bundles(options, loaded, learned, specs)
+    bundles = _bundles(options, loaded, learned, specs) if specs else []
+    bundles += [load_bundle(path) for path in options.bundle or ()]
     calibrated = time.perf_counter()
     text = load_text(options.dataset, part="evaluation")
     windows = evaluation_windows(
@@ -119,15 +127,16 @@ def main() -> None:
         results += evaluate(loaded, windows, group, protocol=options.protocol, progress=_note)
         record["evaluate_seconds"] = time.perf_counter() - calibrated
         if options.output:
-            _save(options.output, record, results)
+            names = [*wanted, *(path.name for path in options.bundle or ())]
+            _save(options.output, record, list(zip(names, results, strict=False)))
     _print_table(results)
 
 
-def _save(path: Path, record: dict[str, object], results: list[PplResult]) -> None:
+def _save(path: Path, record: dict[str, object], results: list[tuple[str, PplResult]]) -> None:
     """Write what there is so far, so that a run that is cut short leaves its finished groups."""
     whole = record | {
-        "protocol": results[0].protocol,
-        "results": [_row(result) for result in results],
+        "protocol": results[0][1].protocol,
+        "results": [{"name": name} | _row(result) for name, result in results],
     }
     with atomic_output(path, force=True) as part:
         part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -182,6 +191,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dataset", help="evaluation text; the built-in one by default")
     parser.add_argument("--set", choices=sorted(SETS), default="demo", help="which schemes")
     parser.add_argument("--spec", action="append", help="a scheme instead of a set; repeatable")
+    parser.add_argument("--bundle", action="append", type=Path, help="a file beside; repeatable")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--calibration-seq-len", type=int, default=2048)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kvqtool.cli import COMMANDS, app
 from kvqtool.methods import METHODS
-from kvqtool.spec import EXACT, METHOD_BITS
+from kvqtool.side import EXACT, METHOD_BITS
 
 DOCS: Final = Path(__file__).parent
 RESULTS: Final = DOCS.parent / "benchmarks" / "results"

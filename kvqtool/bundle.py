@@ -4,20 +4,26 @@ belong to.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from kvqtool.bundle_parts import (
+    check_identity,
+    layers_of,
+    read_codebook,
+    read_layer_specs,
+    read_spec,
+)
 from kvqtool.codebook import Codebook
 from kvqtool.container import load_container, save_container
 from kvqtool.errors import BundleError, KvqError, brief
 from kvqtool.memory import LayerGeometry, groups_per_token
 from kvqtool.methods import get_method
-from kvqtool.spec import EXACT, KvSpec, parse_spec
+from kvqtool.spec import KvSpec
 
 KIND: Final = "kvqtool-bundle"
 VERSION: Final = 1
@@ -34,40 +40,29 @@ _IDENTITY: Final = (
 )
 
 
-_FIELDS: Final = {
-    "name": str,
-    "architecture": str,
-    "num_layers": int,
-    "layers": list,
-    "vocab_size": int,
-    "max_context": int,
-    "tokenizer_sha256": str,
-    "rope_sha256": str,
-}
-_SIZES: Final = {field.name for field in fields(LayerGeometry)}
-_LONGEST_SPEC: Final = 200
-_TENSOR: Final = re.compile(
-    r"layers\.(0|[1-9][0-9]{0,5})\.(?:key\.(?:levels|decode_levels|lower|upper)"
-    r"|value\.(?:levels|decode_levels))"
-)
-
-
 @dataclass(frozen=True)
 class Bundle:
     """Everything needed to compress one model's cache by one scheme.
 
     Args:
-        spec: the scheme.
+        spec: the scheme; where layers differ, what they have in common.
         model: identity of the model, as JSON (see `models.ModelIdentity`).
         codebooks: by (layer, "key" or "value").
         provenance: text, windows, seed, device and versions it was made with; no dates, so equal
             inputs give equal files.
+        layer_specs: the scheme of each packed layer of a mixed one; empty where all have `spec`.
+            Sinks, recent window and the form of keys are those of `spec`.
     """
 
     spec: KvSpec
     model: dict[str, Any]
     codebooks: dict[tuple[int, str], Codebook]
     provenance: dict[str, Any]
+    layer_specs: dict[int, KvSpec] = field(default_factory=dict)
+
+    def spec_of(self, layer: int) -> KvSpec:
+        """Return the scheme of a packed layer."""
+        return self.layer_specs.get(layer, self.spec)
 
     @property
     def bundle_bytes(self) -> int:
@@ -87,11 +82,11 @@ class Bundle:
         Raises:
             BundleError: naming what differs, both values, and the remedy.
         """
-        for field in _IDENTITY:
-            mine, theirs = self.model[field], model[field]
+        for part in _IDENTITY:
+            mine, theirs = self.model[part], model[part]
             if mine != theirs:
                 raise BundleError(
-                    f"bundle was made for {brief(self.model['name'])} ({field} {brief(mine)}), "
+                    f"bundle was made for {brief(self.model['name'])} ({part} {brief(mine)}), "
                     f"the model {model['name']} has {brief(theirs)}; calibrate a bundle for it"
                 )
 
@@ -106,25 +101,31 @@ class Bundle:
                 raise BundleError(
                     f"bundle has no codebook for layer {index}; calibrate a bundle for this model"
                 )
-            lower = self.codebooks[index, "key"].lower
-            for quant, channels in (
-                (self.spec.key, layer.key_channels),
-                (self.spec.value, layer.value_channels),
+            spec = self.spec_of(index)
+            for side, quant, width in (
+                ("key", spec.key, layer.key_dim),
+                ("value", spec.value, layer.value_dim),
             ):
+                book, channels = self.codebooks[index, side], layer.num_kv_heads * width
                 try:
                     groups_per_token(quant, channels)
                 except KvqError as error:
                     raise BundleError(f"bundle does not fit layer {index}: {error}") from error
-            if lower is not None and len(lower) != layer.key_channels:
-                raise BundleError(
-                    f"bundle has {len(lower)} key channels in layer {index}, "
-                    f"the model has {layer.key_channels}; "
-                    "calibrate a bundle for this model"
-                )
+                if book.lower is not None and len(book.lower) != channels:
+                    raise BundleError(
+                        f"bundle has {len(book.lower)} {side} channels in layer {index}, "
+                        f"the model has {channels}; calibrate a bundle for this model"
+                    )
+                if book.order is not None and book.order.shape != (layer.num_kv_heads, width):
+                    raise BundleError(
+                        f"bundle has {side} heads of {tuple(book.order.shape)} in layer {index}, "
+                        f"the model has {(layer.num_kv_heads, width)}; "
+                        "calibrate a bundle for this model"
+                    )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the file format,
-        `layers.{i}.{key|value}.{levels|decode_levels|lower|upper}`.
+        `layers.{i}.{key|value}.{levels|decode_levels|lower|upper|feedback|order}`.
         """
         named = {}
         for (layer, side), book in self.codebooks.items():
@@ -137,11 +138,17 @@ class Bundle:
                     book.lower.half(),
                     book.upper.half(),
                 )
+            if book.feedback is not None and book.order is not None:
+                named[f"{prefix}.feedback"] = book.feedback.half()
+                named[f"{prefix}.order"] = book.order
         return named
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of the file format."""
-        return {"spec": str(self.spec), "model": self.model, "provenance": self.provenance}
+        said = {"spec": str(self.spec), "model": self.model, "provenance": self.provenance}
+        if self.layer_specs:
+            said["layers"] = {str(i): str(spec) for i, spec in sorted(self.layer_specs.items())}
+        return said
 
     @staticmethod
     def from_parts(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Bundle:
@@ -151,19 +158,19 @@ class Bundle:
             BundleError: when the parts do not make one.
         """
         try:
-            if len(metadata["spec"]) > _LONGEST_SPEC:
-                raise ValueError("the spec")
-            spec = parse_spec(metadata["spec"])
+            spec = read_spec(metadata["spec"])
             model, provenance = metadata["model"], metadata["provenance"]
-            _check_identity(model)
+            check_identity(model)
             if not isinstance(provenance, dict):
                 raise ValueError("its provenance")
+            layers = layers_of(tensors)
+            specs = read_layer_specs(metadata.get("layers", {}), spec, layers)
             books = {
-                (layer, side): _codebook(tensors, layer, side, spec)
-                for layer in _layers_of(tensors)
+                (layer, side): read_codebook(tensors, layer, side, specs.get(layer, spec))
+                for layer in layers
                 for side in SIDES
             }
-            return Bundle(spec, model, books, provenance)
+            return Bundle(spec, model, books, provenance, specs)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             found = brief(error)
             raise BundleError(f"bundle lacks or garbles {found}; calibrate it again") from error
@@ -198,57 +205,3 @@ def uncalibrated_bundle(spec: KvSpec, model: dict[str, Any], layers: list[int]) 
         levels = get_method(quant.method).fit(quant, None)
         books |= {(layer, side): Codebook(*levels) for layer in layers}
     return Bundle(spec, model, books, {"calibrated": False})
-
-
-def _check_identity(model: Any) -> None:
-    """Raise ValueError or KeyError for what is no model's identity."""
-    for field, kind in _FIELDS.items():
-        if type(model[field]) is not kind:
-            raise ValueError(f"the model's {field}")
-    for layer in model["layers"]:
-        if not isinstance(layer, dict) or layer.keys() != _SIZES:
-            raise ValueError("the model's layers")
-        if not all(type(size) is int and size > 0 for size in layer.values()):
-            raise ValueError("the model's layers")
-
-
-def _layers_of(tensors: dict[str, Tensor]) -> list[int]:
-    """Return the layers that tensors belong to; ValueError for one that belongs nowhere."""
-    layers = set()
-    for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
-        if match is None or tensor.dtype != torch.float16:
-            raise ValueError(f"the tensor {name}")
-        layers.add(int(match[1]))
-    return sorted(layers)
-
-
-def _codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpec) -> Codebook:
-    """Return one side's codebook; KeyError or ValueError where the tensors make none."""
-    quant = spec.key if side == "key" else spec.value
-    prefix = f"layers.{layer}.{side}"
-    levels = tensors[f"{prefix}.levels"].float()
-    decoded = tensors.get(f"{prefix}.decode_levels", levels).float()
-    lower, upper = (
-        tensors[f"{prefix}.{end}"].float() if quant.per_channel else None
-        for end in ("lower", "upper")
-    )
-    if not quant.per_channel and {f"{prefix}.lower", f"{prefix}.upper"} & tensors.keys():
-        raise ValueError(f"the range of layer {layer} {side}")
-    shape: tuple[int, ...] = (0 if quant.method == EXACT else 1 << quant.bits,)
-    if quant.channel_levels and lower is not None:
-        shape = (len(lower), *shape)
-    parts = [part for part in (levels, decoded, lower, upper) if part is not None]
-    if (
-        not all(torch.isfinite(part).all() for part in parts)
-        or not tuple(levels.shape) == tuple(decoded.shape) == shape
-        or (levels.diff(dim=-1) < 0).any()
-    ):
-        raise ValueError(f"the codebook of layer {layer} {side}")
-    if (
-        lower is not None
-        and upper is not None
-        and (lower.dim() != 1 or lower.shape != upper.shape or (lower > upper).any())
-    ):
-        raise ValueError(f"the range of layer {layer} {side}")
-    return Codebook(levels, decoded, lower, upper)

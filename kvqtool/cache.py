@@ -37,7 +37,7 @@ class KvqCache(Cache):
         layers = DynamicCache(config=config).layers
         for layer in seam.packed:
             books = bundle.codebooks_of(layer.index)
-            store = LayerStore(bundle.spec, books, layer)
+            store = LayerStore(bundle.spec_of(layer.index), books, layer)
             angles = self.angles[layer.group] if is_rotated(layer, bundle) else None
             layers[layer.index] = KvqLayer(store, angles, prefill)
         super().__init__(layers=layers)

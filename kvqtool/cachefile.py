@@ -177,7 +177,7 @@ def _save(
     save_container(path, KIND, VERSION, (metadata, tensors), force=force)
     return CacheReport(
         path=str(path),
-        spec=str(cache.bundle.spec),
+        spec=cache.bundle.spec.name,
         tokens=usage.tokens,
         cache_bytes=usage.cache_bytes,
         cache_bytes_fp16=usage.cache_bytes_fp16,

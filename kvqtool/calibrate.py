@@ -13,25 +13,28 @@ import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from kvqtool import __version__
-from kvqtool.bundle import SIDES, Bundle
+from kvqtool.allocate import Ground, allocate, options, variants
+from kvqtool.bundle import Bundle
 from kvqtool.capture import capture
-from kvqtool.codebook import Codebook
-from kvqtool.collect import HistogramCollector, RangeCollector
+from kvqtool.collect import LossCollector, RangeCollector
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
+from kvqtool.fit import Fitter
 from kvqtool.memory import MAX_CHANNELS, groups_per_token
-from kvqtool.methods import get_method
 from kvqtool.models import LoadedModel
 from kvqtool.partial import Journal, Partial
 from kvqtool.progress import Progress, silent
 from kvqtool.seam import Seam
 from kvqtool.spec import KvSpec
+
+MIXED_AT: Final = 8192  # tokens at which a mixed scheme counts its bytes
 
 
 def calibrate(
@@ -59,29 +62,71 @@ def calibrate(
         InputError: when the model or its shapes do not fit a spec.
         RunError: when activations are not finite.
     """
-    for spec in specs:
-        _check_shapes(spec, loaded.seam)
-    ranges = RangeCollector(specs)
-    histograms = HistogramCollector(specs, ranges)
+    seen = [each for spec in specs for each in (variants(spec) if spec.mixed else [spec])]
+    fitter = observe(loaded, windows, seen, seed=seed, progress=progress, partial=partial)
     provenance, identity = describe_run(loaded, windows, seed), loaded.identity.as_json()
-    journal = Journal(
-        partial,
-        _fingerprint(loaded, windows, specs) | provenance,
-        {"ranges": ranges, "histograms": histograms},
-    )
-    with loaded.ranks.together():
-        journal.resume(_layer_devices(loaded))
-    phase = "measuring sensitivity" if histograms.needs_gradients else "collecting histograms"
-    with _deterministic():
-        _feed(loaded, windows, "ranges", journal, ("sketching key ranges", progress))
-        _feed(loaded, windows, "histograms", journal, (phase, progress))
     bundles = []
     for number, spec in enumerate(specs):
         progress("fitting codebooks", number, len(specs))
-        books = _fit(spec, ranges, histograms, loaded.seam)
-        bundles.append(Bundle(spec, identity, books, provenance))
+        if spec.mixed:
+            layers = spend_by_loss(loaded, spec, fitter, windows.ids.numel())
+            bundles.append(Bundle(spec, identity, fitter.books(layers), provenance, layers))
+        else:
+            books = fitter.books({layer.index: spec for layer in loaded.seam.packed})
+            bundles.append(Bundle(spec, identity, books, provenance))
     progress("fitting codebooks", len(specs), len(specs))
     return bundles
+
+
+def observe(
+    loaded: LoadedModel,
+    windows: Windows,
+    specs: Sequence[KvSpec],
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+    partial: Partial | None = None,
+) -> Fitter:
+    """Run both passes over the text, and return what fits the codebooks of any of the specs, at any
+    width; see `calibrate`.
+    """
+    for spec in specs:
+        _check_shapes(spec, loaded.seam)
+    ranges = RangeCollector(specs)
+    heads = {layer.index: layer.geometry.num_kv_heads for layer in loaded.seam.packed}
+    losses = LossCollector(specs, ranges, heads)
+    journal = Journal(
+        partial,
+        _fingerprint(loaded, windows, specs) | describe_run(loaded, windows, seed),
+        {"ranges": ranges, "losses": losses},
+    )
+    with loaded.ranks.together():
+        journal.resume(_layer_devices(loaded))
+    phase = "measuring sensitivity" if losses.needs_gradients else "collecting histograms"
+    with _deterministic():
+        _feed(loaded, windows, "ranges", journal, ("sketching key ranges", progress))
+        _feed(loaded, windows, "losses", journal, (phase, progress))
+    return Fitter(ranges, losses)
+
+
+def spend_by_loss(
+    loaded: LoadedModel, scheme: KvSpec, fitter: Fitter, positions: int
+) -> dict[int, KvSpec]:
+    """Return a scheme for each layer that spends a mixed scheme's bytes by predicted loss."""
+    layers = {layer.index: layer.geometry for layer in loaded.seam.packed}
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    uniform = replace(scheme, mixed=False, target_bits=None)
+    ground = Ground(uniform, layers, MIXED_AT, dtype)
+    budget = ground.nbytes(dict.fromkeys(layers, uniform))
+    if scheme.target_bits is not None:
+        budget = int(scheme.target_bits * ground.elements / 8)
+    found = allocate(ground, options(ground, fitter, positions), budget)
+    if found is None:
+        raise InputError(
+            f"{scheme.target_bits:g} bits are too few for {uniform} at {MIXED_AT} tokens; "
+            "ask for more, or drop outliers or sinks"
+        )
+    return found
 
 
 def describe_run(loaded: LoadedModel, windows: Windows, seed: int) -> dict[str, Any]:
@@ -155,22 +200,6 @@ def _feed(
             journal.step(name)
     progress(phase, len(share), len(share))
     collector.merge(loaded.ranks)
-
-
-def _fit(
-    spec: KvSpec, ranges: RangeCollector, histograms: HistogramCollector, seam: Seam
-) -> dict[tuple[int, str], Codebook]:
-    """Fit the codebooks of every packed layer."""
-    books = {}
-    for layer in seam.packed:
-        for side, quant in zip(SIDES, (spec.key, spec.value), strict=True):
-            levels = get_method(quant.method).fit(
-                quant, histograms.histogram(spec, side, layer.index)
-            )
-            ranged = ranges.ranges(spec, layer.index) if quant.per_channel else None
-            ends = (ranged.lower, ranged.upper) if ranged else (None, None)
-            books[layer.index, side] = Codebook(*levels, *ends).to(torch.device("cpu"))
-    return books
 
 
 def _check_shapes(spec: KvSpec, seam: Seam) -> None:

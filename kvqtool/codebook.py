@@ -35,6 +35,9 @@ class Codebook:
         lower: (channels,) float32, fp16 values: each channel's least packed value; None where
             tokens bring ranges.
         upper: (channels,) float32, likewise the greatest.
+        feedback: (heads, width, width) float32, fp16 values: see `compensation.BlockFisher`; None
+            where rounding is not compensated.
+        order: (heads, width) int16, the order a head's channels are rounded in; None likewise.
 
     Example: nuq3 keys of a layer with 192 channels -> levels (8,), lower (192,), upper (192,).
     """
@@ -43,6 +46,8 @@ class Codebook:
     decode_levels: Tensor
     lower: Tensor | None = None
     upper: Tensor | None = None
+    feedback: Tensor | None = None
+    order: Tensor | None = None
 
     def to(self, device: torch.device) -> Codebook:
         """Return the codebook with its tensors on a device."""
@@ -55,6 +60,8 @@ class Codebook:
             self.decode_levels.to(device),
             move(self.lower),
             move(self.upper),
+            move(self.feedback),
+            move(self.order),
         )
 
 
@@ -118,6 +125,30 @@ def weighted_kmeans(points: FloatArray, weights: FloatArray, count: int) -> Floa
         (problems, count) ascending. Levels no point needs repeat the greatest; all are 0 where
         there is no weight.
     """
+    prefix, _, splits = _solve(points, weights, count)
+    return _levels_of(splits, prefix)
+
+
+def least_errors(points: FloatArray, weights: FloatArray, most: int) -> FloatArray:
+    """Return the weighted squared error of the best 1, 2, ... `most` levels, (problems, most).
+
+    Args:
+        points: (problems, n) ascending along the last axis.
+        weights: (problems, n), not negative.
+        most: the greatest number of levels.
+    """
+    _, errors, _ = _solve(points, weights, most)
+    return np.stack(errors, axis=1)
+
+
+def _solve(
+    points: FloatArray, weights: FloatArray, count: int
+) -> tuple[tuple[FloatArray, ...], list[FloatArray], list[IntArray]]:
+    """Return prefix sums, the least error with 1 to `count` levels, and each row's splits."""
+    weighed = weights > 0
+    most = max(int(weighed.sum(1).max(initial=0)), 1)
+    first = np.argsort(~weighed, axis=1, kind="stable")[:, :most]  # points that matter, in order
+    points, weights = (np.take_along_axis(part, first, axis=1) for part in (points, weights))
     problems, n = points.shape
     prefix = tuple(
         np.pad(np.cumsum(terms, axis=1), ((0, 0), (1, 0)))
@@ -126,11 +157,12 @@ def weighted_kmeans(points: FloatArray, weights: FloatArray, count: int) -> Floa
     flat = tuple(sums.ravel() for sums in prefix)
     base = np.arange(problems)[:, None] * (n + 1)
     best = _cost(flat, np.broadcast_to(base, (problems, n + 1)), base + np.arange(n + 1))
-    splits = []
+    errors, splits = [best[:, -1]], []
     for _ in range(count - 1):
         best, split = _next_row(best, flat)
+        errors.append(best[:, -1])
         splits.append(split)
-    return _levels_of(splits, prefix)
+    return prefix, errors, splits
 
 
 def _cost(prefix: tuple[FloatArray, ...], start: IntArray, stop: IntArray) -> FloatArray:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from kvqtool.bits import pack_codes, unpack_words
 from kvqtool.codebook import Codebook, as_half
+from kvqtool.compensation import round_in_order
 from kvqtool.memory import groups_per_token, outliers_per_tail
 from kvqtool.outliers import cap_mask, extract, rank_mask, restore, threshold_mask
-from kvqtool.spec import QuantSpec
+from kvqtool.side import QuantSpec
 
 
 def encode(states: Tensor, codebook: Codebook, spec: QuantSpec) -> dict[str, Tensor]:
@@ -32,7 +33,17 @@ def encode(states: Tensor, codebook: Codebook, spec: QuantSpec) -> dict[str, Ten
         The buffers of `memory.body_buffers`, exactly `rows` rows.
     """
     ranged = normalize(states, codebook, spec)
-    codes = nearest_level(ranged.normalized, codebook.levels)
+    if spec.compensated:
+        assert codebook.feedback is not None and codebook.order is not None
+        codes, shift = round_in_order(
+            ranged.normalized,
+            (codebook.levels, codebook.decode_levels),
+            (codebook.feedback, codebook.order),
+            ranged.outliers,
+        )
+        states = states - shift * ranged.scale
+    else:
+        codes = nearest_level(ranged.normalized, codebook.levels)
     buffers = {"words": pack_codes(codes, spec.bits)}
     if ranged.ranges is not None:
         buffers["ranges"] = ranged.ranges

@@ -201,7 +201,7 @@ class _Run:
         seconds = time.perf_counter() - started
         usage = asdict(measure(self.cache))
         return GenerationResult(
-            spec=str(self.cache.bundle.spec),
+            spec=self.cache.bundle.spec.name,
             text=self.text.sent,
             token_ids=ids,
             prompt_tokens=prompt_tokens,

@@ -79,6 +79,12 @@ class LevelHistogram:
         """
         return self._points(2)
 
+    def coarse(self, bins: int) -> LevelHistogram:
+        """Return the same counts in fewer bins, for fits that need not be exact."""
+        merged = LevelHistogram(self.problems, bins, self._sums.device)
+        merged._sums = self._sums.view(4, self.problems * bins, -1).sum(-1)
+        return merged
+
     def _points(self, which: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         mass, moment = self._sums[which : which + 2].view(2, self.problems, self.bins).cpu().numpy()
         middle = (np.arange(self.bins) + 0.5) * (2 / self.bins) - 1

@@ -13,7 +13,8 @@ from fractions import Fraction
 from typing import Final
 
 from kvqtool.errors import InputError
-from kvqtool.spec import EXACT, KvSpec, QuantSpec
+from kvqtool.side import EXACT, QuantSpec
+from kvqtool.spec import KvSpec
 
 PAGE_TOKENS: Final = 128
 SLAB_TOKENS: Final = 64  # what a warp of a CUDA kernel reads at once: half a page of one KV head

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvqtool.memory import PAGE_TOKENS, body_buffers, outliers_per_tail
 from kvqtool.outliers import row_of_outlier
-from kvqtool.spec import QuantSpec
+from kvqtool.side import QuantSpec
 
 # Runs of outliers shorter than this are joined, so that appending tokens one by one leaves few of
 # them.

@@ -19,8 +19,8 @@ from kvqtool.codec import channel_affine
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.outliers import row_of_outlier
 from kvqtool.page_memory import MOST_SORTED, QUAD, SLABS, STARTS
+from kvqtool.side import QuantSpec
 from kvqtool.slabs import pack_slabs
-from kvqtool.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ class _Tally:
         kld = torch.cat(self._kld).double()
         cache_bytes, cache_bytes_fp16 = self._bytes.tolist()
         return PplResult(
-            spec=str(bundle.spec),
+            spec=bundle.spec.name,
             ppl=math.exp(nll / targets),
             ppl_baseline=math.exp(nll_baseline / targets),
             ppl_ratio=ratio,

@@ -28,7 +28,7 @@ from kvqtool.memory import (
 from kvqtool.models import LoadedModel
 from kvqtool.outliers import row_of_outlier
 from kvqtool.rope import AngleStore
-from kvqtool.spec import QuantSpec
+from kvqtool.side import QuantSpec
 from kvqtool.store import LayerStore
 
 KIND: Final = "kvqtool-cache"
@@ -163,7 +163,7 @@ def _restore_layer(
     loaded: LoadedModel,
 ) -> None:
     saved = source.saved
-    prefix, spec = f"layers.{store.layer}", saved.bundle.spec
+    prefix, spec = f"layers.{store.layer}", store.spec
     exact, widths = {}, (geometry.key_dim, geometry.value_dim)
     sink, body, window = split_tokens(spec, saved.tokens)
     for part, length in zip(_PARTS, (sink, window), strict=True):

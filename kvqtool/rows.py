@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvqtool.spec import QuantSpec
+from kvqtool.side import QuantSpec
 
 Pair = tuple[Tensor, Tensor]
 

@@ -1,14 +1,15 @@
-"""What a quantization scheme is, as a value: `QuantSpec` for one side, `KvSpec` for keys and
-values.
+"""What a quantization scheme is, as a value: `KvSpec`, a `QuantSpec` for keys and one for values.
 
 The short string is the scheme's name everywhere: command line, bundle, reports. Its grammar:
 
     fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken]
-    [-nofisher|-fisher] [-pc]
+    [-nofisher|-fisher] [-pc] [-comp] [-vrot]
 
 `METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4.
-Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). Printing a spec
-and parsing it gives the same spec.
+Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). `@mixed` at
+the end lets calibration spend the scheme's bytes unevenly: every layer's keys and values get the
+width and outlier share that the loss asks for; `@2.75` spends that many bits a number instead.
+`kvq4`, `kvq3` and `kvq2` are short for PRESETS. Printing a spec and parsing it gives the same spec.
 """
 
 from __future__ import annotations
@@ -20,115 +21,14 @@ from fractions import Fraction
 from typing import Final
 
 from kvqtool.errors import SpecError
+from kvqtool.side import EXACT, QuantSpec
 
-METHOD_BITS: Final[dict[str, tuple[int, ...]]] = {
-    "nuq": (2, 3, 4, 8),
-    "int": (2, 3, 4, 8),
-    "nf": (2, 3, 4),
+# The best recipe measured at each width (docs/quality.md).
+PRESETS: Final[dict[str, str]] = {
+    f"kvq{bits}": f"nuq{bits}-1%-sink1-pc-comp/nuq{bits}-1%-sink1-comp@mixed" for bits in (4, 3, 2)
 }
-EXACT: Final = "fp"
-DEFAULT_SPEC: Final = "nuq3-1%-sink1"
-WEIGHTINGS: Final = ("fisher-scale", "fisher", "none")
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How one side (keys or values) of the cache is stored.
-
-    Args:
-        method: `nuq`, `int`, `nf`, or `fp` (stored exactly, in the model's dtype).
-        bits: stored bits per code; 16 stands for `fp`.
-        outlier_fraction: share of elements kept exactly, both tails together (0.01 is 1 %).
-        group_size: channels of one token that share a scale and an offset (`int` only); None for
-            the side's default.
-        outlier_cap: most outliers a token may keep on a side with offline thresholds; None for no
-            limit.
-        moment_match: KVQuant's Q-Norm; decoded levels are shifted so that mean and deviation are
-            those of the data.
-        pre_rope: keys are stored as they were before the rotary embedding.
-        per_channel: a channel's range is fixed by calibration; otherwise each token brings its own
-            range.
-        weighting: what the codebook fit weighs an element with: Fisher times scale squared, Fisher
-            alone, nothing.
-        channel_levels: a codebook per key channel instead of one per layer.
-    """
-
-    method: str
-    bits: int
-    outlier_fraction: float = 0.0
-    group_size: int | None = None
-    outlier_cap: int | None = None
-    moment_match: bool = False
-    pre_rope: bool = False
-    per_channel: bool = False
-    weighting: str = "fisher-scale"
-    channel_levels: bool = False
-
-    def __post_init__(self) -> None:
-        known = METHOD_BITS.get(self.method, (16,) if self.method == EXACT else ())
-        if self.bits not in known:
-            names = " ".join(f"{m}{b}" for m, widths in METHOD_BITS.items() for b in widths)
-            raise SpecError(f"unknown method {self.method}{self.bits}; use fp or one of: {names}")
-        if not 0 <= self.outlier_fraction < 0.5:
-            raise SpecError(
-                f"outlier share {self.outlier_fraction * 100:g}% is not in 0%..50%; use 1% or less"
-            )
-        if self.weighting not in WEIGHTINGS:
-            raise SpecError(
-                f"unknown weighting {self.weighting!r}; use one of: {', '.join(WEIGHTINGS)}"
-            )
-        if self.group_size is not None and (self.method != "int" or self.group_size < 8):
-            raise SpecError(
-                f"-g{self.group_size}: groups of 8 or more channels are for int methods; "
-                "drop -g or use int"
-            )
-        if self.group_size is not None and self.per_channel:
-            raise SpecError(
-                f"-g{self.group_size}: groups bring a range per token, channels have theirs; "
-                "keep one"
-            )
-        if self.method == EXACT and (
-            self.outlier_fraction
-            or self.moment_match
-            or self.outlier_cap is not None
-            or self.per_channel
-        ):
-            raise SpecError(
-                "fp stores everything exactly; outliers, caps, ranges and qnorm do not apply to it"
-            )
-        if self.method != "nuq" and (
-            self.weighting != "fisher-scale" or self.channel_levels or self.moment_match
-        ):
-            raise SpecError(
-                f"{self.method}{self.bits}: -fisher, -nofisher, "
-                "-qnorm and -pc belong to nuq methods"
-            )
-        if self.outlier_cap is not None and (
-            self.outlier_cap < 1 or not (self.per_channel and self.outlier_fraction)
-        ):
-            raise SpecError(
-                f"-cap{self.outlier_cap} needs key outliers with thresholds per channel, "
-                "as in nuq3-1%-cap4"
-            )
-        if self.channel_levels and not self.per_channel:
-            raise SpecError(
-                "-pc (a codebook per key channel) needs keys per channel; drop -pertoken"
-            )
-
-    @property
-    def fits_levels(self) -> bool:
-        """Whether levels are fitted to data, by calibration."""
-        return self.method == "nuq"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether encoding needs numbers that only calibration on text can give."""
-        return self.fits_levels or self.per_channel
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether calibration has to run the backward pass (Fisher information)."""
-        return self.fits_levels and self.weighting != "none"
+DEFAULT_SPEC: Final = "kvq3"
+_MIXED: Final = re.compile(r"@(mixed|[0-9]{1,2}(?:\.[0-9]{1,6})?)$")
 
 
 @dataclass(frozen=True)
@@ -140,31 +40,60 @@ class KvSpec:
         value: how packed values are stored.
         sink_tokens: first tokens of a sequence kept exact (attention sinks).
         residual_length: most recent tokens kept exact, the newest included.
+        mixed: calibration chooses widths and outlier shares layer by layer.
+        target_bits: effective bits a number that it may spend; None for those that the scheme would
+            take as it stands.
     """
 
     key: QuantSpec
     value: QuantSpec
     sink_tokens: int = 0
     residual_length: int = 0
+    mixed: bool = False
+    target_bits: float | None = None
 
     def __post_init__(self) -> None:
         if self.value.per_channel or self.value.pre_rope or self.value.channel_levels:
             raise SpecError(
                 "values are quantized per token; -pc, per-channel and pre-RoPE storage are for keys"
             )
+        if self.key.rotated:
+            raise SpecError("-vrot rotates values; keys are rotated by position already")
         if self.sink_tokens < 0 or self.residual_length < 0:
             raise SpecError(
                 f"sink{self.sink_tokens} and r{self.residual_length} must not be negative"
             )
         if (self.key.method == EXACT) != (self.value.method == EXACT):
             raise SpecError("fp is for both sides at once; quantize keys and values, or neither")
+        if self.mixed and not all(
+            side.fits_levels and side.needs_gradients for side in (self.key, self.value)
+        ):
+            raise SpecError(
+                "@mixed spends bytes by Fisher information, on nuq keys and values; "
+                "use nuq without -nofisher, or drop @mixed"
+            )
 
     def __str__(self) -> str:
         key, value = self._print(self.key, is_key=True), self._print(self.value, is_key=False)
         alone = replace(
-            self.key, pre_rope=False, per_channel=False, channel_levels=False, outlier_cap=None
+            self.key,
+            pre_rope=False,
+            per_channel=False,
+            channel_levels=False,
+            outlier_cap=None,
+            compensated=False,
+            rotated=self.value.rotated,
         )
-        return key if alone == self.value else f"{key}/{value}"
+        one = key + "-vrot" * self.value.rotated if alone == self.value else f"{key}/{value}"
+        if not self.mixed:
+            return one
+        return f"{one}@mixed" if self.target_bits is None else f"{one}@{self.target_bits:.10g}"
+
+    @property
+    def name(self) -> str:
+        """The short name of a preset, or the spec string."""
+        text = str(self)
+        return next((name for name, recipe in PRESETS.items() if recipe == text), text)
 
     def _print(self, spec: QuantSpec, *, is_key: bool) -> str:
         parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
@@ -186,6 +115,8 @@ class KvSpec:
             )
         parts += {"fisher-scale": [], "fisher": ["fisher"], "none": ["nofisher"]}[spec.weighting]
         parts += ["pc"] * spec.channel_levels
+        parts += ["comp"] * spec.compensated
+        parts += ["vrot"] * spec.rotated
         return "-".join(parts)
 
     @property
@@ -202,7 +133,7 @@ class KvSpec:
 _HEAD: Final = re.compile(r"(nuq|int|nf)([0-9]{1,9})|fp")
 _NUMBERED: Final = re.compile(r"(sink|cap|r|g)([0-9]{1,9})")
 _PERCENT: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,99})?)%")
-_FLAGS: Final = ("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc")
+_FLAGS: Final = ("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc", "comp", "vrot")
 _KEY_ONLY: Final = ("postrope", "pertoken", "pc", "cap")
 
 
@@ -210,13 +141,18 @@ def parse_spec(text: str) -> KvSpec:
     """Parse a spec string.
 
     Args:
-        text: one scheme (`nuq3-1%-sink1`) or two joined by `/` for keys and values. `sink` and `r`
-            hold for the whole cache and may be written on one side or on both.
+        text: one scheme (`nuq3-1%-sink1`) or two joined by `/` for keys and values, or a preset.
+            `sink` and `r` hold for the whole cache and may be written on one side or on both.
 
     Raises:
         SpecError: when the string is not in the grammar; the message names the part and the remedy.
     """
-    sides = text.strip().split("/")
+    written = text.strip()
+    preset, at, rest = written.partition("@")
+    if preset in PRESETS:
+        written = PRESETS[preset].removesuffix("@mixed") + (at + rest or "@mixed")
+    mixed = _MIXED.search(written)
+    sides = (written[: mixed.start()] if mixed else written).split("/")
     if len(sides) > 2:
         raise SpecError(
             f"spec {text!r} has {len(sides)} parts; write KEYS/VALUES, as in nuq4-1%/nuq3-1%"
@@ -227,11 +163,15 @@ def parse_spec(text: str) -> KvSpec:
     misplaced = [w for w in _KEY_ONLY if w in value] if len(words) == 2 else []
     if misplaced:
         raise SpecError(f"spec {text!r}: {misplaced[0]} is for keys; write it before the /")
+    if len(words) == 2 and "vrot" in key:
+        raise SpecError(f"spec {text!r}: vrot is for values; write it after the /")
     return KvSpec(
         key=_quant_spec(key, is_key=True),
-        value=_quant_spec(value, is_key=False),
+        value=_quant_spec(value if len(words) == 2 else _of_values(value), is_key=False),
         sink_tokens=shared["sink"],
         residual_length=shared["r"],
+        mixed=mixed is not None,
+        target_bits=float(mixed[1]) if mixed and mixed[1] != "mixed" else None,
     )
 
 
@@ -297,4 +237,11 @@ def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
         if "nofisher" in words
         else "fisher-scale",
         channel_levels=is_key and "pc" in words,
+        compensated="comp" in words,
+        rotated=not is_key and "vrot" in words,
     )
+
+
+def _of_values(words: dict[str, str]) -> dict[str, str]:
+    """Return what one scheme for both sides says of values: compensation is for its keys."""
+    return {name: value for name, value in words.items() if name != "comp"}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.errors import RunError
+from kvqtool.hadamard import rotate_heads
 from kvqtool.memory import LayerGeometry, dropped_tokens
 from kvqtool.methods import get_method
 from kvqtool.packed import PackedBody
@@ -141,10 +142,8 @@ class LayerStore:
                 body_key, body_value = self._decode(rows, begin, angles)
                 keys.append(body_key)
                 values.append(body_value)
-        key, value = (
-            torch.cat([*keys, window_key], dim=2),
-            torch.cat([*values, window_value], dim=2),
-        )
+        key = torch.cat([*keys, window_key], dim=2)
+        value = torch.cat([*values, window_value], dim=2)
         put_padded_sinks(self._exact["sink"], self.padding, (key, value), first)
         return key[:, :, start - first :], value[:, :, start - first :]
 
@@ -262,6 +261,8 @@ class LayerStore:
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + tokens))
             states[0] = self.rotation.unrotate(states[0], cos, sin)
+        if self.spec.value.rotated:
+            states[1] = rotate_heads(states[1])
         encoded = []
         specs = (self.spec.key, self.spec.value)
         for side, spec, book in zip(states, specs, self._codebooks, strict=True):
@@ -289,6 +290,8 @@ class LayerStore:
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
             states[0] = self.rotation.rotate(states[0], cos, sin)
+        if self.spec.value.rotated:
+            states[1] = rotate_heads(states[1])
         dtype = self._exact["window"][0].dtype
         return from_rows(states[0], dtype), from_rows(states[1], dtype)
 

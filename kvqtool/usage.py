@@ -57,7 +57,7 @@ def measure(cache: KvqCache) -> CacheUsage:
         cache_bytes=cache.nbytes,
         cache_bytes_fp16=2 * batch * sum(count * s.geometry.elements for count, s in seen),
         paper_bytes=sum(
-            paper_bytes(cache.bundle.spec, (store.geometry,), batch, count) for count, store in seen
+            paper_bytes(store.spec, (store.geometry,), batch, count) for count, store in seen
         ),
         effective_bits=8 * cache.nbytes / elements,
         outliers=sum(body.outliers for store in stores for body in store.bodies),
@@ -81,7 +81,7 @@ def layer_report(cache: KvqCache) -> list[dict[str, Any]]:
 
 
 def _layer_row(bundle: Bundle, layer: LayerSeam) -> dict[str, Any]:
-    spec, packed = bundle.spec, layer.is_packed
+    spec, packed = bundle.spec_of(layer.index), layer.is_packed
     rotated = packed and is_rotated(layer, bundle)
     axis = "channel" if spec.key.per_channel else "group" if spec.key.group_size else "token"
     kind = "stock" if not packed else "sliding" if layer.window else "full"

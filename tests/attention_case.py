@@ -12,8 +12,9 @@ from kvqtool.codebook import Codebook, as_half, normalfloat_levels, round_range
 from kvqtool.codec import decode, encode
 from kvqtool.fused import ExactTokens, LayerTables, PackedContext, Variant, groups_of
 from kvqtool.pages import PageSide, build_pages, folds_levels, key_table, level_table
+from kvqtool.side import QuantSpec
 from kvqtool.slabs import angle_table, frequency_table
-from kvqtool.spec import QuantSpec, parse_spec
+from kvqtool.spec import parse_spec
 
 
 @dataclass(frozen=True)

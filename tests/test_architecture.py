@@ -10,12 +10,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvqtool"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "memory", "page_memory", "shape", "plan", "files", "progress"),
+    ("errors", "side", "spec", "memory", "page_memory", "shape", "plan", "files", "progress"),
     (
         "ranks",
         "bits",
         "outliers",
         "codebook",
+        "compensation",
+        "hadamard",
         "histogram",
         "quantiles",
         "codec",
@@ -23,7 +25,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "slabs",
         "pages",
     ),
-    ("container", "methods", "bundle", "cuda", "fused", "packing", "appending", "reading", "ops"),
+    (
+        "container",
+        "methods",
+        "bundle_parts",
+        "bundle",
+        "cuda",
+        "fused",
+        "packing",
+        "appending",
+        "reading",
+        "ops",
+    ),
     ("rope", "seam", "padding", "rows", "store"),
     (
         "identity",
@@ -40,7 +53,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "probe",
         "capture",
     ),
-    ("collect", "partial", "calibrate", "perplexity", "generation", "restore", "cachefile"),
+    (
+        "collect",
+        "fit",
+        "partial",
+        "calibrate",
+        "perplexity",
+        "allocate",
+        "search",
+        "generation",
+        "restore",
+        "cachefile",
+    ),
     ("cli", "__main__", "__init__"),
 )
 # What a floor may import from outside, beside the standard library and what the floors below may.

@@ -14,6 +14,7 @@ from kvqtool.bundle import Bundle, save_bundle
 from kvqtool.calibrate import calibrate
 from kvqtool.capture import KeyStates, Watcher, capture
 from kvqtool.codebook import weighted_kmeans
+from kvqtool.compensation import BlockFisher
 from kvqtool.data import NO_BOS, Text, Windows
 from kvqtool.errors import RunError
 from kvqtool.identity import identify
@@ -175,6 +176,30 @@ class TestLevels:
             assert found.tolist() == pytest.approx(expected.tolist(), abs=4e-3)
 
 
+@pytest.mark.parametrize("side", ("key", "value"))
+def test_feedback_is_that_of_all_gradients(
+    loaded: LoadedModel, windows: Windows, everything: Everything, side: str
+) -> None:
+    """Of u, not of x: a gradient times its scale."""
+    bundle = bundle_of(loaded, windows, "nuq2-4%-sink2-comp/nuq2-4%-comp")
+    for layer, heads in ((0, 2), (1, 2)):
+        book = bundle.codebooks[layer, side]
+        rows, gradients = everything.rows(layer, side, 2)
+        if book.lower is not None and book.upper is not None:
+            scale = ((book.upper - book.lower) / 2).double().numpy()[None]
+        else:
+            inner = np.sort(rows, 1)[:, 1:-1]  # 32 channels at 4 %: one outlier at each end
+            scale = (inner[:, -1:] - inner[:, :1]) / 2
+        slopes = torch.from_numpy(gradients * scale)
+        fisher = BlockFisher(heads, rows.shape[1] // heads, slopes.device)
+        fisher.update(slopes)
+        feedback, order = fisher.feedback()
+        assert book.feedback is not None
+        assert book.order is not None
+        assert torch.equal(book.order, order)
+        assert (book.feedback - feedback).abs().max() < 5e-3 * feedback.abs().max()
+
+
 def same_books(one: Bundle, two: Bundle, tolerance: float) -> bool:
     named = one.tensors(), two.tensors()
     return named[0].keys() == named[1].keys() and all(
@@ -182,7 +207,14 @@ def same_books(one: Bundle, two: Bundle, tolerance: float) -> bool:
     )
 
 
-SPECS = ("nuq3-2%-sink1", "nuq2-qnorm", "nuq2-2%-pc", "nuq2-pertoken-nofisher", "int4-2%")
+SPECS = (
+    "nuq3-2%-sink1",
+    "nuq2-qnorm",
+    "nuq2-2%-pc",
+    "nuq2-pertoken-nofisher",
+    "int4-2%",
+    "nuq2-2%-pc-comp/nuq3-comp-vrot",
+)
 
 
 class TestReproducible:

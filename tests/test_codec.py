@@ -9,7 +9,8 @@ from torch import Tensor
 from kvqtool.bits import unpack_words
 from kvqtool.codebook import Codebook, as_half, normalfloat_levels, uniform_levels
 from kvqtool.codec import decode, decode_dense, encode, nearest_level
-from kvqtool.spec import QuantSpec, parse_spec
+from kvqtool.side import QuantSpec
+from kvqtool.spec import parse_spec
 
 Array = NDArray[np.float64]
 

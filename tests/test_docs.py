@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kvqtool.cli import COMMANDS, app
+from kvqtool.side import METHOD_BITS
 from kvqtool.spec import _FLAGS as MODIFIERS
-from kvqtool.spec import METHOD_BITS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

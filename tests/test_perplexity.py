@@ -29,6 +29,7 @@ SPECS = (
     "int4-g32-r16",
     "nf4-pertoken-postrope-r100",
     "fp-sink2-r7",
+    "nuq2-2%-sink2-r5-pc-comp/nuq3-comp-vrot",
 )
 
 

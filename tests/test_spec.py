@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from kvqtool.errors import SpecError
-from kvqtool.spec import DEFAULT_SPEC, METHOD_BITS, WEIGHTINGS, KvSpec, QuantSpec, parse_spec
+from kvqtool.side import METHOD_BITS, WEIGHTINGS, QuantSpec
+from kvqtool.spec import DEFAULT_SPEC, PRESETS, KvSpec, parse_spec
 
 HEADS = tuple(f"{method}{bits}" for method, widths in METHOD_BITS.items() for bits in widths)
 SHARED_WORDS = ("", "-sink1", "-r128", "-sink4-r32")
@@ -20,6 +22,8 @@ WORDS = {
         ("", "-pertoken"),
         ("", "-fisher", "-nofisher"),
         ("", "-pc"),
+        ("", "-comp"),
+        ("", "-vrot"),
     ),
     "int": (
         ("", "-1%", "-2.5%"),
@@ -28,6 +32,8 @@ WORDS = {
         SHARED_WORDS,
         ("", "-postrope"),
         ("", "-pertoken"),
+        ("", "-comp"),
+        ("", "-vrot"),
     ),
     "nf": (("", "-1%"), ("", "-cap4"), SHARED_WORDS, ("", "-postrope"), ("", "-pertoken")),
 }
@@ -49,17 +55,46 @@ def is_sensible(text: str) -> bool:
     return not (
         ("-cap" in text and ("%" not in text or per_token))
         or ("-pc" in text and per_token)
-        or ("-g" in text and "-pertoken" in text)
+        or ("-g" in text and ("-pertoken" in text or "-comp" in text))
     )
 
 
 class TestMeaning:
-    def test_default_is_kvquant_with_a_sink(self) -> None:
-        spec = parse_spec(DEFAULT_SPEC)
+    def test_kvquant_is_nuq_with_outliers_and_a_sink(self) -> None:
+        spec = parse_spec("nuq3-1%-sink1")
         shared = {"method": "nuq", "bits": 3, "outlier_fraction": 0.01}
         assert spec.key == QuantSpec(**shared, pre_rope=True, per_channel=True)  # type: ignore[arg-type]
         assert spec.value == QuantSpec(**shared)  # type: ignore[arg-type]
         assert (spec.sink_tokens, spec.residual_length) == (1, 0)
+
+    @pytest.mark.parametrize("bits", (4, 3, 2))
+    def test_a_preset_is_its_recipe(self, bits: int) -> None:
+        spec = parse_spec(f"kvq{bits}")
+        assert (spec.key.bits, spec.value.bits, spec.sink_tokens) == (bits, bits, 1)
+        assert spec.mixed
+        assert spec.key.channel_levels
+        assert spec.key.compensated
+        assert spec.value.compensated
+        assert str(spec) == PRESETS[f"kvq{bits}"]
+
+    def test_the_default_is_a_preset(self) -> None:
+        assert DEFAULT_SPEC in PRESETS
+
+    def test_mixed_stands_at_the_end_of_any_nuq_scheme(self) -> None:
+        assert str(parse_spec("nuq3@mixed")) == "nuq3@mixed"
+        assert parse_spec("nuq4-1%/nuq3@mixed").mixed
+
+    @pytest.mark.parametrize("text", ("nuq3-1%@2.75", "nuq3-1%-pc-comp/nuq3-comp@12.345678"))
+    def test_bits_to_spend_are_read_back(self, text: str) -> None:
+        spec = parse_spec(text)
+        assert spec.mixed
+        assert str(spec) == text
+        assert spec.target_bits == float(text.rpartition("@")[2])
+
+    def test_a_preset_can_spend_other_bits(self) -> None:
+        spec = parse_spec("kvq3@2.5")
+        assert spec == replace(parse_spec("kvq3"), target_bits=2.5)
+        assert (spec.name, parse_spec("kvq3").name) == (str(spec), "kvq3")
 
     def test_one_string_is_for_both_sides(self) -> None:
         spec = parse_spec("int4-1%-g64")
@@ -81,6 +116,7 @@ class TestMeaning:
             ("fisher", "weighting", "fisher"),
             ("nofisher", "weighting", "none"),
             ("pc", "channel_levels", True),
+            ("comp", "compensated", True),
             ("2%", "outlier_fraction", 0.02),
             ("0.1%", "outlier_fraction", 0.001),
         ],
@@ -89,6 +125,15 @@ class TestMeaning:
         plain, changed = parse_spec("nuq3").key, parse_spec(f"nuq3-{word}").key
         assert getattr(changed, field) == expected
         assert {n for n in vars(plain) if vars(plain)[n] != vars(changed)[n]} == {field}
+
+    def test_one_string_compensates_keys_and_rotates_values(self) -> None:
+        spec = parse_spec("nuq3-comp-vrot")
+        assert (spec.key.compensated, spec.value.compensated) == (True, False)
+        assert (spec.key.rotated, spec.value.rotated) == (False, True)
+
+    def test_two_strings_compensate_each_for_itself(self) -> None:
+        spec = parse_spec("nuq3/nuq3-comp")
+        assert (spec.key.compensated, spec.value.compensated) == (False, True)
 
     def test_order_and_surrounding_space_do_not_matter(self) -> None:
         assert parse_spec(" nuq3-sink1-qnorm-1% \n") == parse_spec("nuq3-1%-sink1-qnorm")
@@ -109,6 +154,10 @@ class TestMeaning:
             ("int4-g64", False, False),
             ("nf4-pertoken", False, False),
             ("int4-g64/nuq3", True, True),
+            ("int4-comp", True, True),
+            ("int4-g64/int4-comp", True, True),
+            ("int4-pertoken-vrot", False, False),
+            ("nuq3-nofisher-comp", True, True),
             ("nuq3-pertoken-nofisher", True, False),
         ],
     )
@@ -139,8 +188,9 @@ class TestRoundTrip:
             "int4-g64",
             "int3-1%-cap4-postrope",
             "nf4-pertoken",
+            "nuq3-1%-pc-comp",
         )
-        values = ("nuq2", "nuq3-1%-qnorm", "int4-g64", "int3", "nf4", "nuq8-nofisher")
+        values = ("nuq2", "nuq3-1%-qnorm", "int4-g64", "int3-vrot", "nf4", "nuq8-nofisher-comp")
         for pair in itertools.product(keys, values):
             spec = parse_spec("/".join(pair))
             assert parse_spec(str(spec)) == spec, pair
@@ -175,6 +225,7 @@ def valid_specs() -> Iterator[KvSpec]:
         (False, True),
         WEIGHTINGS,
         (False, True),
+        (False, True),
     )
     for (method, bits), *rest in grid:
         try:
@@ -207,6 +258,12 @@ class TestRefusal:
             ("nuq3-fisher-nofisher", "fisher and nofisher", "keep one"),
             ("nuq3-50%", "50%", "use 1% or less"),
             ("nuq3-g64", "-g64", "drop -g or use int"),
+            ("int4@mixed", "@mixed", "use nuq without -nofisher"),
+            ("nuq3-nofisher@mixed", "@mixed", "use nuq without -nofisher"),
+            ("nuq3@mixed-sink1", "'nuq3@mixed'", "start with nuq3"),
+            ("nuq3-vrot/nuq3", "vrot", "write it after the /"),
+            ("int4-g64-comp", "-g64", "drop -g or -comp"),
+            ("fp-vrot", "vrot", "do not apply"),
             ("int4-g4", "-g4", "groups of 8 or more"),
             ("int4-qnorm", "int4", "belong to nuq"),
             ("nf4-pc", "nf4", "belong to nuq"),

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from kvqtool.cli import options as opt
-from kvqtool.cli.inputs import Calibration, ModelChoice, make_bundle, refuse_shared_stdin
+from kvqtool.cli.inputs import (
+    Calibration,
+    ModelChoice,
+    make_bundle,
+    refuse_several,
+    refuse_shared_stdin,
+)
 from kvqtool.cli.output import Output, Table
 from kvqtool.cli.reports import note_layers
 from kvqtool.errors import InputError
 from kvqtool.files import check_output
 from kvqtool.ranks import Ranks
-from kvqtool.spec import DEFAULT_SPEC, parse_spec
+from kvqtool.spec import DEFAULT_SPEC, KvSpec, parse_spec
 
 if TYPE_CHECKING:
+    from kvqtool.bundle import Bundle
+    from kvqtool.models import LoadedModel
     from kvqtool.partial import Partial
 
 NAME: Final = "calibrate"
@@ -24,13 +33,40 @@ EPILOG: Final = """\b
 Examples:
   kvqtool calibrate builtin --samples 4 --seq-len 512 -o nuq3.safetensors
   kvqtool calibrate builtin --spec int4-1% --samples 2 --seq-len 256 -o int4.safetensors
+  kvqtool calibrate builtin --target-bits 2.75 -o small.safetensors
 """
+# Windows of the calibration text that candidates are measured on, drawn by a seed of their own.
+_HELD_OUT, _HELD_OUT_SEED = 4, 1_000_003
 
 
 def run(
     model: opt.Model,
     *,
     spec: opt.Spec = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bits",
+            min=0.1,
+            max=16.0,
+            help="Spend so many bits a number, layer by layer, where the loss feels it.",
+        ),
+    ] = None,
+    max_kld: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kld", min=0.0, help="Use the fewest bits that keep this KL divergence."
+        ),
+    ] = None,
+    max_ppl_ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--max-ppl-ratio", min=1.0, help="Use the fewest bits that keep this perplexity ratio."
+        ),
+    ] = None,
+    at_context: Annotated[
+        int, typer.Option("--at-context", min=1, help="Tokens that a budget's bits are counted at.")
+    ] = 8192,
     dataset: opt.Dataset = None,
     text_column: opt.TextColumn = "text",
     samples: opt.Samples = opt.SAMPLES,
@@ -55,6 +91,8 @@ def run(
 ) -> None:
     """Fit a spec's codebooks to a model on some text and write them to a bundle."""
     scheme = parse_spec(spec or DEFAULT_SPEC)
+    limits = {"--target-bits": target_bits, "--max-kld": max_kld, "--max-ppl-ratio": max_ppl_ratio}
+    refuse_several(limits)
     refuse_shared_stdin(dataset)
     check_output(output, force)
     out = Output(NAME, json=json, quiet=quiet)
@@ -65,7 +103,11 @@ def run(
 
     calibration = Calibration(dataset, samples, seq_len, seed, text_column)
     partial = _partial(output, resume, loaded.ranks, out)
-    bundle = make_bundle(loaded, scheme, calibration, out, partial)
+    if any(limit is not None for limit in limits.values()):
+        limit = target_bits, max_kld, max_ppl_ratio, at_context
+        bundle = _spend(loaded, scheme, limit, (calibration, partial), out)
+    else:
+        bundle = make_bundle(loaded, scheme, calibration, out, partial)
     with loaded.ranks.together():
         if loaded.ranks.is_first:
             save_bundle(bundle, output, force=force)
@@ -82,7 +124,33 @@ def run(
     }
     note_layers(layers, out)
     path_line = Table((), [(str(output),)])
-    out.result(spec=str(scheme), model=model, result=result, table=path_line)
+    out.result(spec=bundle.spec.name, model=model, result=result, table=path_line)
+
+
+def _spend(
+    loaded: LoadedModel,
+    scheme: KvSpec,
+    limit: tuple[float | None, float | None, float | None, int],
+    how: tuple[Calibration, Partial],
+    out: Output,
+) -> Bundle:
+    """Calibrate a bundle that keeps a budget."""
+    from kvqtool.search import Budget, spend
+
+    calibration, partial = how
+    windows = calibration.windows(loaded, out)
+    held_out = replace(calibration, samples=_HELD_OUT, seed=calibration.seed + _HELD_OUT_SEED)
+    texts = windows, held_out.windows(loaded, out)
+    out.note(f"spending a budget on {scheme.name}, measured on {_HELD_OUT} more windows")
+    with out.progress() as progress:
+        return spend(
+            loaded,
+            texts,
+            (scheme, Budget(*limit)),
+            seed=calibration.seed,
+            progress=progress,
+            partial=partial,
+        )
 
 
 def _partial(output: Path, resume: bool, ranks: Ranks, out: Output) -> Partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from kvqtool.spec import DEFAULT_SPEC, KvSpec, parse_spec
 
 if TYPE_CHECKING:
     from kvqtool.bundle import Bundle
+    from kvqtool.data import Windows
     from kvqtool.models import LoadedModel
     from kvqtool.partial import Partial
 
@@ -75,6 +77,16 @@ class Calibration:
     seed: int
     text_column: str = "text"
 
+    def windows(self, loaded: LoadedModel, out: Output) -> Windows:
+        """Draw the windows."""
+        from kvqtool.data import calibration_windows, load_text
+
+        text = load_text(self.dataset, part="calibration", text_column=self.text_column)
+        seq_len = window_length(self.seq_len, loaded, out)
+        return calibration_windows(
+            text, loaded.tokenizer, samples=self.samples, seq_len=seq_len, seed=self.seed
+        )
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -123,14 +135,10 @@ def make_bundle(
         packed = [layer.index for layer in loaded.seam.packed]
         return uncalibrated_bundle(spec, loaded.identity.as_json(), packed)
     from kvqtool.calibrate import calibrate
-    from kvqtool.data import calibration_windows, load_text
 
-    text = load_text(calibration.dataset, part="calibration", text_column=calibration.text_column)
-    seq_len = window_length(calibration.seq_len, loaded, out)
-    windows = calibration_windows(
-        text, loaded.tokenizer, samples=calibration.samples, seq_len=seq_len, seed=calibration.seed
-    )
-    out.note(f"calibrating {spec} on {calibration.samples} windows of {seq_len} from {text.name}")
+    windows = calibration.windows(loaded, out)
+    count, seq_len = windows.ids.shape
+    out.note(f"calibrating {spec.name} on {count} windows of {seq_len} from {windows.source.name}")
     with out.progress() as progress:
         (bundle,) = calibrate(
             loaded, windows, [spec], seed=calibration.seed, progress=progress, partial=partial
@@ -142,6 +150,13 @@ def refuse_shared_stdin(*datasets: str | None) -> None:
     """Refuse standard input as a text where several processes would read it."""
     if "-" in datasets and not read_ranks().is_alone:
         raise InputError("standard input reaches one process only; name a file as the data set")
+
+
+def refuse_several(limits: Mapping[str, float | None]) -> None:
+    """Refuse limits that compete, by option."""
+    given = [name for name, limit in limits.items() if limit is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} each set the budget; keep one")
 
 
 def window_length(seq_len: int, loaded: LoadedModel, out: Output) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvqtool.codebook import Codebook
 from kvqtool.codec import decode, encode
 from kvqtool.histogram import LevelHistogram
-from kvqtool.spec import QuantSpec
+from kvqtool.side import QuantSpec
 
 
 class Method(ABC):

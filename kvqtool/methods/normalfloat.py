@@ -9,7 +9,7 @@ from torch import Tensor
 from kvqtool.codebook import as_half, normalfloat_levels
 from kvqtool.histogram import LevelHistogram
 from kvqtool.methods.base import Method
-from kvqtool.spec import QuantSpec
+from kvqtool.side import QuantSpec
 
 
 class NormalFloatMethod(Method):

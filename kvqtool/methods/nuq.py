@@ -14,7 +14,7 @@ from torch import Tensor
 from kvqtool.codebook import as_half, match_moments, weighted_kmeans
 from kvqtool.histogram import LevelHistogram
 from kvqtool.methods.base import Method
-from kvqtool.spec import QuantSpec
+from kvqtool.side import QuantSpec
 
 
 class NuqMethod(Method):

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,11 @@ def test_a_missing_bundle(run: Run) -> None:
 def test_a_bundle_of_another_model(run: Run, tmp_path: Path, bundle: Path) -> None:
     said = json.loads(metadata_of(bundle)["metadata"])
     said["model"] |= {"name": "other", "architecture": "OtherForCausalLM"}
-    from kvqtool.bundle import Bundle, load_bundle, save_bundle
+    from kvqtool.bundle import load_bundle, save_bundle
 
     mine = load_bundle(bundle)
     other = tmp_path / "other.safetensors"
-    save_bundle(Bundle(mine.spec, said["model"], mine.codebooks, mine.provenance), other)
+    save_bundle(replace(mine, model=said["model"]), other)
     done = run("ppl", "builtin", "--bundle", other, *SMALL, "-q")
     assert_refused(done, "OtherForCausalLM")
     assert "LlamaForCausalLM" in done.stderr

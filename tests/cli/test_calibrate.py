@@ -21,7 +21,7 @@ def test_stdout_is_the_path_alone(run: Run, tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert done.stdout == f"{path}\n"
     assert "model builtin on cpu, float32" in done.stderr
-    assert "calibrating nuq3-1%-sink1 on 2 windows of 64 from builtin:calibration" in done.stderr
+    assert "calibrating kvq3 on 2 windows of 64 from builtin:calibration" in done.stderr
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -20,7 +20,7 @@ def test_stdout_is_the_text_and_a_newline(run: Run, bundle: Path) -> None:
     assert again.stderr == ""
     assert done.stdout == said["result"]["text"] + "\n"
     assert said["command"] == "generate"
-    assert said["spec"] == "nuq3-1%-sink1"
+    assert said["spec"] == "kvq3"
     assert said["result"]["new_tokens"] <= 8
 
 

@@ -24,7 +24,7 @@ def test_json_has_the_keys_that_scripts_rely_on(run: Run, bundle: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert done.stderr == ""
     said = json.loads(done.stdout)
-    assert (said["command"], said["spec"], said["model"]) == ("ppl", "nuq3-1%-sink1", "builtin")
+    assert (said["command"], said["spec"], said["model"]) == ("ppl", "kvq3", "builtin")
     assert set(said["result"]) >= RELIED_ON
     assert said["result"]["protocol"]["seq_len"] == 64
     assert said["result"]["protocol"]["windows"] == 2

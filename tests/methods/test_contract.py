@@ -16,7 +16,8 @@ from kvqtool.histogram import LevelHistogram
 from kvqtool.memory import LayerGeometry, body_buffers
 from kvqtool.methods import METHODS, get_method
 from kvqtool.seam import LayerSeam
-from kvqtool.spec import METHOD_BITS, QuantSpec, parse_spec
+from kvqtool.side import METHOD_BITS, QuantSpec
+from kvqtool.spec import parse_spec
 from kvqtool.store import LayerStore
 
 CHANNELS = 96

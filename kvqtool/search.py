@@ -1,0 +1,285 @@
+"""Find the scheme of every layer that keeps a budget of bytes, or of loss, by measuring.
+
+`allocate` proposes from predicted losses; candidates run on held-out windows of the calibration
+text, and what they cost there decides. Nothing is drawn at random, so equal inputs give equal
+bundles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from kvqtool.allocate import Ground, Place, Specs, allocate, options, side_of, variants
+from kvqtool.bundle import Bundle
+from kvqtool.calibrate import describe_run, observe
+from kvqtool.data import Windows
+from kvqtool.errors import InputError
+from kvqtool.models import LoadedModel
+from kvqtool.partial import Partial
+from kvqtool.perplexity import evaluate
+from kvqtool.progress import Progress, silent
+from kvqtool.side import METHOD_BITS
+from kvqtool.spec import KvSpec
+
+# A limit on loss is aimed at with this much to spare, for text that was not measured.
+MARGIN: Final = 0.12
+# Keys may have this many more outliers on other text than on the held-out windows.
+_MORE_OUTLIERS: Final = 1.05
+_BISECTIONS: Final = 7
+_FACTORS: Final = (2.0, 0.5)
+_DEPTHS: Final = 3  # parts of the stack whose predictions are corrected apart
+MEASUREMENTS: Final = 40  # at most
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent: one of the three limits.
+
+    Args:
+        target_bits: effective bits a number, never exceeded at the context.
+        max_kld: mean Kullback-Leibler divergence, nats.
+        max_ppl_ratio: perplexity over the exact one.
+        at_context: tokens that bits are counted at.
+    """
+
+    target_bits: float | None = None
+    max_kld: float | None = None
+    max_ppl_ratio: float | None = None
+    at_context: int = 8192
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One scheme that was measured on the held-out windows."""
+
+    kind: str
+    bits: float
+    kld_mean: float
+    ppl_ratio: float
+    ppl_ratio_stderr: float | None
+    specs: Specs
+
+    def excess(self, budget: Budget) -> float:
+        """Return by how much the loss exceeds a limit on it, margin included; 0 or less keeps
+        it.
+        """
+        if budget.max_kld is not None:
+            return self.kld_mean - (1 - MARGIN) * budget.max_kld
+        assert budget.max_ppl_ratio is not None
+        limit = 1 + (1 - MARGIN) * (budget.max_ppl_ratio - 1)
+        return self.ppl_ratio + 2 * (self.ppl_ratio_stderr or 0.0) - limit
+
+
+def spend(
+    loaded: LoadedModel,
+    texts: tuple[Windows, Windows],
+    goal: tuple[KvSpec, Budget],
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+    partial: Partial | None = None,
+) -> Bundle:
+    """Calibrate a bundle whose layers share a budget.
+
+    Args:
+        loaded: the model.
+        texts: windows to calibrate on, and held-out ones to measure on.
+        goal: what layers have in common, a scheme that fits levels by Fisher information; and the
+            limit.
+        seed: what the windows were drawn with, for the record.
+        progress: told of every window and every measurement.
+        partial: where to keep the statistics in the meantime, as in `calibrate`.
+
+    Raises:
+        InputError: when the scheme cannot be allocated, or the limit cannot be kept.
+    """
+    scheme, budget = goal
+    replace(scheme, mixed=True)  # refuses what cannot be
+    scheme = replace(scheme, mixed=False, target_bits=None)
+    fitter = observe(
+        loaded, texts[0], variants(scheme), seed=seed, progress=progress, partial=partial
+    )
+    search = _Search(loaded, texts, scheme, budget, progress)
+    search.prepare(fitter)
+    chosen = search.by_bits() if budget.target_bits is not None else search.by_loss()
+    provenance = describe_run(loaded, texts[0], seed) | {"allocation": search.record(chosen)}
+    return search.bundle(chosen.specs, provenance)
+
+
+class _Search:
+    """One search: its ground, its options, and all it has measured."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        texts: tuple[Windows, Windows],
+        scheme: KvSpec,
+        budget: Budget,
+        progress: Progress,
+    ) -> None:
+        self.loaded, self.texts, self.scheme, self.budget = loaded, texts, scheme, budget
+        self.progress = progress
+        self.trials: list[Trial] = []
+        self._factors: dict[tuple[str, int], float] = {
+            (side, depth): 1.0 for side in ("key", "value") for depth in range(_DEPTHS)
+        }
+        layers = {layer.index: layer.geometry for layer in loaded.seam.packed}
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        self.ground = Ground(scheme, layers, budget.at_context, dtype)
+        self._depth = {
+            index: number * _DEPTHS // len(layers) for number, index in enumerate(layers)
+        }
+
+    def prepare(self, fitter: Any) -> None:
+        """Count outliers on the held-out text, and predict every option's loss."""
+        self.fitter = fitter
+        whole = dict.fromkeys(self.ground.layers, self.scheme)
+        result = self._run(whole)
+        held = replace(self.ground, tokens=self.texts[1].ids.shape[1])
+        if self.scheme.key.outlier_fraction:
+            planned, none = held.nbytes(whole), replace(held, key_excess=0.0).nbytes(whole)
+            excess = 1 + (result.cache_bytes - planned) / (planned - none)
+            self.ground = replace(self.ground, key_excess=max(excess, 0.0) * _MORE_OUTLIERS)
+        positions = self.texts[0].ids.numel()
+        self.choices = options(self.ground, fitter, positions)
+        self._note("scheme", whole, result)
+
+    def by_bits(self) -> Trial:
+        """Return the best scheme within the bytes: allocated with corrected predictions, or
+        uniform.
+        """
+        assert self.budget.target_bits is not None
+        found = [self._tuned(self.budget.target_bits)]
+        found += [
+            self._measure("uniform", specs) for specs in self._uniform(self.budget.target_bits)[:2]
+        ]
+        return min(found, key=lambda trial: trial.kld_mean)
+
+    def by_loss(self) -> Trial:
+        """Return the smallest scheme that keeps the limit on the loss."""
+        low, high = self._range()
+        first = self._bisect(low, high)
+        self._tuned(first.bits)
+        last = self._bisect(max(first.bits - 0.5, low), first.bits + 0.05)
+        return last if last.excess(self.budget) <= 0 else first
+
+    def _range(self) -> tuple[float, float]:
+        ends = []
+        for pick in (0, -1):
+            specs = dict.fromkeys(self.ground.layers, self.scheme)
+            for (index, side), row in self.choices.items():
+                quant = row[pick].quant
+                specs[index] = (
+                    replace(specs[index], key=quant)
+                    if side == "key"
+                    else replace(specs[index], value=quant)
+                )
+            ends.append(self.ground.bits(specs))
+        return ends[0], ends[1]
+
+    def _bisect(self, low: float, high: float) -> Trial:
+        """Return the least bits that keep the limit, to about a hundredth of the range."""
+        best = self._measure("allocated", self._allocated(high))
+        if best.excess(self.budget) > 0:
+            limit = self.budget.max_kld or self.budget.max_ppl_ratio
+            raise InputError(
+                f"no scheme keeps the limit {limit:g}: {best.bits:.3f} bits cost "
+                f"{best.kld_mean:.4g} nats and a ratio of {best.ppl_ratio:.4g}; allow more"
+            )
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            trial = self._measure("allocated", self._allocated(middle))
+            if trial.excess(self.budget) <= 0:
+                best, high = trial, middle
+            else:
+                low = middle
+        return best
+
+    def _tuned(self, bits: float) -> Trial:
+        """Correct the predictions of each side and part of the stack by what helps when measured,
+        one after another; keep what helped.
+        """
+        best = self._measure("allocated", self._allocated(bits))
+        for group in self._factors:
+            for factor in _FACTORS:
+                before = self._factors[group]
+                self._factors[group] = before * factor
+                trial = self._measure("allocated", self._allocated(bits))
+                if trial.kld_mean < best.kld_mean:
+                    best = trial
+                    break
+                self._factors[group] = before
+        return best
+
+    def _allocated(self, bits: float) -> Specs:
+        def weight(place: Place) -> float:
+            return self._factors[place[1], self._depth[place[0]]]
+
+        specs = allocate(self.ground, self.choices, int(bits * self.ground.elements / 8), weight)
+        if specs is None:
+            least, _ = self._range()
+            raise InputError(
+                f"{bits:g} bits are too few: the smallest scheme takes {least:.3f} at "
+                f"{self.budget.at_context} tokens; ask for more, or drop outliers or sinks"
+            )
+        return specs
+
+    def _uniform(self, bits: float) -> list[Specs]:
+        """Return the uniform schemes within the bytes, by predicted loss."""
+        found = []
+        for pair in itertools.product(METHOD_BITS["nuq"], repeat=2):
+            key, value = (
+                replace(side_of(self.scheme, side), bits=width)
+                for side, width in zip(("key", "value"), pair, strict=True)
+            )
+            specs = dict.fromkeys(self.ground.layers, replace(self.scheme, key=key, value=value))
+            if self.ground.bits(specs) <= bits:
+                found.append((sum(pair), min(pair), specs))
+        return [specs for *_, specs in sorted(found, key=lambda one: one[:2], reverse=True)]
+
+    def _measure(self, kind: str, specs: Specs) -> Trial:
+        for trial in self.trials:
+            if trial.specs == specs:
+                return trial
+        return self._note(kind, specs, self._run(specs))
+
+    def _run(self, specs: Specs) -> Any:
+        self.progress("measuring schemes", len(self.trials), MEASUREMENTS)
+        bundle = self.bundle(specs, {"calibrated": True})
+        (result,) = evaluate(self.loaded, self.texts[1], [bundle])
+        return result
+
+    def _note(self, kind: str, specs: Specs, result: Any) -> Trial:
+        bits = self.ground.bits(specs)
+        trial = Trial(kind, bits, result.kld_mean, result.ppl_ratio, result.ppl_ratio_stderr, specs)
+        self.trials.append(trial)
+        return trial
+
+    def bundle(self, specs: Specs, provenance: dict[str, Any]) -> Bundle:
+        """Return the bundle of a scheme a layer; a uniform one says so."""
+        books = self.fitter.books(specs)
+        identity, schemes = self.loaded.identity.as_json(), set(specs.values())
+        if len(schemes) == 1:
+            return Bundle(schemes.pop(), identity, books, provenance)
+        bits = self.budget.target_bits or round(self.ground.bits(specs), 4)
+        scheme = replace(self.scheme, mixed=True, target_bits=bits)
+        return Bundle(scheme, identity, books, provenance, specs)
+
+    def record(self, chosen: Trial) -> dict[str, Any]:
+        """Return what the bundle says of the search: the limit, the choice, and all trials."""
+        rows = [
+            {name: value for name, value in asdict(trial).items() if name != "specs"}
+            | {"is_chosen": trial is chosen}
+            for trial in sorted(self.trials, key=lambda trial: trial.bits)
+        ]
+        asked = {name: value for name, value in vars(self.budget).items() if value is not None}
+        return {
+            "budget": asked,
+            "margin": MARGIN,
+            "held_out_windows": self.texts[1].ids.shape[0],
+            "held_out_seq_len": self.texts[1].ids.shape[1],
+            "bits": chosen.bits,
+            "frontier": rows,
+        }

@@ -1,0 +1,131 @@
+"""How one side of the cache, its keys or its values, is stored: `QuantSpec` and its rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from kvqtool.errors import SpecError
+
+METHOD_BITS: Final[dict[str, tuple[int, ...]]] = {
+    "nuq": (2, 3, 4, 8),
+    "int": (2, 3, 4, 8),
+    "nf": (2, 3, 4),
+}
+EXACT: Final = "fp"
+WEIGHTINGS: Final = ("fisher-scale", "fisher", "none")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one side (keys or values) of the cache is stored.
+
+    Args:
+        method: `nuq`, `int`, `nf`, or `fp` (stored exactly, in the model's dtype).
+        bits: stored bits per code; 16 stands for `fp`.
+        outlier_fraction: share of elements kept exactly, both tails together (0.01 is 1 %).
+        group_size: channels of one token that share a scale and an offset (`int` only); None for
+            the side's default.
+        outlier_cap: most outliers a token may keep on a side with offline thresholds; None for no
+            limit.
+        moment_match: KVQuant's Q-Norm; decoded levels are shifted so that mean and deviation are
+            those of the data.
+        pre_rope: keys are stored as they were before the rotary embedding.
+        per_channel: a channel's range is fixed by calibration; otherwise each token brings its own
+            range.
+        weighting: what the codebook fit weighs an element with: Fisher times scale squared, Fisher
+            alone, nothing.
+        channel_levels: a codebook per key channel instead of one per layer.
+        compensated: rounding is compensated: each channel makes up for the errors of those before.
+        rotated: values are stored rotated by a Hadamard matrix per head.
+    """
+
+    method: str
+    bits: int
+    outlier_fraction: float = 0.0
+    group_size: int | None = None
+    outlier_cap: int | None = None
+    moment_match: bool = False
+    pre_rope: bool = False
+    per_channel: bool = False
+    weighting: str = "fisher-scale"
+    channel_levels: bool = False
+    compensated: bool = False
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        known = METHOD_BITS.get(self.method, (16,) if self.method == EXACT else ())
+        if self.bits not in known:
+            names = " ".join(f"{m}{b}" for m, widths in METHOD_BITS.items() for b in widths)
+            raise SpecError(f"unknown method {self.method}{self.bits}; use fp or one of: {names}")
+        if not 0 <= self.outlier_fraction < 0.5:
+            raise SpecError(
+                f"outlier share {self.outlier_fraction * 100:g}% is not in 0%..50%; use 1% or less"
+            )
+        if self.weighting not in WEIGHTINGS:
+            raise SpecError(
+                f"unknown weighting {self.weighting!r}; use one of: {', '.join(WEIGHTINGS)}"
+            )
+        self._check_groups()
+        if self.method == EXACT and (
+            self.outlier_fraction
+            or self.moment_match
+            or self.outlier_cap is not None
+            or self.per_channel
+            or self.compensated
+            or self.rotated
+        ):
+            raise SpecError(
+                "fp stores everything exactly; "
+                "outliers, caps, ranges, qnorm, comp and vrot do not apply to it"
+            )
+        if self.method != "nuq" and (
+            self.weighting != "fisher-scale" or self.channel_levels or self.moment_match
+        ):
+            raise SpecError(
+                f"{self.method}{self.bits}: -fisher, -nofisher, "
+                "-qnorm and -pc belong to nuq methods"
+            )
+        if self.outlier_cap is not None and (
+            self.outlier_cap < 1 or not (self.per_channel and self.outlier_fraction)
+        ):
+            raise SpecError(
+                f"-cap{self.outlier_cap} needs key outliers with thresholds per channel, "
+                "as in nuq3-1%-cap4"
+            )
+        if self.channel_levels and not self.per_channel:
+            raise SpecError(
+                "-pc (a codebook per key channel) needs keys per channel; drop -pertoken"
+            )
+
+    def _check_groups(self) -> None:
+        if self.group_size is not None and (self.method != "int" or self.group_size < 8):
+            raise SpecError(
+                f"-g{self.group_size}: groups of 8 or more channels are for int methods; "
+                "drop -g or use int"
+            )
+        if self.group_size is not None and self.per_channel:
+            raise SpecError(
+                f"-g{self.group_size}: groups bring a range per token, channels have theirs; "
+                "keep one"
+            )
+        if self.compensated and self.group_size is not None:
+            raise SpecError(
+                f"-g{self.group_size}: rounding is compensated within a head, "
+                "whose channels must share a range; drop -g or -comp"
+            )
+
+    @property
+    def fits_levels(self) -> bool:
+        """Whether levels are fitted to data, by calibration."""
+        return self.method == "nuq"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether encoding needs numbers that only calibration on text can give."""
+        return self.fits_levels or self.per_channel or self.compensated
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration has to run the backward pass (Fisher information)."""
+        return self.compensated or (self.fits_levels and self.weighting != "none")
