@@ -48,8 +48,9 @@ kvqtool quantize-cache builtin --bundle nuq3.safetensors --text document.txt --o
 say "4/5  Go on from the saved cache, without reading the document again"
 kvqtool generate builtin --cache document.kv.safetensors --prompt " A list is" --max-new-tokens 40
 
-say "5/5  Plan: 128 sequences of 4096 tokens in 1 GiB; which schemes fit?"
-kvqtool memory-plan builtin --context 4096 --batch 128 --gpu-memory 1GiB --output plan.tsv >/dev/null
-cut -f1,6,8,10,13,15 plan.tsv | expand -t 20
+say "5/5  Plan: 128 sequences of 4096 tokens in 3 GiB, the run's highest point included; which schemes fit?"
+kvqtool memory-plan builtin --context 4096 --batch 128 --prefill-chunk 128 --gpu-memory 3GiB \
+  --output plan.tsv >/dev/null
+cut -f1,11,15,20,23,25 plan.tsv | expand -t 20
 
 say "Done. The temporary folder $work is removed."

@@ -45,7 +45,7 @@ Five commands; each does one thing and can be piped.
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a gate was not met (`--max-…`, `--min-…`, `--gpu-memory`); the result is printed |
+| 1 | a gate was not met (`--max-…`, `--min-…`, `--gpu`, `--gpu-memory`); the result is printed |
 | 2 | the command line or an input is wrong |
 | 3 | it failed while running: no memory, no disk, activations that are not finite, a bug |
 | 130, 141, 143 | interrupted by Ctrl-C, by a reader that closed the pipe, by SIGTERM |

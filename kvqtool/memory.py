@@ -25,6 +25,7 @@ ITEM_BYTES: Final[dict[str, int]] = {
     "float32": 4,
     "float16": 2,
     "bfloat16": 2,
+    "int64": 8,
     "int32": 4,
     "int16": 2,
     "uint8": 1,
@@ -162,25 +163,27 @@ def layer_buffers(
         outliers: outliers in the layer's body, over all sequences.
         dtype: the model's dtype; sinks and window are kept in it.
     """
-    sink, body, window = split_tokens(spec, tokens)
-    rows = capacity(body) * batch
-    buffers = {
-        f"key.{name}": buffer
-        for name, buffer in body_buffers(
-            spec.key, layer.key_channels, rows, outliers.key, dtype
-        ).items()
-    }
-    buffers |= {
-        f"value.{name}": buffer
-        for name, buffer in body_buffers(
-            spec.value, layer.value_channels, rows, outliers.value, dtype
-        ).items()
-    }
+    return part_buffers(spec, layer, batch, split_tokens(spec, tokens), outliers, dtype)
+
+
+def part_buffers(
+    spec: KvSpec,
+    layer: LayerGeometry,
+    batch: int,
+    parts: tuple[int, int, int],
+    outliers: Outliers,
+    dtype: str,
+) -> dict[str, Buffer]:
+    """Return the same for `parts`: tokens that are sinks, in the body and in the window."""
+    sink, body, window = parts
+    rows, heads = capacity(body) * batch, layer.num_kv_heads
+    key = body_buffers(spec.key, layer.key_channels, rows, outliers.key, dtype)
+    value = body_buffers(spec.value, layer.value_channels, rows, outliers.value, dtype)
+    buffers = {f"key.{name}": buffer for name, buffer in key.items()}
+    buffers |= {f"value.{name}": buffer for name, buffer in value.items()}
     for part, length in (("sink", sink), ("window", window)):
-        buffers[f"{part}.key"] = Buffer(dtype, (batch, layer.num_kv_heads, length, layer.key_dim))
-        buffers[f"{part}.value"] = Buffer(
-            dtype, (batch, layer.num_kv_heads, length, layer.value_dim)
-        )
+        buffers[f"{part}.key"] = Buffer(dtype, (batch, heads, length, layer.key_dim))
+        buffers[f"{part}.value"] = Buffer(dtype, (batch, heads, length, layer.value_dim))
     return buffers
 
 

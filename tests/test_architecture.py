@@ -10,7 +10,22 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvqtool"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "side", "spec", "memory", "page_memory", "shape", "plan", "files", "progress"),
+    (
+        *(
+            "errors",
+            "side",
+            "spec",
+            "memory",
+            "page_memory",
+            "layers",
+            "config",
+            "layertypes",
+            "states",
+        ),
+        *("architectures", "trunk", "headers", "weights", "parameters", "amounts", "scratch"),
+        *("peaks", "shape", "sharding", "scheme", "load", "catalog", "questions", "assumptions"),
+        *("explain", "plan", "files", "progress"),
+    ),
     (
         "ranks",
         "bits",
@@ -52,6 +67,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "split",
         "probe",
         "capture",
+        "live",
+        "hub",
     ),
     (
         "collect",
@@ -61,9 +78,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "perplexity",
         "allocate",
         "search",
+        "passkey",
         "generation",
         "restore",
         "cachefile",
+        "synthetic",
+        "measure",
     ),
     ("cli", "__main__", "__init__"),
 )
@@ -73,9 +93,9 @@ OUTSIDE: tuple[frozenset[str], ...] = (
     frozenset({"torch", "numpy"}),
     frozenset({"safetensors", "cupy"}),
     frozenset(),
-    frozenset({"transformers", "datasets", "pyarrow"}),
+    frozenset({"transformers", "datasets", "pyarrow", "huggingface_hub"}),
     frozenset(),
-    frozenset({"typer", "rich"}),
+    frozenset({"typer", "rich", "matplotlib"}),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 50, 6
 FILES = sorted(PACKAGE.rglob("*.py"))

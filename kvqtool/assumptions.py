@@ -1,0 +1,68 @@
+"""What a plan rests on, in sentences."""
+
+from __future__ import annotations
+
+from kvqtool.amounts import in_gib
+from kvqtool.layers import PACKED_KINDS
+from kvqtool.load import FRAGMENTATION, Load
+from kvqtool.peaks import WORKSPACE_BYTES
+from kvqtool.scratch import READ_PATH
+
+_OWN = {
+    "latent": "latent attention (MLA) keeps the model's own cache: kvqtool does not pack it yet",
+    "indexed": "latent attention with an indexer keeps the model's own cache",
+    "linear": "linear-attention and state-space layers keep states that do not grow",
+    "hybrid": "layers of both attention and state space keep the model's own cache",
+    "shared": "layers that read another layer's cache have none of their own",
+}
+
+
+def assumptions(load: Load, context: int) -> list[str]:
+    """Return the sentences for one spec at one context."""
+    work, shape, spec = load.work, load.shape, load.spec
+    chunk = f"{work.prefill_chunk} tokens a call" if work.prefill_chunk else "one call"
+    margin = f"{100 * FRAGMENTATION:g}% of the peak for the allocator"
+    lines = [
+        f"weights, sinks, recent window, fp and the model's own caches are held in {work.dtype}",
+        f"the read path is {READ_PATH}; prompts are read in {chunk}, logits of the last token only",
+        f"margins: {in_gib(work.reserve_bytes)} for the GPU's context, {margin}, "
+        f"{in_gib(WORKSPACE_BYTES)} for matrix multiplication",
+        _weights(load),
+    ]
+    kinds = dict.fromkeys(layer.kind for layer in shape.layers)
+    lines += [_OWN[kind] for kind in kinds if kind in _OWN]
+    if not any(kind in PACKED_KINDS for kind in kinds):
+        lines.append(f"no layer of {shape.name} is packed, so every spec costs the same")
+    if spec.mixed and not any(layer.own_spec for layer in shape.layers):
+        lines.append("@mixed keeps within the bytes of the spec before it, which are planned")
+    if spec.key.per_channel and spec.key.outlier_fraction:
+        share = f"{spec.key.outlier_fraction * 100:g}%"
+        lines.append(
+            f"keys hold {share} outliers; other text may hold more, up to cache_bytes_bound"
+        )
+    if any(layer.angles and layer.angles.table_after is not None for layer in shape.layers):
+        lines.append("where positions do not give a model's angles, the angles are stored")
+    if work.tp * work.pp > 1:
+        lines.append(
+            "figures are those of the fullest GPU; matrices are divided evenly, vectors copied, "
+            "key/value heads divided until each GPU has one, latents copied; no buffers of "
+            "communication are counted"
+        )
+    limit = shape.max_context
+    if limit is not None and context + work.new_tokens > limit:
+        asked = context + work.new_tokens
+        lines.append(f"context {asked} is beyond the {limit} tokens the model was made for")
+    return lines
+
+
+def _weights(load: Load) -> str:
+    weights = load.shape.weights
+    if weights is None:
+        return "the weights are unknown: the total is without them; see --weights"
+    if weights.source == "estimate":
+        also = ", without parts for images and sound" if load.shape.config.is_multimodal else ""
+        counted = f"weights are counted from the config, as {load.work.dtype} numbers{also}"
+        return f"{counted}; a quantized checkpoint takes less, see --weights"
+    if weights.source == "stated":
+        return "weights are what --weights says"
+    return "weights are those of the safetensors files beside the config"

@@ -1,0 +1,85 @@
+"""Memory against context as a picture, with the line of the GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvqtool.errors import InputError
+from kvqtool.files import atomic_output
+from kvqtool.load import Workload
+from kvqtool.plan import MemoryPlan, make_load
+from kvqtool.scheme import Scheme
+from kvqtool.shape import ModelShape
+
+_GIB = 2**30
+_POINTS = 60
+
+
+def draw_plan(
+    path: Path,
+    rows: Sequence[MemoryPlan],
+    asked: tuple[ModelShape, Sequence[Scheme], Workload],
+    *,
+    force: bool,
+) -> None:
+    """Draw what every scheme takes up to the longest context asked for.
+
+    Args:
+        path: the picture; its ending says the format.
+        rows: the plans.
+        asked: model, schemes and workload they were made of.
+        force: whether an existing file may be replaced.
+
+    Raises:
+        InputError: when matplotlib is missing or cannot write such a file.
+    """
+    figure = _figure()
+    axes: Any = figure.add_subplot()
+    shape, schemes, work = asked
+    longest = max(row.context for row in rows)
+    for scheme in schemes:
+        load = make_load(shape, scheme, work)
+        lengths = _lengths(longest)
+        totals = [
+            max(load.total(stage, length, work.batch) for stage in range(work.pp)) / _GIB
+            for length in lengths
+        ]
+        axes.plot(lengths, totals, label=scheme.name)
+    memory = rows[0].gpu_memory_bytes
+    if memory is not None:
+        label = f"{rows[0].gpu or 'memory'}: {memory / _GIB:,.1f} GiB"
+        axes.axhline(memory / _GIB, color="black", linestyle="--", label=label)
+    axes.set(
+        title=f"{shape.name}, batch {work.batch}, {work.tp} x {work.pp} GPU",
+        xlabel="tokens of each sequence",
+        ylabel="GiB on the fullest GPU, margins included",
+        ylim=(0, None),
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    kind = path.suffix.removeprefix(".") or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
+        raise InputError(f"--plot {path}: {kind!r} is no picture; end it in one of: {known}")
+    with atomic_output(path, force=force) as part:
+        figure.savefig(part, format=kind, dpi=150)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(
+            "--plot needs matplotlib; install it: pip install 'kvqtool[plot]'"
+        ) from None
+    return Figure(figsize=(8, 5), layout="constrained")
+
+
+def _lengths(longest: int) -> list[int]:
+    """Return lengths up to the longest, evenly spaced on whole pages."""
+    step = max(longest / _POINTS, 1)
+    found = [min(math.ceil(step * i / 128) * 128, longest) for i in range(1, _POINTS + 1)]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,202 @@
+"""The memory that reading and writing a packed cache takes for a moment: the torch path.
+
+This is the read path reports call `torch (materialise)`: `update` packs the new states, decodes
+the layer's whole body into fresh tensors in the model's dtype, and stock attention runs on those.
+One layer is in flight at a time. Each formula follows the tensors that are alive at the highest
+point of the code it names; tests trace them. A read path of kernels gets a module of its own with
+the same three functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from kvqtool.layers import CacheLayer, CacheModel
+from kvqtool.memory import (
+    ITEM_BYTES,
+    body_buffers,
+    dropped_tokens,
+    groups_per_token,
+)
+from kvqtool.side import EXACT, QuantSpec
+from kvqtool.spec import KvSpec
+
+READ_PATH: Final = "torch (materialise)"
+_FLOAT: Final = ITEM_BYTES["float32"]
+# Codes of one period whose lowest bit lies in the fullest of its words: see bits.pack_codes.
+_LANES: Final = {2: 1.0, 3: 11 / 32, 4: 1.0, 8: 1.0}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the model that puts new tokens into the cache.
+
+    Args:
+        cache: the cache.
+        tokens: tokens of each sequence after the call.
+        fresh: how many of them are new.
+        is_joined: whether the body lies in several blocks, which reading joins first.
+        num_heads: query heads.
+    """
+
+    cache: CacheModel
+    tokens: int
+    fresh: int
+    is_joined: bool
+    num_heads: int
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number in the model's dtype."""
+        return ITEM_BYTES[self.cache.dtype]
+
+    def spec_of(self, layer: CacheLayer) -> KvSpec:
+        """Return a layer's scheme."""
+        return layer.own_spec or self.cache.spec
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the cache was empty, so that queries attend to the states as they came."""
+        return self.fresh == self.tokens
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether attention needs a mask: several queries that see different parts of the past."""
+        return self.fresh > 1 and not self.is_first
+
+    def table_bytes(self, tokens: int) -> int:
+        """Return the bytes of float32 cosines and sines of `tokens` tokens, as caches keep them."""
+        width = max((angles.width for angles in self.cache.angles), default=0)
+        return width * tokens * self.cache.batch * _FLOAT
+
+
+def append_scratch(layer: CacheLayer, step: Step) -> int:
+    """Return the most that packing a call's new tokens takes, above what is kept: `_encode`.
+
+    Example: int4 keys and values of equal width, bfloat16: 33 bytes for each new key number.
+    """
+    spec, geometry = step.spec_of(layer), layer.geometry
+    rows = step.fresh * step.cache.batch
+    key, value = rows * geometry.key_channels, rows * geometry.value_channels
+    held = (step.item + _FLOAT) * (key + value)  # the window they pass through, and float32 rows
+    held += step.table_bytes(step.fresh) if _turned(layer, step) else 0
+    flat = 0 if _turned(layer, step) else _FLOAT * key
+    packed = _rows_bytes(layer, step, rows)[0]
+    turning = 2 * _FLOAT * rows * _turned(layer, step)
+    return held + max(
+        turning,
+        flat + _encoding(spec.key, geometry.key_channels, rows, step.item),
+        _FLOAT * value + packed + _encoding(spec.value, geometry.value_channels, rows, step.item),
+    )
+
+
+def read_scratch(layer: CacheLayer, step: Step) -> int:
+    """Return the most that reading a layer takes, its result included: `LayerStore.read`.
+
+    Example: equal widths, one block: 20 bytes for each stored key number, of which 4 are kept.
+    """
+    spec, geometry = step.spec_of(layer), layer.geometry
+    rows = _stored(layer, step) * step.cache.batch
+    key, value = rows * geometry.key_channels, rows * geometry.value_channels
+    joined = sum(_rows_bytes(layer, step, rows)) if step.is_joined else 0
+    is_exact = spec.key.method == EXACT
+    decoded = (_FLOAT if not is_exact or step.item != _FLOAT else 0) * (key + value)
+    if is_exact:
+        decoding = decoded
+    else:
+        ranges = 2 * _FLOAT * rows * groups_per_token(spec.value, geometry.value_channels)
+        decoding = max(4 * _FLOAT * key, _FLOAT * key + 4 * _FLOAT * value + ranges)
+    turning = decoded + 2 * _FLOAT * rows * _turned(layer, step)
+    turning += step.table_bytes(step.tokens) if _turned(layer, step) else 0
+    if spec.value.rotated:
+        tables = step.table_bytes(step.tokens) if _turned(layer, step) else 0
+        turning = max(turning, _FLOAT * key + 4 * _FLOAT * value + tables)
+    if 0 < _turned(layer, step) < geometry.key_channels:
+        turning += _FLOAT * key  # what is not rotated is put around what is
+    cast = step.item * (key + value)
+    rounding = decoded + (cast if step.item != _FLOAT else 0)
+    held = joined + _window_bytes(layer, step)
+    return held + max(decoding, turning, rounding, cast + shown_bytes(layer, step))
+
+
+def shown_bytes(layer: CacheLayer, step: Step) -> int:
+    """Return the bytes of the keys and values that attention is shown."""
+    if step.is_first:
+        return 0  # the states as they came, which the layer's activations count
+    sink, _, window = layer.parts(step.cache.spec, step.tokens)
+    rows = (sink + _stored(layer, step) + window) * step.cache.batch
+    return step.item * rows * layer.geometry.elements
+
+
+def attention_scratch(layer: CacheLayer, step: Step) -> int:
+    """Return what stock attention takes beside the states it is shown and its output.
+
+    With a mask, transformers repeats keys and values for all query heads and torch turns the mask
+    into numbers. A recent window mixes two scores, which are written out.
+    """
+    if not step.has_mask:
+        return 0
+    seen = (
+        layer.seen(step.tokens)
+        if layer.window is None
+        else min(step.tokens, layer.window - 1 + step.fresh)
+    )
+    scores = step.cache.batch * step.fresh * seen
+    if step.cache.spec.residual_length and layer.is_packed:
+        ages = ITEM_BYTES["int64"] * step.fresh * seen
+        tail = _window_bytes(layer, step) + step.item * step.fresh * layer.geometry.elements
+        return step.num_heads * scores * (2 * _FLOAT + step.item) + ages + tail
+    kv_heads, repeated = layer.geometry.num_kv_heads, 0
+    if 1 < kv_heads < step.num_heads:  # one head is repeated without a copy
+        repeats = step.num_heads // kv_heads
+        repeated = step.cache.batch * seen * layer.geometry.elements * repeats
+    return step.item * (repeated + scores)
+
+
+def _stored(layer: CacheLayer, step: Step) -> int:
+    """Return the packed tokens while a call reads them: a sliding layer drops some afterwards."""
+    spec, before = step.cache.spec, step.tokens - step.fresh
+    dropped = dropped_tokens(spec, step.tokens, layer.window)
+    return layer.parts(spec, step.tokens)[1] + dropped - dropped_tokens(spec, before, layer.window)
+
+
+def _window_bytes(layer: CacheLayer, step: Step) -> int:
+    """Return the bytes of the recent window as it was before the call, which a call holds on to."""
+    window = min(step.cache.spec.residual_length, step.tokens - step.fresh)
+    return step.item * step.cache.batch * window * layer.geometry.elements
+
+
+def _turned(layer: CacheLayer, step: Step) -> int:
+    """Return the channels of one token's keys that are rotated on the way in and out."""
+    if layer.angles is None or not step.cache.spec.key.pre_rope:
+        return 0
+    return layer.geometry.num_kv_heads * layer.angles.width
+
+
+def _rows_bytes(layer: CacheLayer, step: Step, rows: int) -> tuple[int, int]:
+    """Return the bytes of encoded keys and values without spare room."""
+    spec, geometry, dtype = step.spec_of(layer), layer.geometry, step.cache.dtype
+    outliers = layer.outliers(spec, rows, bound=False)
+    key = body_buffers(spec.key, geometry.key_channels, rows, outliers.key, dtype)
+    value = body_buffers(spec.value, geometry.value_channels, rows, outliers.value, dtype)
+    sizes = [sum(buffer.nbytes for buffer in side.values()) for side in (key, value)]
+    return sizes[0], sizes[1]
+
+
+def _encoding(spec: QuantSpec, channels: int, rows: int, item: int) -> int:
+    """Return the most that `codec.encode` takes for rows of float32 states, those apart."""
+    if spec.method == EXACT:
+        return item * rows * channels
+    marks = 1 if spec.outlier_fraction else 0
+    groups = groups_per_token(spec, channels)
+    wide = _FLOAT if groups > 1 else 0
+    normalizing = 2 * _FLOAT + marks
+    if spec.outlier_cap is not None and spec.outlier_cap < channels:
+        normalizing = 6 * _FLOAT + marks  # ranked: distances, their masked copy, values and indices
+    elif spec.compensated:
+        normalizing = 6 * _FLOAT + 2 * marks  # in order of rounding: states, codes, what is owed
+    elif marks and not spec.per_channel:
+        normalizing = 4 * _FLOAT + marks  # the least and the greatest are looked for without them
+    packing = 3 * _FLOAT + wide + marks + _FLOAT * _LANES[spec.bits] + spec.bits / 8
+    return int(rows * channels * max(normalizing, packing))

@@ -1,0 +1,58 @@
+"""Stand-ins for what planning has not got: codebooks without calibration, models without weights.
+
+Their bytes are those of the real thing; their text means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvqtool.bundle import SIDES, Bundle
+from kvqtool.codebook import Codebook, as_half, uniform_levels
+from kvqtool.memory import LayerGeometry
+from kvqtool.methods import get_method
+from kvqtool.side import EXACT, QuantSpec
+from kvqtool.spec import KvSpec
+
+
+def synthetic_bundle(
+    spec: KvSpec,
+    layers: Mapping[int, LayerGeometry],
+    spreads: Mapping[int, Tensor] | None = None,
+) -> Bundle:
+    """Return a bundle for normally distributed states.
+
+    Args:
+        spec: the scheme.
+        layers: the packed layers' shapes, by index.
+        spreads: each layer's standard deviation of every key channel, (key_channels,); None for 1.
+    """
+    books = {}
+    for index, layer in layers.items():
+        spread = spreads[index] if spreads else torch.ones(layer.key_channels)
+        for side, quant in zip(SIDES, (spec.key, spec.value), strict=True):
+            books[index, side] = _codebook(quant, spread.float().cpu())
+    return Bundle(spec, _identity(layers), books, {"calibrated": False})
+
+
+def _codebook(spec: QuantSpec, spread: Tensor) -> Codebook:
+    if spec.fits_levels:
+        levels = as_half(uniform_levels(spec.bits))
+        if spec.channel_levels:
+            levels = levels.expand(len(spread), -1).contiguous()
+    else:
+        levels = get_method(spec.method).fit(spec, None)[0]
+    if not spec.per_channel or spec.method == EXACT:
+        return Codebook(levels, levels)
+    widest = NormalDist().inv_cdf(1 - spec.outlier_fraction / 2) if spec.outlier_fraction else 4.0
+    upper = as_half(spread * widest)
+    return Codebook(levels, levels, -upper, upper)
+
+
+def _identity(layers: Mapping[int, LayerGeometry]) -> dict[str, Any]:
+    return {"name": "synthetic", "num_layers": len(layers)}
