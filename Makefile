@@ -10,7 +10,7 @@ SEED   ?= 0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-gpu test-oldest fuzz crash-test lint format type docs docs-check wheel-check check bench clean
+.PHONY: help install demo test test-gpu test-kernels test-oldest fuzz crash-test lint format type docs docs-check wheel-check check bench clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -33,6 +33,9 @@ test: $(READY) ## run the tests: CPU, offline
 
 test-gpu: $(READY) ## run the GPU tests; a machine without a GPU is a failure, not a skip
 	KVQTOOL_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
+
+test-kernels: $(READY) ## run every kernel variant on the CPU, and compile all for every GPU where NVRTC is installed
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_attend_shim.py tests/test_packing.py tests/test_appending.py tests/test_dequantize.py tests/test_compile.py
 
 test-oldest: $(OLDEST)/.ready ## run the tests (or TESTS=...) with the oldest transformers that is allowed, in .venv-oldest
 	$(OLDEST)/bin/python -m pytest $(TESTS)

@@ -17,6 +17,7 @@ from kvqtool.side import EXACT, QuantSpec
 from kvqtool.spec import KvSpec
 
 PAGE_TOKENS: Final = 128
+SLAB_TOKENS: Final = 64  # what a warp of a CUDA kernel reads at once: half a page of one KV head
 WORD_BITS: Final = 32
 MAX_CHANNELS: Final = 32767  # what a 16-bit outlier index and count can say
 ITEM_BYTES: Final[dict[str, int]] = {

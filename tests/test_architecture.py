@@ -11,7 +11,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvqtool"
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        *("errors", "side", "spec", "memory", "layers", "config", "layertypes", "states"),
+        *(
+            "errors",
+            "side",
+            "spec",
+            "memory",
+            "page_memory",
+            "layers",
+            "config",
+            "layertypes",
+            "states",
+        ),
         *("architectures", "trunk", "headers", "weights", "parameters", "amounts", "scratch"),
         *("peaks", "shape", "sharding", "scheme", "load", "catalog", "questions", "assumptions"),
         *("explain", "plan", "files", "progress"),
@@ -27,8 +37,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "quantiles",
         "codec",
         "packed",
+        "slabs",
+        "pages",
     ),
-    ("container", "methods", "bundle_parts", "bundle"),
+    (
+        "container",
+        "methods",
+        "bundle_parts",
+        "bundle",
+        "cuda",
+        "fused",
+        "packing",
+        "appending",
+        "reading",
+        "ops",
+    ),
     ("rope", "seam", "padding", "rows", "store"),
     (
         "identity",
@@ -55,6 +78,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "perplexity",
         "allocate",
         "search",
+        "passkey",
         "generation",
         "restore",
         "cachefile",
@@ -67,7 +91,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 OUTSIDE: tuple[frozenset[str], ...] = (
     frozenset(),
     frozenset({"torch", "numpy"}),
-    frozenset({"safetensors"}),
+    frozenset({"safetensors", "cupy"}),
     frozenset(),
     frozenset({"transformers", "datasets", "pyarrow", "huggingface_hub"}),
     frozenset(),

@@ -32,8 +32,7 @@ NAME: Final = "calibrate"
 EPILOG: Final = """\b
 Examples:
   kvqtool calibrate builtin --samples 4 --seq-len 512 -o nuq3.safetensors
-  kvqtool calibrate builtin --spec int4-1% --samples 2 --seq-len 256 -o int4.safetensors
-  kvqtool calibrate builtin --target-bits 2.75 -o small.safetensors
+  kvqtool calibrate builtin --target-bits 2.75 --samples 2 --seq-len 256 -o small.safetensors
 """
 # Windows of the calibration text that candidates are measured on, drawn by a seed of their own.
 _HELD_OUT, _HELD_OUT_SEED = 4, 1_000_003
@@ -89,7 +88,12 @@ def run(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Fit a spec's codebooks to a model on some text and write them to a bundle."""
+    """Fit a spec's codebooks to a model on some text and write them to a bundle.
+
+    kvq4, kvq3 and kvq2 are the best recipes measured at each width: KVQuant with a codebook per key
+    channel and compensated rounding, the bytes of 4, 3 or 2 bits and 1 % outliers spent layer by
+    layer. --target-bits, --max-kld and --max-ppl-ratio spend a budget of yours, by measuring.
+    """
     scheme = parse_spec(spec or DEFAULT_SPEC)
     limits = {"--target-bits": target_bits, "--max-kld": max_kld, "--max-ppl-ratio": max_ppl_ratio}
     refuse_several(limits)

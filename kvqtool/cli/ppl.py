@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -15,10 +15,16 @@ from kvqtool.cli.inputs import (
     refuse_shared_stdin,
     window_length,
 )
-from kvqtool.cli.output import Output, values_table
+from kvqtool.cli.output import Output, Table, values_table
 from kvqtool.cli.reports import note_layers
+from kvqtool.errors import InputError
 from kvqtool.files import check_output
 from kvqtool.ranks import read_ranks
+
+if TYPE_CHECKING:
+    from kvqtool.bundle import Bundle
+    from kvqtool.data import Text
+    from kvqtool.models import LoadedModel
 
 NAME: Final = "ppl"
 EPILOG: Final = """\b
@@ -27,6 +33,7 @@ Examples:
   kvqtool ppl builtin --spec int4-g64 --seq-len 256 --windows 2 --max-ppl-ratio 2 --json
 """
 ProtocolName = Literal["decode-exact", "true-decode", "prefill-exact"]
+TaskName = Literal["perplexity", "passkey"]
 
 
 def run(
@@ -57,6 +64,17 @@ def run(
             "token; prefill-exact: first half exact then packed, second half scored.",
         ),
     ] = "decode-exact",
+    task: Annotated[
+        TaskName,
+        typer.Option("--task", help="passkey: ask for numbers hidden in the text instead."),
+    ] = "perplexity",
+    lengths: Annotated[
+        str,
+        typer.Option("--lengths", metavar="N,N,...", help="Tokens of a passkey prompt."),
+    ] = "512,1024",
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, help="Passkey prompts of each length.")
+    ] = 6,
     max_ppl_ratio: Annotated[
         float | None, typer.Option("--max-ppl-ratio", help="Gate: exit 1 if ppl_ratio is above.")
     ] = None,
@@ -88,6 +106,11 @@ def run(
     """Measure the quality of a model with a compressed cache against its exact cache."""
     calibration = Calibration(calibration_dataset, calibration_samples, calibration_seq_len, seed)
     scheme = Scheme.choose(bundle, spec, calibration)
+    tokens = _lengths(lengths)
+    gates = {"--max-ppl-ratio": max_ppl_ratio, "--max-kld": max_kld}
+    gates["--min-compression"] = min_compression
+    if task == "passkey":
+        _refuse_gates(gates)
     refuse_shared_stdin(dataset, calibration_dataset)
     if output is not None:
         check_output(output, force)
@@ -99,6 +122,9 @@ def run(
     from kvqtool.perplexity import evaluate
 
     text = load_text(dataset, part="evaluation", text_column=text_column)
+    if task == "passkey":
+        _ask(loaded, text, scheme.prepare(loaded, out), (tokens, trials, seed), out)
+        return
     length = window_length(seq_len, loaded, out)
     scored = evaluation_windows(
         text, loaded.tokenizer, seq_len=length, windows=windows, stride=stride
@@ -123,3 +149,33 @@ def run(
             Gate("compression", compression, "--min-compression", min_compression, is_floor=True),
         )
     )
+
+
+def _ask(
+    loaded: LoadedModel, text: Text, bundle: Bundle, how: tuple[list[int], int, int], out: Output
+) -> None:
+    """Run the passkey task and print it: a row a length."""
+    from kvqtool.passkey import Hunt, passkey
+
+    lengths, trials, seed = how
+    with out.progress() as progress:
+        result = passkey(loaded, text, bundle, Hunt(tuple(lengths), trials, seed), progress)
+    note_layers(result.layers, out)
+    rows = [tuple(row.values()) for row in result.lengths]
+    table = Table(tuple(result.lengths[0]), rows)
+    out.result(spec=result.spec, model=loaded.identity.name, result=result, table=table)
+
+
+def _lengths(text: str) -> list[int]:
+    """Parse the prompt lengths."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and 0 < int(part) < 10**8 for part in parts):
+        raise InputError(f"--lengths {text!r} is not numbers of tokens; write 1024,2048")
+    return [int(part) for part in parts]
+
+
+def _refuse_gates(gates: dict[str, float | None]) -> None:
+    """Refuse gates on what the passkey task does not measure."""
+    for name, limit in gates.items():
+        if limit is not None:
+            raise InputError(f"{name} is a gate on perplexity; drop it or drop --task passkey")

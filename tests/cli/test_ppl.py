@@ -97,3 +97,27 @@ def test_fp_changes_nothing(run: Run) -> None:
     result = json.loads(done.stdout)["result"]
     assert result["ppl_ratio"] == pytest.approx(1, abs=1e-6)
     assert result["same_top1"] == 1
+
+
+def test_passkey_prints_a_row_a_length(run: Run, bundle: Path) -> None:
+    task = ("--task", "passkey", "--lengths", "150,200", "--trials", 1)
+    done = run("ppl", "builtin", "--bundle", bundle, *task, "-q")
+    assert done.exit_code == 0, done.stderr
+    header, *rows = (line.split("\t") for line in done.stdout.splitlines())
+    assert header == ["tokens", "trials", "found", "found_baseline"]
+    assert [row[:2] for row in rows] == [["150", "1"], ["200", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lengths", "1024,many"), "--lengths '1024,many' is not numbers of tokens"),
+        (("--max-kld", 1), "--max-kld is a gate on perplexity; drop it"),
+    ],
+)
+def test_passkey_refuses_what_it_cannot_use(
+    run: Run, bundle: Path, options: tuple[Any, ...], message: str
+) -> None:
+    done = run("ppl", "builtin", "--bundle", bundle, "--task", "passkey", *options)
+    assert done.exit_code == 2
+    assert message in done.stderr

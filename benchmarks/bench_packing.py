@@ -1,0 +1,137 @@
+"""What packing a prompt and appending a token cost, beside the card's copy rate.
+
+    python benchmarks/bench_packing.py
+
+Packing: the whole of `packing.pack`, the wait for the host in it included; bytes read and written.
+Appending: one layer's kernel inside a CUDA graph. One JSON object on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kvqtool.appending import append, new_pages
+from kvqtool.packing import pack
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from packing_case import BuiltPack, PackCase, build_pack
+
+Tables = TypeVar("Tables")
+PROMPTS = (
+    (PackCase("nuq4-1%", 256, num_kv_heads=32), 32768),
+    (PackCase("nuq3-1%", 256, num_kv_heads=8), 131072),
+)
+TOKENS = (
+    PackCase("nuq4-1%", 256, num_kv_heads=8),
+    PackCase("nuq4-1%", 256, num_kv_heads=32),
+    PackCase("nuq3-1%", 256, batch=4, num_kv_heads=8),
+)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", help="the commit, for the record")
+    options = parser.parse_args()
+    copy = _copy_rate()
+    record = {
+        "commit": options.commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "card": torch.cuda.get_device_name(),
+        "copy_gb_per_second": copy / 1e9,
+        "pack": [_pack_row(case, tokens, copy) for case, tokens in PROMPTS],
+        "append": [_append_row(case) for case in TOKENS],
+    }
+    print(json.dumps(record, indent=1))
+
+
+def _pack_row(case: PackCase, tokens: int, copy: float) -> dict[str, object]:
+    built, repeats = _on_gpu(build_pack(case)), tokens // case.tokens
+    key, value = (part.repeat(1, 1, repeats, 1) for part in built.states)
+    turns = built.turns.repeat(repeats, 1, 1)
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        pages = pack((key, value), turns, built.code, built.tables, built.variant)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[2:])
+    rate = (2 * 2 * key.numel() + pages.nbytes) / seconds
+    return {
+        "spec": case.spec,
+        "num_kv_heads": case.num_kv_heads,
+        "tokens": tokens,
+        "milliseconds": seconds * 1e3,
+        "gb_per_second": rate / 1e9,
+        "share_of_copy_rate": rate / copy,
+    }
+
+
+def _append_row(case: PackCase, launches: int = 32) -> dict[str, object]:
+    built = _on_gpu(build_pack(case))
+    key, value = (part[:, :, 0].contiguous() for part in built.states)
+    state = torch.zeros(case.batch, 8, dtype=torch.int32, device="cuda")
+    turns = built.turns[0].expand(case.batch, -1, -1).contiguous()
+    growing = new_pages(built.variant, case.batch, case.num_kv_heads, 2, (1024, 1024), key.device)
+
+    def call() -> None:
+        token = key, value, turns, state
+        append(token, growing, built.code, built.tables, built.variant)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            call()
+    times = sorted(_events(graph.replay) / launches for _ in range(11))
+    return {
+        "spec": case.spec,
+        "batch": case.batch,
+        "num_kv_heads": case.num_kv_heads,
+        "microseconds": times[5] * 1e6,
+    }
+
+
+def _events(call: object) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    assert callable(call)
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _copy_rate() -> float:
+    """Return the bytes a second, read and written, of a copy of 2 GiB on the device."""
+    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(_events(lambda: target.copy_(source)) for _ in range(5))
+
+
+def _on_gpu(built: BuiltPack) -> BuiltPack:
+    states = built.states[0].cuda(), built.states[1].cuda()
+    code, tables = _moved(built.code), _moved(built.tables)
+    return replace(built, states=states, turns=built.turns.cuda(), code=code, tables=tables)
+
+
+def _moved(tables: Tables) -> Tables:
+    values = {f.name: getattr(tables, f.name) for f in fields(tables)}  # type: ignore[arg-type]  # a dataclass
+    moved = {name: v.cuda() for name, v in values.items() if isinstance(v, Tensor)}
+    return replace(tables, **moved)  # type: ignore[type-var]  # a dataclass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Everything the CUDA kernels need from a GPU, in one command of about two minutes; each part has its own limit and
+# none stops the others. Records go to $OUT (default gpu-out), a summary to stdout.
+#
+#     OUT=gpu-out bash benchmarks/gpu_session.sh [COMMIT]
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH=$PWD PYTHONWARNINGS=ignore KVQTOOL_REQUIRE_GPU=1
+OUT=${OUT:-gpu-out} COMMIT=${1:-unknown} PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+ALSO=(--also most_warps=12 --also lut_values=1 --also lut_keys=1,lut_values=1 --also unrolled=1)
+
+echo "== compile"
+timeout 60 "$PYTHON" benchmarks/warm_kernels.py "${ALSO[@]}" 2>&1 | tail -5
+echo "== tests"
+timeout 60 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu 2>&1 | tee "$OUT/tests.txt" | grep -E "^FAILED|passed|failed" | tail -20
+echo "== attention"
+timeout 60 "$PYTHON" benchmarks/bench_attention.py --quick --commit "$COMMIT" --output "$OUT/attention.json" 2>&1 | grep -E " us |rror"
+echo "== which settings are faster"
+timeout 60 "$PYTHON" benchmarks/bench_attention.py --quick --rounds 7 --commit "$COMMIT" "${ALSO[@]}" \
+    --spec nuq4-1% --spec nuq3-1% --spec nuq2-1% --shapes 1,32,32,131072 --shapes 4,32,8,131072 \
+    --output "$OUT/settings.json" 2>&1 | grep -E "nuq.* us |rror"
+echo "== without fusion"
+timeout 40 "$PYTHON" benchmarks/bench_attention.py --quick --rounds 5 --dequantize --commit "$COMMIT" --spec nuq4-1% \
+    --shapes 1,32,32,131072 --shapes 4,32,8,131072 --output "$OUT/dequantize.json" 2>&1 | grep -E "dequantize|rror"
+echo "== pack and append"
+timeout 60 "$PYTHON" benchmarks/bench_packing.py --commit "$COMMIT" > "$OUT/packing.json" && cat "$OUT/packing.json"
+echo "== profiles"
+for shape in "nuq4-1% 1,32,32,131072" "nuq2-1% 4,32,8,131072" "nuq4-1% 1,32,8,4096"; do
+    read -r spec at <<< "$shape"
+    timeout 30 ncu --clock-control none -k attend -s 2 -c 1 --section SpeedOfLight --section WarpStateStats \
+        --section ComputeWorkloadAnalysis --section InstructionStats --section Occupancy \
+        "$PYTHON" benchmarks/bench_attention.py --quick --once --spec "$spec" --shapes "$at" > "$OUT/ncu-${spec%%-*}-$at.txt" 2>&1
+    echo "$shape"
+    grep -E "Duration|DRAM Throughput|L1/TEX Cache|Ipc Active|Issue Slots|Per Issued|Theoretical Active" "$OUT/ncu-${spec%%-*}-$at.txt"
+done
+echo "== sanitizer"
+for tool in memcheck racecheck; do
+    timeout 60 compute-sanitizer --tool $tool "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_attend.py -k "130 and sinks=1" 2>&1 | tail -2
+done

@@ -1,0 +1,197 @@
+// One new token of every sequence into pages that have room for it: codes, range and outliers, in
+// place, the same bits as pack.cu. Nothing is allocated and nothing depends on the host, so a graph
+// can hold it; `state` says where the token goes and is left as it is.
+//
+// Grid: (sequence, KV head). Every block finds the token's range over all KV heads for itself, and
+// writes its own head.
+//
+// `states`  (batch, num_kv_heads, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
+// `turns`   (batch, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
+// `counts`  (pages, num_kv_heads, 2, 2) words of each list; lists have room for `key_room` and
+//           `value_room` words, zero where unused; what does not fit is counted in `dropped`
+// Macros: those of pack.cu; WARPS is the block's. The rest as in attend.cu and pack.cu.
+#include "pack.cuh"
+
+constexpr u32 THREADS = WARPS * 32;
+
+// A token's range and cuts, found by a whole block. `bins` are 768 zeros.
+DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32* bins, u16 (&cut)[4]) {
+    u32 warp = thread_index() / 32, lane = thread_index() % 32;
+    u32* shared = bins + 768;  // least, tie, greatest, tie; lowest and highest of the rest
+    if (thread_index() == 0) shared[4] = 0xffff, shared[5] = 0;
+    if (per_tail) {
+        u32 left = per_tail;
+        if (warp == 0) shared[0] = rank_bin<false>(bins, lane, left);
+        if (warp == 1) shared[2] = rank_bin<true>(bins, lane, left);
+        sync_block();
+        for (u32 i = thread_index(); i < channels; i += THREADS) {
+            u32 key = keys[i];
+            if (key >> 8 == shared[0]) add_shared((int*)bins + 256 + (key & 255), 1);
+            if (key >> 8 == shared[2]) add_shared((int*)bins + 512 + (key & 255), 1);
+        }
+        sync_block();
+        if (warp == 0) {
+            u32 low = rank_bin<false>(bins + 256, lane, left), key = shared[0] << 8 | low;
+            bool whole = bins[256 + low] == left;  // every element that equals the cut
+            u32 tie = whole ? 0xffff : tie_channel<false>(keys, channels, lane, key, left);
+            sync_warp();
+            shared[0] = key, shared[1] = tie;
+        }
+        if (warp == 1) {
+            u32 low = rank_bin<true>(bins + 512, lane, left), key = shared[2] << 8 | low;
+            bool whole = bins[512 + low] == left;
+            u32 tie = whole ? 0 : tie_channel<true>(keys, channels, lane, key, left);
+            sync_warp();
+            shared[2] = key, shared[3] = tie;
+        }
+    }
+    sync_block();
+    KVQ_UNROLL for (int i = 0; i < 4; i++) cut[i] = (u16)shared[i];
+    u32 low = 0xffff, high = 0;
+    for (u32 i = thread_index(); i < channels; i += THREADS) {
+        u32 key = keys[i];
+        if (per_tail && is_cut(cut, key, i)) continue;
+        low = smaller(low, key), high = larger(high, key);
+    }
+    KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) {
+        low = smaller(low, exchange(low, mask));
+        high = larger(high, exchange(high, mask));
+    }
+    if (lane == 0) least_shared(shared + 4, low), greatest_shared(shared + 5, high);
+    sync_block();
+    return range_of(shared[4], shared[5]);
+}
+
+// Put codes n, of a lane's 32 in a step, into their words.
+template <int bits>
+DEVICE void replace_codes(u8* step, u32 lane, const u32* n, const u32* codes, u32 count) {
+    u32 tiles[4];
+    selectors<bits>(step, lane, tiles);
+    for (u32 i = 0; i < count; i++) {
+        u32 shift = 4 * (n[i] % 8);
+        KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
+            if (n[i] / 8 == t) tiles[t] = (tiles[t] & ~(15u << shift)) | codes[i] << shift;
+        }
+    }
+    store_codes<bits>(step, lane, tiles);
+}
+
+struct Lists {
+    u32 *counts, *index, *words, *dropped;
+    u32 room[2];
+};
+
+DEVICE void add_outlier(const Lists& lists, u64 list, u32 side, u32 word) {
+    u32 at = add_global(lists.counts + 2 * list + side, 1);
+    u32* entry = lists.index + 4 * list + 2 * side;
+    if (at < lists.room[side]) {
+        lists.words[(u64)entry[0] * 4 + at] = word;
+        greatest_global(entry + 1, at / 4 + 1);
+    } else {
+        add_global(lists.dropped, 1);
+    }
+}
+
+// Where the token goes: its place in the slab, the slab's number among all, and its words.
+struct Target {
+    u32 head, in_slab;
+    u64 list;
+    u8* words;
+};
+
+// The four codes of a token's keys that one lane of a step holds.
+DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& lists,
+                        const Target& target, const u16* staged, u32 task) {
+    u32 in_slab = target.in_slab, step = task / 4, lane = in_slab % 8 * 4 + task % 4;
+    u32 n[4], codes[4];
+    KeyChannel channels[2][2];
+    lane_channels(code, target.head, step, lane, channels);
+    KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
+        Element found[2];
+        key_pair(code, channels[e], staged, 0, 8 * step + lane % 4 * 2 + e, found);
+        KVQ_UNROLL for (u32 partner = 0; partner < 2; partner++) {
+            u32 row, at, i = 2 * partner + e;
+            n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 2 + 4 * partner + e;
+            key_place(n[i], step, lane, row, at);
+            codes[i] = found[partner].code;
+            if (!found[partner].is_outlier) continue;
+            float dense = key_dense(decode, target.head, at, codes[i]);
+            add_outlier(lists, target.list, 0,
+                        delta_word(found[partner].state, dense, key_where(row, at)));
+        }
+    }
+    replace_codes<KEY_BITS>(target.words + step * step_bytes(KEY_BITS), lane, n, codes, 4);
+}
+
+// The two codes of a token's values that one lane of a step holds.
+DEVICE void append_values(const float* middles, const Decode& decode, const Lists& lists,
+                          const Target& target, const u16* staged, u32 range, const u16* cut,
+                          u32 task) {
+    u32 in_slab = target.in_slab, step = task / 8, lane = task % 8 * 4 + in_slab % 8 / 2;
+    u32 n[2], codes[2];
+    KVQ_UNROLL for (u32 i = 0; i < 2; i++) {
+        u32 row, at;
+        n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 4 + i * 2 + in_slab % 2;
+        value_place(n[i], step, lane, row, at);
+        Element found = value_element(middles, staged[at], range, inverse_scale(range), cut,
+                                      target.head * HEAD_DIM + at);
+        codes[i] = found.code;
+        if (!found.is_outlier) continue;
+        float dense = value_dense(decode, range, found.code);
+        add_outlier(lists, target.list, 1, delta_word(found.state, dense, at << 8 | row << 2));
+    }
+    u8* words = target.words + STEPS * step_bytes(KEY_BITS);
+    replace_codes<VALUE_BITS>(words + step * step_bytes(VALUE_BITS), lane, n, codes, 2);
+}
+
+KERNEL(THREADS)
+append(const u16* key, const u16* value, const int* page_table, const int* state,
+       const float* lower, const float* upper, const float* offset, const float* inverse,
+       const float* key_middles, const float* value_middles, const u16* order, const float* turns,
+       const u16* levels, const u16* key_levels, u32* ranges, u32* counts, u32* index, u8* slabs,
+       u32* outlier_words, u32* dropped, u32 num_kv_heads, u32 max_pages, u32 per_tail,
+       u32 key_room, u32 value_room) {
+    u32 sequence = block_index() / num_kv_heads, head = block_index() % num_kv_heads;
+    u32 token = (u32)state[8 * sequence], channels = num_kv_heads * HEAD_DIM;
+    u32 page = page_table[sequence * max_pages + token / 128], in_slab = token % 64;
+    u32* bins = (u32*)shared_memory();
+    float* middles = (float*)(bins + 776);  // of keys, of values
+    u16 *staged = (u16*)(middles + 32), *keys = staged + 2 * HEAD_DIM;
+    for (u32 i = thread_index(); i < 768; i += THREADS) bins[i] = 0;
+    const u16* own = key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM;
+    const u16* all = value + (u64)sequence * channels;
+    for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
+        staged[i] = own[i], staged[HEAD_DIM + i] = all[head * HEAD_DIM + i];
+        if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
+        if (i < (1u << VALUE_BITS) - 1) middles[16 + i] = value_middles[i];
+    }
+    sync_block();
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < channels; i += THREADS) {
+        u32 at = order_key(all[i]);
+        keys[i] = (u16)at;
+        if (per_tail) add_shared((int*)bins + (at >> 8), 1);
+    }
+    sync_block();
+    KeyCode code{lower,
+                 upper,
+                 offset,
+                 inverse,
+                 CHANNEL_LEVELS ? key_middles : middles,
+                 order,
+                 turns + sequence * HEAD_DIM};
+    Decode decode{levels, key_levels, (const u32*)key_levels};
+    Lists lists{counts, index, outlier_words, dropped, {key_room, value_room}};
+    u64 list = ((u64)page * num_kv_heads + head) * 2 + token / 64 % 2;
+    Target target{head, in_slab, list,
+                  slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS))};
+    // The first two warps rank values meanwhile.
+    u32 task = thread_index() - 64;
+    if (task < STEPS * 4) append_keys(code, decode, lists, target, staged, task);
+    u16 cut[4];
+    u32 range = find_range(keys, channels, per_tail, bins, cut);
+    if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
+    if (thread_index() < STEPS * 8) {
+        append_values(middles + 16, decode, lists, target, staged + HEAD_DIM, range, cut,
+                      thread_index());
+    }
+}

@@ -1,0 +1,346 @@
+// Attention of one query token straight from the packed cache.
+//
+// Grid: any number of blocks of WARPS warps; all slabs of all sequences and KV heads, and the exact
+// tokens in units of 64, are laid end to end and cut into equal ranges, one a block. Within a block
+// each warp takes an equal part of the range, keeps DEPTH - 1 chunks of codes under way and ends
+// with its own softmax; the block joins its warps, and the last block to arrive joins the blocks of
+// a (sequence, head). Nothing depends on the host: lengths lie on the device, counters return to 0.
+//
+// `query`, `output`  (batch, num_heads, HEAD_DIM) half, or bfloat16 with BF16
+// `slabs`            a page of 128 tokens after another, in it KV heads, two slabs each: keys,
+// values `ranges`           (pages, 128) half2: scale and offset of a value token `outlier_index`
+// (pages, num_kv_heads, 2) x {first quad of words, quads} of keys, then of values `page_table`
+// (batch, max_pages) page of each 128 tokens `state`            (batch, 8): packed tokens, sinks,
+// window tokens, position of the first packed
+//                    token, first packed token that is seen; the rest is spare
+// `key_table`        scales and offsets (num_kv_heads, STEPS, 4) x 4 half2, or with CHANNEL_LEVELS
+//                    levels (num_kv_heads, HEAD_DIM, 2^bits)
+// `levels`           (2, 16) half: levels of keys, of values
+// `angles`           half2 cosines and sines of positions 0 to 127 in fragment order
+// `frequencies`      (HEAD_DIM / 2) turns per token, times 2^64
+// `order`            (HEAD_DIM) channel of a head that stands at each place of a packed key
+// exact tokens       (batch, num_kv_heads, capacity, HEAD_DIM) keys after RoPE, and values
+// `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
+#include "attend_slab.cuh"
+
+#if UNROLLED
+#define KVQ_KEYS KVQ_UNROLL
+#else
+#define KVQ_KEYS KVQ_ROLLED
+#endif
+
+constexpr u32 THREADS = WARPS * 32;
+constexpr u32 SLAB = KEY_SLAB + VALUE_SLAB;
+constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS == 16 ? 1 : 2);
+constexpr u32 VALUE_CHUNK = step_bytes(VALUE_BITS) * (VALUE_BITS == 16 ? 1 : 2);
+constexpr u32 KEY_CHUNKS = KEY_SLAB / KEY_CHUNK, CHUNKS = KEY_CHUNKS + VALUE_SLAB / VALUE_CHUNK;
+static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2,
+              "a slab's chunks fill the ring a whole number of times");
+constexpr u32 SLOT = KEY_CHUNK > VALUE_CHUNK ? KEY_CHUNK : VALUE_CHUNK;
+constexpr u32 LISTED = 112;  // outliers of a slab and side that are copied ahead
+constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
+// What goes with the next slab arrives while values are read, when this slab's is used up; else two
+// buffers take turns.
+constexpr u32 SIDES = DEPTH - 1 <= CHUNKS - KEY_CHUNKS ? 1 : 2;
+constexpr u32 SORTED = 0x80000000u;  // beside the quads of values' lists
+constexpr u32 PARTIAL = HEAD_DIM + 2;
+// Shared memory: tables, the query, what warps hand to each other, then each warp's corner.
+constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE;
+constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
+constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
+constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
+constexpr u32 CORNER_QUERY = DEPTH * SLOT + SIDES * SIDE,
+              CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
+constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
+constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
+static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
+
+DEVICE float state_value(u16 bits) {
+    return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits);
+}
+DEVICE u16 state_bits(float value) {
+    if constexpr (!BF16) return float_to_half(value);
+    u32 bits = float_to_bits(value);
+    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+struct Exact {
+    const u16 *key, *value;
+    u32 capacity;
+};
+struct Cache {
+    const u8* slabs;
+    const u32 *ranges, *outlier_index, *outlier_words;
+    const int *page_table, *state;
+    u32 batch, num_heads, num_kv_heads, max_pages;
+    const u64* frequencies;
+    const u16* order;
+    Exact sinks, window;
+};
+
+// A KV head of a sequence with up to GROUP of its query heads: the work of one softmax.
+struct Segment {
+    u32 sequence, kv_head, first_head, heads, index;
+    u32 first_slab, slabs, sink_units, units, start;  // start: among the units of all segments
+};
+
+// A slab's number among all, and the sizes of its lists in words.
+struct Slab {
+    u32 index, ranges, key_words, value_words;
+    bool sorted;
+};
+
+DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
+    const int* state = cache.state + 8 * sequence;
+    segment.first_slab = (u32)state[4] / 64;
+    segment.slabs = ((u32)state[0] + 63) / 64 - segment.first_slab;
+    segment.sink_units = ((u32)state[1] + 63) / 64;
+    return segment.slabs + segment.sink_units + ((u32)state[2] + 63) / 64;
+}
+
+// Segments of a sequence follow each other, KV head by KV head.
+DEVICE u32 segments_of(const Cache& cache) {
+    u32 heads = cache.num_heads / cache.num_kv_heads;
+    return cache.num_kv_heads * ((heads + GROUP - 1) / GROUP);
+}
+
+DEVICE u32 total_units(const Cache& cache) {
+    u32 total = 0;
+    Segment segment;
+    for (u32 b = 0; b < cache.batch; b++)
+        total += segment_sizes(cache, b, segment) * segments_of(cache);
+    return total;
+}
+
+DEVICE Segment find_segment(const Cache& cache, u32 unit) {
+    Segment segment;
+    u32 many = segments_of(cache), start = 0, b = 0;
+    for (;; b++) {
+        segment.units = segment_sizes(cache, b, segment);
+        if (unit - start < segment.units * many || b + 1 == cache.batch) break;
+        start += segment.units * many;
+    }
+    u32 within = (unit - start) / segment.units, heads = cache.num_heads / cache.num_kv_heads;
+    u32 parts = many / cache.num_kv_heads, part = within % parts;
+    segment.sequence = b;
+    segment.kv_head = within / parts;
+    segment.first_head = segment.kv_head * heads + part * GROUP;
+    segment.heads = smaller(GROUP, heads - part * GROUP);
+    segment.index = b * many + within;
+    segment.start = start + within * segment.units;
+    return segment;
+}
+
+DEVICE Slab find_slab(const Cache& cache, const Segment& segment, u32 number) {
+    u32 page = cache.page_table[segment.sequence * cache.max_pages + number / 2];
+    Slab slab;
+    slab.index = (page * cache.num_kv_heads + segment.kv_head) * 2 + number % 2;
+    slab.ranges = page * 2 + number % 2;
+    slab.key_words = slab.value_words = 0, slab.sorted = false;
+    if constexpr (OUTLIERS) {
+        const u32* lists = cache.outlier_index + 4 * (u64)slab.index;
+        slab.key_words = lists[1] * 4;
+        slab.value_words = (lists[3] & ~SORTED) * 4, slab.sorted = lists[3] & SORTED;
+    }
+    return slab;
+}
+
+// Where a slab's outliers of keys (0) or values (1) begin.
+DEVICE const u32* outliers_at(const Cache& cache, const Slab& slab, u32 side) {
+    return cache.outlier_words + (u64)cache.outlier_index[4 * (u64)slab.index + 2 * side] * 4;
+}
+
+// A warp's stream of chunks through its ring. `words` and `next_words` are where this lane's share
+// of this slab and of the next one begin; null where there is none.
+struct Stream {
+    u32 lane;
+    u8 *ring, *side;  // this lane's place in the first slot, and the side buffers
+    const u8 *words, *next_words;
+    Slab slab, next;
+    u32 parity;  // which of the two side buffers `slab` has
+};
+
+DEVICE u8* side_of(const Stream& stream, u32 which) {
+    return stream.side + which % SIDES * SIDE;
+}
+
+// Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.
+DEVICE void send_side(const Cache& cache, u32 lane, const Slab& slab, u8* to) {
+    if (VALUE_BITS != 16 && lane < 16) {
+        copy16(to + 16 * lane, (const u8*)cache.ranges + (u64)slab.ranges * 256 + 16 * lane);
+    }
+    if constexpr (OUTLIERS) {
+        KVQ_UNROLL for (u32 side = 0; side < 2; side++) {
+            u32 words = smaller(side ? slab.value_words : slab.key_words, LISTED);
+            const u32* from = outliers_at(cache, slab, side) + 4 * lane;
+            if (4 * lane < words) copy16(to + 256 + side * LISTED * 4 + 16 * lane, from);
+        }
+    }
+}
+
+// Send chunk `number` of the slab, or of the next one past its end.
+DEVICE void send(const Cache& cache, Stream& stream, u32 number) {
+    bool beyond = number >= CHUNKS;
+    const u8* words = beyond ? stream.next_words : stream.words;
+    if (words) {
+        u32 chunk = beyond ? number - CHUNKS : number, size = KEY_CHUNK;
+        words += chunk * KEY_CHUNK;
+        if (KEY_CHUNK != VALUE_CHUNK && chunk >= KEY_CHUNKS) {
+            size = VALUE_CHUNK;
+            words += (long long)(chunk - KEY_CHUNKS) * ((int)VALUE_CHUNK - (int)KEY_CHUNK);
+        }
+        u8* to = stream.ring + number % DEPTH * SLOT;
+        KVQ_UNROLL for (u32 i = 0; i < SLOT; i += 512) {
+            if (i + 16 * stream.lane < size) copy16(to + i, words + i);
+        }
+        if (chunk == 0) {
+            if (beyond) {
+                send_side(cache, stream.lane, stream.next, side_of(stream, stream.parity + 1));
+            } else {
+                send_side(cache, stream.lane, stream.slab, side_of(stream, stream.parity));
+            }
+        }
+    }
+    copies_sent();
+}
+
+// Wait for chunk `number` of the slab, send the one that takes the place of its predecessor.
+DEVICE const u8* take(const Cache& cache, Stream& stream, u32 number) {
+    await_copies<DEPTH - 2>();
+    sync_warp();
+    send(cache, stream, number + DEPTH - 1);
+    return stream.ring - 16 * stream.lane + number % DEPTH * SLOT;
+}
+
+// The list of a slab's outliers: the first LISTED in shared memory, the rest where they are.
+struct List {
+    const u32* near;
+    const Cache& cache;
+    const Slab& slab;
+    u32 side;
+    DEVICE u32 operator()(u32 i) const {
+        return i < LISTED ? near[i] : outliers_at(cache, slab, side)[i];
+    }
+};
+
+// Write the query as fragments, turned back by `position` tokens, so that keys need turning by
+// their place in the page only.
+DEVICE void turn_query(const Warp& warp, const float* query, int position) {
+    sync_warp();
+    KVQ_UNROLL for (u32 k = 0; k < HEAD_DIM / 2; k += 32) {
+        u32 i = warp.lane + k;
+        if (HEAD_DIM % 64 && i >= HEAD_DIM / 2) break;
+        float sine = 0.0f, cosine = 1.0f;
+        if (ROTATED && position) {
+            u64 phase = warp.frequencies[i] * (u64)(long long)position;
+            sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine, cosine);
+        }
+        KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
+            float low = query[h * HEAD_DIM + i], high = query[h * HEAD_DIM + i + HEAD_DIM / 2];
+            u32* at = (u32*)(warp.query + ((i / 8 * GROUP + h) * 4 + i % 8 / 2) * 8) + i % 2;
+            *at = h2_from(low * cosine + high * sine, high * cosine - low * sine);
+        }
+    }
+    sync_warp();
+}
+
+DEVICE void cap_scores(float (&score)[4][4], float cap) {
+    if constexpr (SOFTCAP) {
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            float& s = score[i / 4][i % 4];  // cap tanh(s / cap), in base-2 units throughout
+            s = cap * (1.0f - 2.0f * inverse_fast(1.0f + exp2_fast(s * 2.8853901f / cap)));
+        }
+    }
+}
+
+DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 number, u32 first,
+                        u32 last, float cap) {
+    const Slab& slab = stream.slab;
+    const u8* side = side_of(stream, stream.parity);
+    float score[4][4] = {};
+    const u8* words = take(cache, stream, 0);
+    if constexpr (OUTLIERS) {
+        int* sparse = (int*)warp.sparse;
+        for (u32 i = warp.lane; i < SPARSE_ROW * GROUP; i += 32) sparse[i] = 0;
+        sync_warp();
+        List list{(const u32*)(side + 256), cache, slab, 0};
+        key_outliers(warp, list, slab.key_words, number % 2 * 4);
+        sync_warp();
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            u32 token = 16 * (i / 4) + i % 4 / 2 * 8 + warp.row, head = 2 * warp.column + i % 2;
+            if (head < GROUP)
+                score[i / 4][i % 4] = (float)sparse[head * SPARSE_ROW + token] / SPARSE_ONE;
+        }
+    }
+    constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
+    KVQ_KEYS for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
+        if (chunk) words = take(cache, stream, chunk);
+        KVQ_UNROLL for (u32 s = 0; s < steps; s++) {
+            key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4,
+                     score);
+        }
+    }
+    cap_scores(score, cap);
+    u32 weights[4][2];
+    if constexpr (OUTLIERS) sync_warp();  // scores are read, weights take their place
+    soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
+    if constexpr (OUTLIERS) {
+        sync_warp();
+        List list{(const u32*)(side + 256) + LISTED, cache, slab, 1};
+        value_outliers(warp, list, slab.value_words, slab.sorted);
+    }
+    constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);
+    KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
+        if (m % value_steps == 0) words = take(cache, stream, KEY_CHUNKS + m / value_steps);
+        value_step(warp, words + m % value_steps * step_bytes(VALUE_BITS), weights, warp.out[m]);
+    }
+}
+
+// Up to 64 tokens that are stored exactly: fragments gathered from rows.
+DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, const Exact& exact,
+                       u32 first, u32 tokens, float cap) {
+    u64 base =
+        ((u64)segment.sequence * cache.num_kv_heads + segment.kv_head) * exact.capacity + first;
+    const u16 *key = exact.key + base * HEAD_DIM, *value = exact.value + base * HEAD_DIM;
+    auto load = [&](const u16* states, u32 token, u32 channel) {
+        return token < tokens ? state_value(states[(u64)token * HEAD_DIM + channel]) : 0.0f;
+    };
+    // Register arrays are turned by one tile a round, so that the loops over tiles stay short code.
+    float score[4][4] = {};
+    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+        float tile[4] = {};
+        if (16 * t < tokens) {
+            KVQ_UNROLL_4 for (u32 step = 0; step < STEPS; step++) {
+                u32 b0, b1, k[4];
+                query_fragment(warp, step, b0, b1);
+                KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+                    const u16* channel =
+                        warp.order + 8 * step + 2 * warp.column + a / 2 * (HEAD_DIM / 2);
+                    u32 token = 16 * t + a % 2 * 8 + warp.row;
+                    k[a] = h2_from(load(key, token, channel[0]), load(key, token, channel[1]));
+                }
+                mma(tile, k, b0, b1);
+            }
+        }
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            score[i / 4][i % 4] = i < 12 ? score[(i + 4) / 4 % 4][i % 4] : tile[i % 4];
+        }
+    }
+    cap_scores(score, cap);
+    u32 weights[4][2];
+    soften(warp, score, nullptr, 0, tokens, weights);
+    KVQ_ROLLED for (u32 t = 0; 16 * t < tokens; t++) {
+        KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
+            u32 v[4];
+            KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+                u32 token = 16 * t + a / 2 * 8 + 2 * warp.column,
+                    channel = 16 * m + a % 2 * 8 + warp.row;
+                v[a] = h2_from(load(value, token, channel), load(value, token + 1, channel));
+            }
+            mma(warp.out[m], v, weights[0][0], weights[0][1]);
+        }
+        KVQ_UNROLL for (int i = 0; i < 6; i++) weights[i / 2][i % 2] = weights[i / 2 + 1][i % 2];
+    }
+}
+
+#include "attend_block.cuh"

@@ -1,0 +1,283 @@
+// What a block does around its slabs: fill tables, split segments among warps, join the results.
+#pragma once
+
+struct Tables {
+    const u16 *key_table, *levels;
+    const u32* angles;
+};
+
+// The angles of a page's places, and the table of all pairs of 4-bit codes, a copy for each lane.
+DEVICE void fill_tables(const Tables& tables, const Cache& cache, u8* shared) {
+    KVQ_ROLLED for (u32 i = thread_index(); i < ANGLE_BYTES / 16; i += THREADS) {
+        copy16(shared + LUT_BYTES + 16 * i, (const u8*)tables.angles + 16 * i);
+    }
+    copies_sent();
+    u64* frequencies = (u64*)(shared + FREQUENCIES_AT);
+    u16* order = (u16*)(shared + ORDER_AT);
+    KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
+        order[i] = cache.order[i];
+        if (i < HEAD_DIM / 2) frequencies[i] = cache.frequencies[i];
+    }
+    constexpr u32 row = LUT_STRIDE / 16;
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < PAIR_BYTES / 16; i += THREADS) {
+        u32 code = i / row;
+        const u16* levels = tables.levels + (LUT_STRIDE == 128 || i % row >= row / 2 ? 16 : 0);
+        u32 pair = levels[code & 15] | (u32)levels[code >> 4] << 16;
+        u32* at = (u32*)(shared + 16 * i);
+        at[0] = at[1] = at[2] = at[3] = pair;
+    }
+    if constexpr (VALUE_QUADS) {
+        KVQ_UNROLL_4 for (u32 i = thread_index(); i < 65536 / 16; i += THREADS) {
+            u32 code = i / 16;  // two lanes' copies at once
+            const u16* levels = tables.levels + 16;
+            u32* at = (u32*)(shared + PAIR_BYTES + 16 * i);
+            at[0] = at[2] = levels[code & 3] | (u32)levels[code >> 4 & 3] << 16;
+            at[1] = at[3] = levels[code >> 2 & 3] | (u32)levels[code >> 6 & 3] << 16;
+        }
+    }
+    await_copies<0>();
+}
+
+// A KV head's scales and offsets, or its channels' levels in the form `key_levels` reads.
+DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
+    if constexpr (KEY_BITS == 16) return;
+    if constexpr (!CHANNEL_LEVELS) {
+        const u32* from = (const u32*)table + head * STEPS * 16;
+        KVQ_ROLLED for (u32 i = thread_index(); i < STEPS * 16; i += THREADS)((u32*)at)[i] =
+            from[i];
+        return;
+    }
+    constexpr u32 count = 1u << (KEY_BITS == 16 ? 0 : KEY_BITS);
+    const u16* levels = table + head * HEAD_DIM * count;
+    constexpr u32 entries = KEY_BITS == 2 ? 1 : count * count;
+    KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM / 2 * entries; i += THREADS) {
+        u32 pair = i / entries, half = pair & 1, column = pair >> 1 & 3, step = pair >> 3;
+        const u16* even = levels + (8 * step + 2 * column + half * (HEAD_DIM / 2)) * count;
+        const u16* odd = even + count;
+        if constexpr (KEY_BITS == 2) {
+            u32* to = (u32*)(at + (step * 4 + column) * 32) + 4 * half;
+            ByteTable<2> a, b;
+            a.load(even), b.load(odd);
+            to[0] = a.low[0], to[1] = b.low[0], to[2] = a.high[0], to[3] = b.high[0];
+        } else {
+            u32 x = i % count, y = i / count % count, value = even[x] | (u32)odd[y] << 16;
+            u32 to = KEY_BITS == 4 ? pair * 1024 + y * 64 + x * 4
+                                   : (step * 2 + column / 2) * 1024 + half * 512 + column % 2 * 32 +
+                                         y * 64 + x * 4;
+            *(u32*)(at + to) = value;
+        }
+    }
+}
+
+DEVICE void fill_query(const Cache& cache, const Segment& segment, const u16* query, float scale,
+                       float* to) {
+    const u16* from =
+        query + ((u64)segment.sequence * cache.num_heads + segment.first_head) * HEAD_DIM;
+    KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
+        u32 head = i / HEAD_DIM, channel = cache.order[i % HEAD_DIM];
+        to[i] = head < segment.heads ? state_value(from[head * HEAD_DIM + channel]) * scale : 0.0f;
+    }
+}
+
+// Units [first, last) of a segment, by one warp.
+DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment, u8* corner,
+                         const float* query, u32 first, u32 last, float cap) {
+    const int* state = cache.state + 8 * segment.sequence;
+    u32 stop = smaller(last, segment.slabs);
+    if (first < stop) {
+        u32 number = segment.first_slab + first, final = segment.first_slab + stop - 1;
+        Stream stream;
+        stream.lane = warp.lane, stream.parity = 0;
+        stream.ring = corner + 16 * warp.lane, stream.side = corner + DEPTH * SLOT;
+        stream.slab = find_slab(cache, segment, number);
+        stream.words = cache.slabs + (u64)stream.slab.index * SLAB + 16 * warp.lane,
+        stream.next_words = nullptr;
+        KVQ_ROLLED for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
+        u32 turned_page = ~0u, seen = (u32)state[4], packed = (u32)state[0];
+        KVQ_ROLLED for (; number <= final; number++) {
+            stream.next_words = nullptr;
+            if (number < final) {
+                stream.next = find_slab(cache, segment, number + 1);
+                stream.next_words = cache.slabs + (u64)stream.next.index * SLAB + 16 * warp.lane;
+            }
+            if (number / 2 != turned_page && (ROTATED || turned_page == ~0u)) {
+                turned_page = number / 2;
+                turn_query(warp, query, state[3] + (int)turned_page * 128);
+            }
+            u32 before = number * 64;
+            packed_slab(warp, cache, stream, number, seen > before ? seen - before : 0,
+                        smaller(packed - before, 64), cap);
+            stream.slab = stream.next, stream.words = stream.next_words;
+            stream.parity ^= 1;
+        }
+        await_copies<0>();
+    }
+    if (last <= segment.slabs) return;
+    turn_query(warp, query, 0);
+    for (u32 unit = first > segment.slabs ? first : segment.slabs; unit < last; unit++) {
+        u32 number = unit - segment.slabs;
+        bool is_sink = number < segment.sink_units;
+        if (!is_sink) number -= segment.sink_units;
+        u32 tokens = smaller((u32)state[is_sink ? 1 : 2] - number * 64, 64);
+        exact_unit(warp, cache, segment, is_sink ? cache.sinks : cache.window, number * 64, tokens,
+                   cap);
+    }
+}
+
+// Leave a warp's result in its corner (`mix`) and among `join`: (WARPS, GROUP, 3) reference, sum,
+// offset.
+DEVICE void leave_result(Warp& warp, float* join) {
+    sync_warp();
+    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
+            warp.sum[j] += exchange(warp.sum[j], mask);
+            warp.offset[j] += exchange(warp.offset[j], mask);
+        }
+        u32 head = 2 * warp.column + j;
+        if (head >= GROUP) continue;
+        if (warp.row == 0) {
+            join[head * 3] = warp.greatest[j];
+            join[head * 3 + 1] = warp.sum[j];
+            join[head * 3 + 2] = warp.offset[j];
+        }
+        KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
+            warp.mix[(16 * m + warp.row) * GROUP + head] += warp.out[m][j];
+            warp.mix[(16 * m + 8 + warp.row) * GROUP + head] += warp.out[m][j + 2];
+        }
+    }
+}
+
+// One (head, channel) of the block's result: sum of weighted values, reference, sum of weights.
+DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 channel,
+                       float (&result)[3]) {
+    float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
+    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) highest =
+        greater(highest, join[(w * GROUP + head) * 3]);
+    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) {
+        const float* part = join + (w * GROUP + head) * 3;
+        const float* mix = (const float*)(corners + w * CORNER + CORNER_MIX);
+        float factor = exp2_fast(part[0] - highest);
+        total += factor * (mix[channel * GROUP + head] + part[2]);
+        sum += factor * part[1];
+    }
+    result[0] = total, result[1] = highest, result[2] = sum;
+}
+
+// One (head, channel) of a segment from the partial results of `parts` blocks.
+DEVICE float join_blocks(const float* partials, u32 parts, u32 head, u32 channel) {
+    constexpr u32 batch = 8;  // so many loads are under way at once
+    float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
+    KVQ_ROLLED for (u32 first = 0; first < parts; first += batch) {
+        float value[batch], reference[batch], share[batch], next = highest;
+        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
+            const float* part =
+                partials + ((u64)smaller(first + k, parts - 1) * GROUP + head) * PARTIAL;
+            value[k] = load_fresh(part + channel);
+            reference[k] = load_fresh(part + HEAD_DIM);
+            share[k] = load_fresh(part + HEAD_DIM + 1);
+        }
+        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
+            if (first + k >= parts) reference[k] = FAR_BELOW;
+            next = greater(next, reference[k]);
+        }
+        float old = exp2_fast(highest - next);
+        total *= old, sum *= old, highest = next;
+        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
+            float factor = exp2_fast(reference[k] - next);
+            total += value[k] * factor, sum += share[k] * factor;
+        }
+    }
+    return total / sum;
+}
+
+KERNEL(THREADS)
+attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const u32* outlier_index,
+       const u32* outlier_words, const int* page_table, const int* state, const u16* key_table,
+       const u16* levels, const u32* angles, const u64* frequencies, const u16* order,
+       const u16* sink_key, const u16* sink_value, const u16* window_key, const u16* window_value,
+       float* partials, u32* counters, u32 batch, u32 num_heads, u32 num_kv_heads, u32 max_pages,
+       u32 sink_capacity, u32 window_capacity, float scale, float cap) {
+    u8* shared = shared_memory();
+    Cache cache{slabs,
+                ranges,
+                outlier_index,
+                outlier_words,
+                page_table,
+                state,
+                batch,
+                num_heads,
+                num_kv_heads,
+                max_pages,
+                frequencies,
+                order,
+                Exact{sink_key, sink_value, sink_capacity},
+                Exact{window_key, window_value, window_capacity}};
+    u64 total = total_units(cache), blocks = smaller(block_count(), (u32)total);
+    if (block_index() >= blocks) return;  // more blocks than units
+    fill_tables(Tables{key_table, levels, angles}, cache, shared);
+
+    u32 number = thread_index() / 32;
+    u8* corner = shared + CORNER_AT + number * CORNER;
+    float *shared_query = (float*)(shared + QUERY_AT), *join = (float*)(shared + JOIN_AT);
+    Warp warp;
+    warp.lane = thread_index() % 32, warp.row = warp.lane / 4, warp.column = warp.lane % 4;
+    warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
+    warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
+    warp.order = (const u16*)(shared + ORDER_AT);
+    warp.query = corner + CORNER_QUERY;
+    warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
+    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) warp.key_levels.load(levels);
+    if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
+        warp.value_levels.load(levels + 16);
+
+    u32 unit = (u32)(total * block_index() / blocks);
+    u32 end = (u32)(total * (block_index() + 1) / blocks);
+    while (unit < end) {
+        Segment segment = find_segment(cache, unit);
+        u32 from = unit - segment.start, count = smaller(end - unit, segment.units - from);
+        sync_block();
+        fill_query(cache, segment, query, scale, shared_query);
+        fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
+        KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
+        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+            warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
+        }
+        KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
+        sync_block();
+        attend_units(warp, cache, segment, corner, shared_query, from + count * number / WARPS,
+                     from + count * (number + 1) / WARPS, cap);
+        leave_result(warp, join + number * GROUP * 3);
+        sync_block();
+
+        u32 first = (u32)(((u64)(segment.start + 1) * blocks - 1) / total);
+        u32 last = (u32)(((u64)(segment.start + segment.units) * blocks - 1) / total);
+        u16* out = output + ((u64)segment.sequence * num_heads + segment.first_head) * HEAD_DIM;
+        float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
+        KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
+            u32 head = i / HEAD_DIM, channel = i % HEAD_DIM;
+            float result[3];
+            join_warps(join, shared + CORNER_AT, head, channel, result);
+            if (first == last) {
+                if (head < segment.heads) out[i] = state_bits(result[0] / result[2]);
+                continue;
+            }
+            part[head * PARTIAL + channel] = result[0];
+            if (channel < 2) part[head * PARTIAL + HEAD_DIM + channel] = result[1 + channel];
+        }
+        if (first != last) {
+            sync_block();
+            if (thread_index() == 0)
+                join[0] = arrive(counters + segment.index, last - first) == last - first;
+            sync_block();
+            if (join[0] != 0.0f) {
+                const float* parts = partials + (u64)(first + segment.index) * GROUP * PARTIAL;
+                KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM;
+                                i += THREADS) {
+                    out[i] = state_bits(
+                        join_blocks(parts, last - first + 1, i / HEAD_DIM, i % HEAD_DIM));
+                }
+            }
+        }
+        unit += count;
+    }
+}

@@ -1,0 +1,321 @@
+// One slab of packed keys and values through the tensor cores, by one warp.
+//
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS (2, 3, 4; 16 stands for fp16 states), CHANNEL_LEVELS (a
+// codebook per key channel), LUT_KEYS, LUT_VALUES, ROTATED (keys were stored before RoPE),
+// OUTLIERS, GROUP (query heads of a KV head, 1 2 4 8), SOFTCAP.
+//
+// Tokens are rows of the score fragments, query heads their columns: lane 4r + c holds tokens r and
+// r + 8 of each tile for heads 2c and 2c + 1. Scores are base-2 logarithms. A value token's scale
+// goes into its weight, so weights are kept relative to the greatest score + log2(scale).
+#pragma once
+#include "unpack.cuh"
+
+constexpr u32 STEPS = HEAD_DIM / 16;
+constexpr u32 KEY_SLAB = STEPS * step_bytes(KEY_BITS), VALUE_SLAB = STEPS * step_bytes(VALUE_BITS);
+// Which codes are looked up in shared memory: pairs in the halves of a row of LUT_STRIDE bytes
+// (keys first), 2-bit values four at once. The others are picked from registers.
+constexpr bool KEY_PAIRS = !CHANNEL_LEVELS && (KEY_BITS == 4 || (KEY_BITS == 3 && LUT_KEYS));
+constexpr bool VALUE_PAIRS = VALUE_BITS == 4 || (VALUE_BITS == 3 && LUT_VALUES);
+constexpr bool VALUE_QUADS = VALUE_BITS == 2 && LUT_VALUES;
+constexpr int LUT_STRIDE = CHANNEL_LEVELS && KEY_BITS == 4 ? 128 : 256;
+constexpr int VALUE_HALF = LUT_STRIDE == 256 ? 128 : 0;
+constexpr u32 PAIRS = KEY_BITS == 4 || VALUE_BITS == 4 ? 256 : 128;
+constexpr u32 PAIR_BYTES = KEY_PAIRS || VALUE_PAIRS ? PAIRS * LUT_STRIDE : 0;
+constexpr u32 LUT_BYTES = PAIR_BYTES + (VALUE_QUADS ? 65536 : 0);
+constexpr u32 ANGLE_BYTES = ROTATED ? 8 * STEPS * 512 : 0;
+// What a KV head's keys need beside their codes: scales and offsets, or levels, in fragment order.
+constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
+                           : !CHANNEL_LEVELS ? STEPS * 64
+                           : KEY_BITS == 4   ? HEAD_DIM * 512
+                           : KEY_BITS == 3   ? HEAD_DIM * 128
+                                             : STEPS * 128;
+constexpr float FAR_BELOW = -1e30f;
+constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
+constexpr u32 SPARSE_ROW =
+    GROUP == 1 ? 64 : 68;               // sparse scores of a head, padded against conflicts
+constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
+
+// A warp's corner of shared memory, and what it has accumulated.
+struct Warp {
+    u32 lane, row, column;  // lane = 4 row + column
+    const u8 *lut, *angles, *head_table;
+    const u64* frequencies;
+    const u16* order;
+    u8* query;      // (STEPS, GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
+    float* sparse;  // outliers' share of the scores, then the tokens' weights, (64, GROUP)
+    float* mix;     // (HEAD_DIM, GROUP): outliers' share of the output
+    ByteTable<KEY_BITS == 3 ? 3 : 2> key_levels;
+    ByteTable<VALUE_BITS == 3 ? 3 : 2> value_levels;
+    float out[STEPS][4];
+    float greatest[2], sum[2], offset[2];
+};
+
+DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
+    b0 = b1 = 0;
+    if (GROUP == 8 || warp.row < GROUP) {
+        const u32* at =
+            (const u32*)(warp.query + ((step * GROUP + warp.row) * 4 + warp.column) * 8);
+        u32 first = at[0], second = at[1];
+        b0 = pick_bytes(first, second, 0x5410), b1 = pick_bytes(first, second, 0x7632);
+    }
+}
+
+// Levels of one tile's codes: channels 8 step + 2 column + {0, 1} of tokens r and r + 8, then their
+// partners HEAD_DIM / 2 further.
+DEVICE void key_levels(const Warp& warp, u32 step, u32 tile, u32 (&k)[4]) {
+    if constexpr (KEY_BITS == 16) {
+    } else if constexpr (!CHANNEL_LEVELS) {
+        if constexpr (KEY_PAIRS) {
+            look_up_pairs<LUT_STRIDE>(warp.lut, warp.lane, tile, k);
+        } else {
+            look_up_bytes<KEY_BITS == 3 ? 3 : 2>(warp.key_levels, tile, k);
+        }
+    } else if constexpr (KEY_BITS == 4) {
+        const u8* table = warp.head_table + (step * 4 + warp.column) * 2048;
+        KVQ_UNROLL for (int a = 0; a < 4; a++) {
+            u32 at = (a ? tile >> (8 * a - 2) : tile << 2) & 0x3fc;
+            k[a] = *(const u32*)(table + (a / 2) * 1024 + at);
+        }
+    } else if constexpr (KEY_BITS == 3) {
+        const u8* table =
+            warp.head_table + (step * 2 + warp.column / 2) * 1024 + warp.column % 2 * 32;
+        KVQ_UNROLL for (int a = 0; a < 4; a++) {
+            u32 at = (a ? tile >> (8 * a - 2) : tile << 2) & 0x1dc;
+            k[a] = *(const u32*)(table + (a / 2) * 512 + at);
+        }
+    } else {
+        const u32* table = (const u32*)(warp.head_table + (step * 4 + warp.column) * 32);
+        u32 low[4] = {table[0], table[1], table[2], table[3]};
+        u32 high[4] = {table[4], table[5], table[6], table[7]};
+        look_up_channel_bytes(low, tile, k[0], k[1]);
+        look_up_channel_bytes(high, tile >> 16, k[2], k[3]);
+    }
+}
+
+// Scores of a step's 16 channels, added to those of the steps before.
+DEVICE void key_step(const Warp& warp, const u8* words, u32 step, u32 first_tile,
+                     float (&score)[4][4]) {
+    u32 tiles[4], affine[4] = {0, 0, 0, 0}, b0, b1;
+    if constexpr (KEY_BITS != 16) selectors<KEY_BITS == 16 ? 4 : KEY_BITS>(words, warp.lane, tiles);
+    if constexpr (KEY_BITS != 16 && !CHANNEL_LEVELS) {
+        const u32* at = (const u32*)(warp.head_table + (step * 4 + warp.column) * 16);
+        KVQ_UNROLL for (int i = 0; i < 4; i++) affine[i] = at[i];
+    }
+    query_fragment(warp, step, b0, b1);
+    KVQ_UNROLL for (int t = 0; t < 4; t++) {
+        u32 k[4];
+        if constexpr (KEY_BITS == 16) {
+            const u32* at = (const u32*)words + (32 * t + warp.lane) * 4;
+            KVQ_UNROLL for (int i = 0; i < 4; i++) k[i] = at[i];
+        } else {
+            key_levels(warp, step, tiles[t], k);
+            if constexpr (!CHANNEL_LEVELS) {
+                KVQ_UNROLL for (int a = 0; a < 4; a++) {
+                    k[a] = h2_fma(k[a], affine[a & 2], affine[(a & 2) + 1]);
+                }
+            }
+        }
+        if constexpr (ROTATED) {
+            const u32* turn =
+                (const u32*)(warp.angles +
+                             (((first_tile + t) * STEPS + step) * 32 + warp.lane) * 16);
+            u32 cosine[2] = {turn[0], turn[2]}, sine[2] = {turn[1], turn[3]};
+            KVQ_UNROLL for (int i = 0; i < 2; i++) {
+                u32 first = h2_fma(k[i], cosine[i], h2_neg(h2_mul(k[i + 2], sine[i])));
+                k[i + 2] = h2_fma(k[i + 2], cosine[i], h2_mul(k[i], sine[i]));
+                k[i] = first;
+            }
+        }
+        mma(score[t], k, b0, b1);
+    }
+}
+
+struct alignas(8) Pair {
+    u32 of[2];
+};
+
+// Add p V of 16 channels for the slab's 64 tokens; `weights` are the tokens' fragments.
+DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4][2],
+                       float (&out)[4]) {
+    if constexpr (VALUE_QUADS) {
+        const u32* pair = (const u32*)words + 2 * warp.lane;
+        KVQ_UNROLL for (int i = 0; i < 2; i++) {
+            u32 word = pair[i], first[4], second[4];
+            KVQ_UNROLL for (int a = 0; a < 4; a++) {
+                u32 at = pick_bytes(word, 8 * warp.lane, 0x5504 | a << 4);
+                Pair found = *(const Pair*)(warp.lut + PAIR_BYTES + at);
+                first[a] = found.of[0], second[a] = found.of[1];
+            }
+            mma(out, first, weights[2 * i][0], weights[2 * i][1]);
+            mma(out, second, weights[2 * i + 1][0], weights[2 * i + 1][1]);
+        }
+        return;
+    }
+    u32 tiles[4];
+    if constexpr (VALUE_BITS != 16) {
+        selectors<VALUE_BITS == 16 ? 4 : VALUE_BITS>(words, warp.lane, tiles);
+    }
+    KVQ_UNROLL for (int t = 0; t < 4; t++) {
+        u32 v[4];
+        if constexpr (VALUE_BITS == 16) {
+            const u32* at = (const u32*)words + (32 * t + warp.lane) * 4;
+            KVQ_UNROLL for (int i = 0; i < 4; i++) v[i] = at[i];
+        } else if constexpr (VALUE_PAIRS) {
+            look_up_pairs<LUT_STRIDE>(warp.lut + VALUE_HALF, warp.lane, tiles[t], v);
+        } else {
+            look_up_bytes<VALUE_BITS == 3 ? 3 : 2>(warp.value_levels, tiles[t], v);
+        }
+        mma(out, v, weights[t][0], weights[t][1]);
+    }
+}
+
+// A key's outlier: delta * (rotated query) is added to its token's score. A word is a half delta
+// above 16 bits of place: 8-byte unit of the angle table << 3, odd channel << 2, upper partner
+// << 1.
+DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
+    u32 unit = word >> 3 & 0x1fff, step = (unit >> 6) % STEPS;
+    u32 token = unit / (64 * STEPS) * 16 + (unit & 1) * 8 + (unit >> 3 & 7);
+    float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
+    if constexpr (ROTATED) {
+        const u32* turn = (const u32*)(warp.angles + first_tile * STEPS * 512 + (word & 0xfff8));
+        u32 pair = pick_bytes(turn[0], turn[1], word & 4 ? 0x7632 : 0x5410);
+        float cosine = h2_low(pair), sine = h2_high(pair);
+        u = delta * (word & 2 ? -sine : cosine);
+        v = delta * (word & 2 ? cosine : sine);
+    } else if (word & 2) {
+        u = 0.0f, v = delta;
+    }
+    const u8* query = warp.query + (step * GROUP * 4 + (unit >> 1 & 3)) * 8 + (word & 4);
+    int* score = (int*)warp.sparse + token;
+    KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
+        u32 pair = *(const u32*)(query + 32 * h);
+        add_shared(score + h * SPARSE_ROW, round_to_int(u * h2_low(pair) + v * h2_high(pair)));
+    }
+}
+
+// A list of keys' outliers; a lane takes every 32nd word, three of them at a time.
+template <typename Words>
+DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 first_tile) {
+    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 96) {
+        u32 words[3];
+        KVQ_UNROLL for (u32 k = 0; k < 3; k++) words[k] = i + 32 * k < count ? list(i + 32 * k) : 0;
+        KVQ_UNROLL for (u32 k = 0; k < 3; k++) key_outlier(warp, words[k], first_tile);
+    }
+}
+
+// Floats of all heads that a KV head has, read and written at once.
+struct alignas(8) Two {
+    float of[2];
+};
+struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
+    float of[GROUP];
+};
+
+// Outliers of values: a word is a half delta above channel << 8 and token << 2. In a sorted list
+// the words of channels that are equal modulo 32 stand together, and each lane takes those of one
+// remainder: no two lanes write to one place. `starts` says where they begin. Lists that grew word
+// by word are not sorted; there atomics keep lanes apart.
+template <typename Words>
+DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool sorted) {
+    if (!sorted) {
+        KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
+            u32 word = list(i);
+            const float* weight = warp.sparse + (word >> 2 & 63) * GROUP;
+            float* at = warp.mix + (word >> 8 & 255) * GROUP;
+            KVQ_ROLLED for (int h = 0; h < GROUP; h++)
+                add_shared(at + h, weight[h] * h2_high(word));
+        }
+        return;
+    }
+    u32 shift = warp.lane % 4 * 8, i = list(warp.lane / 4) >> shift & 255;
+    u32 end = warp.lane == 31 ? count : list((warp.lane + 1) / 4) >> (shift + 8) % 32 & 255;
+    KVQ_ROLLED for (; i < end; i++) {
+        u32 word = list(i);
+        float delta = h2_high(word);
+        Heads weight = *(const Heads*)(warp.sparse + (word >> 2 & 63) * GROUP);
+        Heads* at = (Heads*)(warp.mix + (word >> 8 & 255) * GROUP);
+        Heads sum = *at;
+        KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weight.of[h] * delta;
+        *at = sum;
+    }
+}
+
+// Bring everything accumulated to a new reference; the factor of head h lies in lanes with
+// column h / 2.
+DEVICE void rescale(Warp& warp, const float (&factor)[2]) {
+    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        warp.sum[j] *= factor[j];
+        warp.offset[j] *= factor[j];
+        KVQ_UNROLL for (int m = 0; m < (int)STEPS; m++) {
+            warp.out[m][j] *= factor[j];
+            warp.out[m][j + 2] *= factor[j];
+        }
+    }
+    if constexpr (OUTLIERS) {
+        sync_warp();
+        KVQ_ROLLED for (int h = 0; h < GROUP; h++) {
+            float f = from_lane(h & 1 ? factor[1] : factor[0], h >> 1);
+            KVQ_ROLLED for (u32 d = warp.lane; d < HEAD_DIM; d += 32) warp.mix[d * GROUP + h] *= f;
+        }
+        sync_warp();
+    }
+}
+
+// From scores to the weights of the 64 tokens as fragments for `value_step`; keeps the softmax's
+// running sums. `ranges` are the tokens' (scale, offset) as half2, or null for exact values. Tokens
+// outside [first, last) weigh nothing.
+DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 first, u32 last,
+                   u32 (&weights)[4][2]) {
+    if (first != 0 || last != 64) {
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            u32 token = 16 * (i / 4) + i % 4 / 2 * 8 + warp.row;
+            if (token < first || token >= last) score[i / 4][i % 4] = FAR_BELOW;
+        }
+    }
+    float highest[2] = {FAR_BELOW, FAR_BELOW}, shift[8];
+    KVQ_UNROLL for (int i = 0; i < 8; i++) {
+        u32 token = 8 * i + warp.row;
+        shift[i] = ranges ? log2_fast(greater(h2_low(ranges[token]), 5.9604645e-8f)) : 0.0f;
+        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+            float& s = score[i / 2][2 * (i & 1) + j];
+            s += shift[i];
+            highest[j] = greater(highest[j], s);
+        }
+    }
+    float factor[2];
+    bool grew = false;
+    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
+            highest[j] = greater(highest[j], exchange(highest[j], mask));
+        }
+        grew |= highest[j] > warp.greatest[j] + LAZY;
+    }
+    if (any_lane(grew)) {
+        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+            float next = greater(warp.greatest[j], highest[j]);
+            factor[j] = exp2_fast(warp.greatest[j] - next);
+            warp.greatest[j] = next;
+        }
+        rescale(warp, factor);
+    }
+    KVQ_UNROLL for (int i = 0; i < 8; i++) {
+        u32 token = 8 * i + warp.row;
+        float inverse = ranges ? exp2_fast(-shift[i]) : 1.0f;
+        float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[2], p[2];
+        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+            weight[j] = exp2_fast(score[i / 2][2 * (i & 1) + j] - warp.greatest[j]);
+            p[j] = weight[j] * inverse;
+            warp.sum[j] += p[j];
+            warp.offset[j] += p[j] * zero;
+        }
+        if (OUTLIERS && 2 * warp.column < GROUP) {
+            float* at = warp.sparse + token * GROUP + 2 * warp.column;
+            if constexpr (GROUP == 1) {
+                at[0] = p[0];
+            } else {
+                *(Two*)at = Two{{p[0], p[1]}};
+            }
+        }
+        weights[i / 2][i & 1] = transpose8(h2_from(weight[0], weight[1]));
+    }
+}

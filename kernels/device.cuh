@@ -1,0 +1,237 @@
+// Warp operations, tensor-core steps and packed half arithmetic, each a line of PTX.
+//
+// Everything that is not plain C++ in the other sources goes through this file, so that the same
+// sources also compile for a CPU: with KVQ_HOST defined, tests/shim/device_host.hpp takes its
+// place. No CUDA header is needed; NVRTC wheels ship none. A half2 is a `u32`, the first half in
+// its low 16 bits.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifdef KVQ_HOST
+#include "device_host.hpp"
+#else
+
+#define DEVICE          __device__ __forceinline__
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+#define KVQ_UNROLL      _Pragma("unroll")
+#define KVQ_ROLLED      _Pragma("unroll 1")
+#define KVQ_UNROLL_4    _Pragma("unroll 4")
+
+DEVICE u32 thread_index() {
+    return threadIdx.x;
+}
+DEVICE u32 block_index() {
+    return blockIdx.x;
+}
+DEVICE u32 block_count() {
+    return gridDim.x;
+}
+
+// The block's dynamic shared memory.
+DEVICE u8* shared_memory() {
+    extern __shared__ __align__(16) u8 kvq_shared[];
+    return kvq_shared;
+}
+
+DEVICE void sync_block() {
+    __syncthreads();
+}
+DEVICE void sync_warp() {
+    __syncwarp();
+}
+DEVICE bool any_lane(bool value) {
+    return __any_sync(0xffffffffu, value);
+}
+DEVICE float exchange(float value, u32 mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+DEVICE float from_lane(float value, u32 lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
+}
+DEVICE u32 exchange(u32 value, u32 mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+DEVICE u32 from_lane(u32 value, u32 lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
+}
+DEVICE u32 sum_below(u32 value, u32 distance) {
+    return __shfl_up_sync(0xffffffffu, value, distance);
+}
+DEVICE u32 vote(bool value) {
+    return __ballot_sync(0xffffffffu, value);
+}
+DEVICE u32 count_bits(u32 value) {
+    return __popc(value);
+}
+DEVICE u32 lowest_bit(u32 value) {
+    return __ffs(value) - 1;
+}
+
+// Bytes of (low, high) picked by the nibbles of `selector`, whose top bits must be clear.
+DEVICE u32 pick_bytes(u32 low, u32 high, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+    return result;
+}
+
+DEVICE u32 h2_fma(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE u32 h2_mul(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DEVICE u32 h2_neg(u32 a) {
+    u32 d;
+    asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+DEVICE u32 h2_from(float low, float high) {
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+DEVICE float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+DEVICE u16 float_to_half(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+DEVICE float h2_low(u32 pair) {
+    return half_to_float((u16)pair);
+}
+DEVICE float h2_high(u32 pair) {
+    return half_to_float((u16)(pair >> 16));
+}
+DEVICE float bits_to_float(u32 bits) {
+    return __uint_as_float(bits);
+}
+DEVICE u32 float_to_bits(float value) {
+    return __float_as_uint(value);
+}
+
+// 2^x, log2 x, 1/x, and the sine and cosine of `turns` full turns, |turns| <= 1/2.
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float inverse_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE void sine_cosine(float turns, float& sine, float& cosine) {
+    float angle = turns * 6.283185307179586f;
+    asm("sin.approx.f32 %0, %1;" : "=f"(sine) : "f"(angle));
+    asm("cos.approx.f32 %0, %1;" : "=f"(cosine) : "f"(angle));
+}
+DEVICE int round_to_int(float x) {
+    return __float2int_rn(x);
+}
+DEVICE float greater(float a, float b) {
+    return fmaxf(a, b);
+}
+
+// One IEEE operation each, never contracted.
+DEVICE float mul_exact(float a, float b) {
+    return __fmul_rn(a, b);
+}
+DEVICE float add_exact(float a, float b) {
+    return __fadd_rn(a, b);
+}
+DEVICE float div_exact(float a, float b) {
+    return __fdiv_rn(a, b);
+}
+
+// c += a b for a 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The transpose of the 8x8 matrix of halves whose row i lies in lanes 4i to 4i + 3.
+DEVICE u32 transpose8(u32 pair) {
+    u32 result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+
+// Copy 16 bytes to shared memory behind the thread's back; `copies_sent` closes a group, and
+// `await_copies<n>` returns once at most n groups are under way.
+DEVICE void copy16(void* shared, const void* global) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(shared)),
+        "l"(global)
+        : "memory");
+}
+DEVICE void copies_sent() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int pending>
+DEVICE void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+DEVICE void add_shared(float* at, float value) {
+    atomicAdd(at, value);
+}
+DEVICE void add_shared(int* at, int value) {
+    atomicAdd(at, value);
+}
+DEVICE u32 take_shared(u32* at, u32 value) {
+    return atomicAdd(at, value);
+}
+DEVICE void least_shared(u32* at, u32 value) {
+    atomicMin(at, value);
+}
+DEVICE void greatest_shared(u32* at, u32 value) {
+    atomicMax(at, value);
+}
+
+DEVICE void greatest_global(u32* at, u32 value) {
+    atomicMax(at, value);
+}
+// Add and return what was there.
+DEVICE u32 add_global(u32* at, u32 value) {
+    return atomicAdd(at, value);
+}
+
+// Count arrivals from 0 to last and back to 0; returns the count before.
+DEVICE u32 arrive(u32* counter, u32 last) {
+    __threadfence();
+    u32 before = atomicInc(counter, last);
+    __threadfence();
+    return before;
+}
+// Read what another block wrote.
+DEVICE float load_fresh(const float* at) {
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(at));
+    return value;
+}
+#endif
+
+DEVICE u32 smaller(u32 a, u32 b) {
+    return a < b ? a : b;
+}
+DEVICE u32 larger(u32 a, u32 b) {
+    return a > b ? a : b;
+}

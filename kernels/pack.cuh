@@ -1,0 +1,272 @@
+// One element's code: the arithmetic of codec.py, and who is an outlier. See pack.cu.
+#pragma once
+#include "unpack.cuh"
+
+constexpr u32 STEPS = HEAD_DIM / 16;
+constexpr u32 ROW = HEAD_DIM + 8;  // halves of a staged row, padded against bank conflicts
+constexpr u32 LEVELS = 1u << KEY_BITS;
+constexpr u32 SORTED = 0x80000000u, STARTS = 8;  // as in attend.cu; words of a sorted list's head
+
+DEVICE float state_value(u16 bits) {
+    return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits);
+}
+
+// Where a block's 64 tokens lie.
+struct Place {
+    u32 sequence, head, slab, page;
+    u32 tokens;  // of the slab that exist
+};
+
+DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, u32 first_slab,
+                        const int* page_table, u32 max_pages) {
+    Place place;
+    place.slab = block % slabs;
+    place.head = block / slabs % num_kv_heads;
+    place.sequence = block / slabs / num_kv_heads;
+    place.tokens = smaller(tokens - place.slab * 64, 64);
+    place.page = page_table[place.sequence * max_pages + (first_slab + place.slab) / 2];
+    return place;
+}
+
+// Bring 64 tokens of one head to shared memory, zeros past the end.
+DEVICE void stage(const u16* states, const Place& place, u32 num_kv_heads, u32 tokens, u16* to) {
+    const u16* from =
+        states +
+        (((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64) * HEAD_DIM;
+    constexpr u32 pieces = HEAD_DIM / 8;
+    for (u32 i = thread_index(); i < 64 * pieces; i += STEPS * 32) {
+        u32 token = i / pieces;
+        u16* at = to + token * ROW + i % pieces * 8;
+        if (token < place.tokens) {
+            copy16(at, from + (u64)i * 8);
+        } else {
+            for (u32 k = 0; k < 8; k++) at[k] = 0;
+        }
+    }
+    copies_sent();
+    await_copies<0>();
+}
+
+// How keys are encoded, by channel of the layer: threshold and affine, and the middles between
+// levels.
+struct KeyCode {
+    const float *lower, *upper, *offset, *inverse, *middles;
+    const u16* order;
+    const float* turns;
+};
+
+// The index of the nearest level: how many middles lie below u.
+template <int bits>
+DEVICE u32 nearest(float u, const float* middles) {
+    u32 code = 0;
+    KVQ_UNROLL for (u32 step = 1u << (bits - 1); step; step /= 2) {
+        if (middles[code + step - 1] < u) code += step;
+    }
+    return code;
+}
+
+struct Element {
+    float state;
+    u32 code;
+    bool is_outlier;
+};
+
+// Code n = 8 tile + 2 register + half of a lane: which token and which place of the head.
+DEVICE void key_place(u32 n, u32 step, u32 lane, u32& token, u32& place) {
+    token = n / 8 * 16 + n / 2 % 2 * 8 + lane / 4;
+    place = 8 * step + lane % 4 * 2 + n % 2 + n / 4 % 2 * (HEAD_DIM / 2);
+}
+DEVICE void value_place(u32 n, u32 step, u32 lane, u32& token, u32& place) {
+    token = n / 8 * 16 + n / 4 % 2 * 8 + lane % 4 * 2 + n % 2;
+    place = 16 * step + n / 2 % 2 * 8 + lane / 4;
+}
+
+// What encoding one channel's keys takes.
+struct KeyChannel {
+    u32 channel;  // of the head
+    float lower, upper, offset, inverse;
+    const float* middles;
+};
+
+DEVICE KeyChannel key_channel(const KeyCode& code, u32 head, u32 place) {
+    KeyChannel found;
+    found.channel = code.order[place];
+    u32 c = head * HEAD_DIM + found.channel;
+    found.lower = code.lower[c], found.upper = code.upper[c];
+    found.offset = code.offset[c], found.inverse = code.inverse[c];
+    found.middles = code.middles + (CHANNEL_LEVELS ? c * (LEVELS - 1) : 0);
+    return found;
+}
+
+DEVICE Element key_element(const KeyChannel& channel, float x) {
+    float u = mul_exact(add_exact(x, -channel.offset), channel.inverse);
+    return Element{x, nearest<KEY_BITS>(u, channel.middles),
+                   OUTLIERS && (x < channel.lower || x > channel.upper)};
+}
+
+struct alignas(8) Turn {
+    float cosine, sine;
+};
+
+// A token's keys at a place and at its partner before RoPE (undone by the exact inverse of the
+// model's own cosine and sine), and their codes.
+DEVICE void key_pair(const KeyCode& code, const KeyChannel (&channels)[2], const u16* row,
+                     u32 token, u32 place, Element (&found)[2]) {
+    float x = state_value(row[channels[0].channel]), y = state_value(row[channels[1].channel]);
+    if constexpr (ROTATED) {
+        Turn turn = ((const Turn*)code.turns)[(u64)token * (HEAD_DIM / 2) + place];
+        float norm =
+            add_exact(mul_exact(turn.cosine, turn.cosine), mul_exact(turn.sine, turn.sine));
+        float low = add_exact(mul_exact(x, turn.cosine), mul_exact(y, turn.sine));
+        float high = add_exact(mul_exact(y, turn.cosine), -mul_exact(x, turn.sine));
+        x = div_exact(low, norm), y = div_exact(high, norm);
+    }
+    found[0] = key_element(channels[0], x), found[1] = key_element(channels[1], y);
+}
+
+// The channels of a lane's two places of a step and of their partners.
+DEVICE void lane_channels(const KeyCode& code, u32 head, u32 step, u32 lane,
+                          KeyChannel (&channels)[2][2]) {
+    KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
+        KVQ_UNROLL for (u32 partner = 0; partner < 2; partner++) {
+            u32 place = 8 * step + lane % 4 * 2 + e + partner * (HEAD_DIM / 2);
+            channels[e][partner] = key_channel(code, head, place);
+        }
+    }
+}
+
+// A 16-bit float as an integer of the same order; both zeros are one.
+DEVICE u32 order_key(u16 bits) {
+    return bits == 0x8000 ? 0x8000 : bits & 0x8000 ? 0xffffu ^ bits : bits | 0x8000u;
+}
+DEVICE u16 key_bits(u32 key) {
+    return (u16)(key & 0x8000 ? key ^ 0x8000 : 0xffff ^ key);
+}
+
+DEVICE bool is_cut(const u16* cuts, u32 key, u32 channel) {
+    return key < cuts[0] || (key == cuts[0] && channel <= cuts[1]) || key > cuts[2] ||
+           (key == cuts[2] && channel >= cuts[3]);
+}
+
+DEVICE float inverse_scale(u32 range) {
+    float scale = h2_low(range);
+    return scale > 0.0f ? div_exact(1.0f, scale) : 0.0f;
+}
+
+DEVICE Element value_element(const float* middles, u16 bits, u32 range, float inverse,
+                             const u16* cuts, u32 channel) {
+    float state = state_value(bits), u = mul_exact(add_exact(state, -h2_high(range)), inverse);
+    return Element{state, nearest<VALUE_BITS>(u, middles),
+                   OUTLIERS && is_cut(cuts, order_key(bits), channel)};
+}
+
+// Within what a half can say.
+DEVICE float clamp_half(float x) {
+    return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+}
+
+// A token's range, scale and offset as halves, from the least and greatest keys of what is packed.
+DEVICE u32 range_of(u32 low, u32 high) {
+    float bottom = low > high ? 0.0f : mul_exact(state_value(key_bits(low)), 0.5f);
+    float top = low > high ? 0.0f : mul_exact(state_value(key_bits(high)), 0.5f);
+    u32 scale = float_to_half(clamp_half(add_exact(top, -bottom)));
+    return scale | (u32)float_to_half(clamp_half(add_exact(top, bottom))) << 16;
+}
+
+// A half of what an outlier adds to what its code decodes to.
+DEVICE u32 delta_word(float state, float dense, u32 where) {
+    float stored = half_to_float(float_to_half(clamp_half(state)));
+    return (u32)float_to_half(add_exact(stored, -dense)) << 16 | where;
+}
+
+// Write a lane's 32 codes, given as a word per tile with code 2a + e in its nibbles.
+template <int bits>
+DEVICE void store_codes(u8* step, u32 lane, const u32 (&tiles)[4]) {
+    u32* words = (u32*)step;
+    if constexpr (bits == 4) {
+        KVQ_UNROLL for (int t = 0; t < 4; t++) words[4 * lane + t] = tiles[t];
+    } else if constexpr (bits == 3) {
+        KVQ_UNROLL for (int k = 0; k < 3; k++) {
+            words[32 * k + lane] = tiles[k] | (tiles[3] >> k & 0x11111111u) << 3;
+        }
+    } else {
+        KVQ_UNROLL for (int t = 0; t < 2; t++) {
+            words[2 * lane + t] = tiles[2 * t] | tiles[2 * t + 1] << 2;
+        }
+    }
+}
+
+// The sum over all lanes before this one, and over all lanes.
+DEVICE u32 lanes_before(u32 value, u32 lane, u32& total) {
+    u32 sum = value;
+    KVQ_UNROLL for (u32 d = 1; d < 32; d *= 2) {
+        u32 below = sum_below(sum, d);
+        if (lane >= d) sum += below;
+    }
+    total = from_lane(sum, 31);
+    return sum - value;
+}
+
+// The bin in which the `left`-th smallest (or greatest, `above`) element lies, and its rank there.
+template <bool above>
+DEVICE u32 rank_bin(const u32* bins, u32 lane, u32& left) {
+    auto at = [&](u32 i) { return bins[above ? 255 - i : i]; };
+    u32 sum = 0, total, bin = 0, rest = left;
+    for (u32 i = 0; i < 8; i++) sum += at(8 * lane + i);
+    u32 before = lanes_before(sum, lane, total);
+    bool mine = before < left && left <= before + sum;
+    if (mine) {
+        rest = left - before;
+        for (bin = 8 * lane; rest > at(bin); bin++) rest -= at(bin);
+    }
+    u32 owner = lowest_bit(vote(mine));
+    left = from_lane(rest, owner);
+    bin = from_lane(bin, owner);
+    return above ? 255 - bin : bin;
+}
+
+// The channel of the `left`-th element that equals `key`, counted from the first or the last
+// channel.
+template <bool above>
+DEVICE u32 tie_channel(const u16* keys, u32 channels, u32 lane, u32 key, u32 left) {
+    for (u32 base = 0;; base += 32) {
+        u32 channel = above ? channels - 1 - base - lane : base + lane;
+        u32 mask = vote(keys[channel] == key), count = count_bits(mask);
+        if (count >= left) {
+            for (; left > 1; left--) mask &= mask - 1;
+            u32 bit = lowest_bit(mask);
+            return above ? channels - 1 - base - bit : base + bit;
+        }
+        left -= count;
+    }
+}
+
+// How values are encoded, and what levels decode to: (2, 16) half; keys per channel have their own.
+struct Decode {
+    const u16 *levels, *key_levels;
+    const u32* key_affine;  // as in attend.cu, unless CHANNEL_LEVELS
+};
+
+// What the kernels decode a key's code to, as attend_slab.cuh does.
+DEVICE float key_dense(const Decode& decode, u32 head, u32 place, u32 code) {
+    if constexpr (CHANNEL_LEVELS) {
+        return half_to_float(decode.key_levels[(head * HEAD_DIM + place) * LEVELS + code]);
+    }
+    u32 half = place / (HEAD_DIM / 2), step = place % (HEAD_DIM / 2) / 8, column = place % 8 / 2;
+    const u32* affine = decode.key_affine + ((head * STEPS + step) * 4 + column) * 4 + 2 * half;
+    u32 shift = place % 2 * 16;
+    return h2_low(
+        h2_fma(decode.levels[code], affine[0] >> shift & 0xffff, affine[1] >> shift & 0xffff));
+}
+
+DEVICE float value_dense(const Decode& decode, u32 range, u32 code) {
+    float level = half_to_float(decode.levels[16 + code]);
+    return add_exact(mul_exact(level, h2_low(range)), h2_high(range));
+}
+
+// Where a key's outlier lies: the 8 bytes of its turn in the angle table, then odd and upper.
+DEVICE u32 key_where(u32 token, u32 place) {
+    u32 within = place % (HEAD_DIM / 2);
+    u32 unit = (token / 16 * STEPS + within / 8) * 32 + token % 8 * 4 + within % 8 / 2;
+    return (unit * 2 + token % 16 / 8) << 3 | (within & 1) << 2 | (place / (HEAD_DIM / 2)) << 1;
+}

@@ -1,0 +1,94 @@
+// From a lane's words of a slab to tensor-core fragments.
+//
+// A slab is 64 tokens of one KV head. It is cut into HEAD_DIM / 16 steps of 64 x 16 elements; in a
+// step a lane holds 4 tiles (16 tokens each) of one A fragment: 4 half2, a code for each half.
+// `selectors` turns the lane's words into one word per tile with code (fragment register a, half e)
+// in nibble 2a + e; `look_up` turns that into the fragment.
+#pragma once
+#include "device.cuh"
+
+// Bytes of one step: 32 lanes, 32 codes each; 16 bits stand for states stored as they are.
+DEVICE constexpr u32 step_bytes(u32 bits) {
+    return 128 * bits;
+}
+
+// 4 bits: a word per tile. 3 bits: a word for each of the first three tiles, the fourth tile's
+// codes spread over their nibbles' top bits. 2 bits: two tiles in a word, the second one two bits
+// higher.
+template <int bits>
+DEVICE void selectors(const u8* step, u32 lane, u32 (&tiles)[4]) {
+    const u32* words = (const u32*)step;
+    if constexpr (bits == 4) {
+        KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[4 * lane + t];
+    } else if constexpr (bits == 3) {
+        u32 w[3];
+        KVQ_UNROLL for (int t = 0; t < 3; t++) {
+            w[t] = words[32 * t + lane];
+            tiles[t] = w[t] & 0x77777777u;
+        }
+        tiles[3] =
+            (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+    } else {
+        KVQ_UNROLL for (int t = 0; t < 2; t++) {
+            u32 word = words[2 * lane + t];
+            tiles[2 * t] = word & 0x33333333u;
+            tiles[2 * t + 1] = word >> 2 & 0x33333333u;
+        }
+    }
+}
+
+// Levels of 2- and 3-bit codes as bytes in registers: low bytes, then high bytes, of 4 levels each.
+template <int bits>
+struct ByteTable {
+    u32 low[bits == 3 ? 2 : 1], high[bits == 3 ? 2 : 1];
+
+    DEVICE void load(const u16* levels) {
+        KVQ_UNROLL for (int i = 0; i < (bits == 3 ? 2 : 1); i++) {
+            low[i] = high[i] = 0;
+            KVQ_UNROLL for (int j = 0; j < 4; j++) {
+                low[i] |= (u32)(levels[4 * i + j] & 255) << 8 * j;
+                high[i] |= (u32)(levels[4 * i + j] >> 8) << 8 * j;
+            }
+        }
+    }
+};
+
+// Four fp16 levels from their low and high bytes: registers 2i and 2i + 1 of a fragment.
+DEVICE void weave(u32 low, u32 high, u32& first, u32& second) {
+    first = pick_bytes(low, high, 0x5140);
+    second = pick_bytes(low, high, 0x7362);
+}
+
+template <int bits>
+DEVICE void look_up_bytes(const ByteTable<bits>& table, u32 tile, u32 (&fragment)[4]) {
+    constexpr int last = bits == 3 ? 1 : 0;
+    KVQ_UNROLL for (int i = 0; i < 2; i++) {
+        u32 four = i ? tile >> 16 : tile;
+        weave(pick_bytes(table.low[0], table.low[last], four),
+              pick_bytes(table.high[0], table.high[last], four), fragment[2 * i],
+              fragment[2 * i + 1]);
+    }
+}
+
+// 2-bit levels per channel: `channels` holds the low bytes of the even and the odd channel, then
+// the high bytes; odd channels' codes pick from the second four bytes.
+DEVICE void look_up_channel_bytes(const u32 (&channels)[4], u32 tile, u32& first, u32& second) {
+    u32 four = tile | 0x40404040u;
+    weave(pick_bytes(channels[0], channels[1], four), pick_bytes(channels[2], channels[3], four),
+          first, second);
+}
+
+// 4-bit levels: a table of all pairs of codes, a copy for each lane so that no two lanes meet in a
+// bank. Row `pair` is LUT_STRIDE bytes; with 256 of them one instruction makes the address.
+template <int stride>
+DEVICE void look_up_pairs(const u8* table, u32 lane, u32 tile, u32 (&fragment)[4]) {
+    KVQ_UNROLL for (int a = 0; a < 4; a++) {
+        u32 at;
+        if constexpr (stride == 256) {
+            at = pick_bytes(tile, 4 * lane, 0x5504 | a << 4);
+        } else {
+            at = ((a ? tile >> (8 * a - 7) : tile << 7) & 0x7f80) | 4 * lane;
+        }
+        fragment[a] = *(const u32*)(table + at);
+    }
+}

@@ -1,0 +1,109 @@
+"""Add one token to pages in place: kernels/append.cu and the pages it writes to.
+
+Pages that still grow are allocated with room in every list of outliers, so that nothing is
+allocated while a graph replays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvqtool.cuda import Kernel, Launcher, run_on_gpu
+from kvqtool.fused import LayerTables, Variant
+from kvqtool.memory import PAGE_TOKENS
+from kvqtool.packing import CodeTables
+from kvqtool.page_memory import QUAD, SLABS
+from kvqtool.pages import Pages
+
+_WARPS: Final = 8  # of a block
+
+
+@dataclass(frozen=True)
+class GrowingPages:
+    """Pages with room for tokens to come.
+
+    Args:
+        pages: the pages; empty lists have their place already.
+        counts: (pages, num_kv_heads, 2, 2) int32, words of each list.
+        dropped: (1,) int32, outliers that found no room.
+        room: words that a list of keys and one of values has room for.
+    """
+
+    pages: Pages
+    counts: Tensor
+    dropped: Tensor
+    room: tuple[int, int]
+
+
+def new_pages(
+    variant: Variant, batch: int, num_kv_heads: int, blocks: int, room: tuple[int, int],
+    device: torch.device,
+) -> GrowingPages:  # fmt: skip
+    """Allocate empty pages.
+
+    Args:
+        variant: the attention kernel's variant.
+        batch: sequences.
+        num_kv_heads: KV heads.
+        blocks: pages of each sequence.
+        room: words in each list of keys and of values, multiples of 4.
+        device: the GPU.
+    """
+    count, width = blocks * batch, 2 * variant.head_dim * (variant.key_bits + variant.value_bits)
+    shape = count, num_kv_heads, SLABS
+    lists = torch.arange(count * num_kv_heads * SLABS, dtype=torch.int32, device=device)
+    each = sum(room) // QUAD
+    index = torch.zeros(*shape, 4, dtype=torch.int32, device=device)
+    index[..., 0] = (lists * each).view(shape)
+    index[..., 2] = (lists * each + room[0] // QUAD).view(shape)
+    table = torch.arange(count, dtype=torch.int32, device=device).view(blocks, batch).T.contiguous()
+    pages = Pages(
+        torch.zeros(*shape, width, dtype=torch.int32, device=device),
+        torch.zeros(count, PAGE_TOKENS, 2, dtype=torch.float16, device=device),
+        index,
+        torch.zeros(max(len(lists) * sum(room), QUAD), dtype=torch.int32, device=device),
+        table,
+    )
+    counts = torch.zeros(*shape, 2, dtype=torch.int32, device=device)
+    return GrowingPages(pages, counts, torch.zeros(1, dtype=torch.int32, device=device), room)
+
+
+def append(
+    token: tuple[Tensor, Tensor, Tensor, Tensor],
+    growing: GrowingPages,
+    code: CodeTables,
+    tables: LayerTables,
+    variant: Variant,
+    run: Launcher = run_on_gpu,
+) -> None:
+    """Write one token of every sequence, where `state` says the sequence ends.
+
+    Args:
+        token: keys after RoPE and values, (batch, num_kv_heads, head_dim) float16 or bfloat16;
+            (batch, head_dim / 2, 2) float32 cosine and sine by place; `state`, (batch, 8) int32.
+        growing: the pages, changed in place.
+        code: `packing.code_tables`.
+        tables: the layer's tables.
+        variant: the attention kernel's variant.
+        run: what runs the kernel.
+    """
+    key, value, turns, state = token
+    pages = growing.pages
+    batch, heads, head_dim = key.shape
+    wanted = ("HEAD_DIM", "KEY_BITS", "VALUE_BITS", "CHANNEL_LEVELS", "ROTATED", "OUTLIERS", "BF16")
+    macros = (*((k, v) for k, v in variant.macros if k in wanted), ("WARPS", _WARPS))
+    run(
+        Kernel("append", "append", macros),
+        (batch * heads, 32 * _WARPS, 808 * 4 + 2 * head_dim * (2 + heads)),
+        [
+            *(key, value, pages.page_table, state, code.lower, code.upper, code.offset),
+            *(code.inverse, code.key_middles, code.value_middles, tables.order, turns),
+            *(tables.levels, tables.key_table, pages.ranges, growing.counts, pages.outlier_index),
+            *(pages.slabs, pages.outlier_words, growing.dropped, heads, pages.page_table.shape[1]),
+            *(code.per_tail, *growing.room),
+        ],
+    )

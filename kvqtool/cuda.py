@@ -1,0 +1,145 @@
+"""Find, compile and launch the CUDA sources of kernels/; the only file that imports CuPy.
+
+Sources lie beside the package's own files in an installed wheel and beside the package in a
+checkout (kernels/README.md). A source is handed to NVRTC as one text with its headers inside,
+because CuPy's cache of compiled code looks at the text alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvqtool.errors import RunError
+
+Macros = tuple[tuple[str, int], ...]
+Argument = Tensor | int | float
+_STATIC_SHARED: Final = 48 * 1024  # bytes a block may have without asking first
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+
+
+def kernel_folder() -> Path:
+    """Return the folder of the CUDA sources."""
+    package = Path(__file__).parent
+    installed = package / "_kernels"
+    return installed if installed.is_dir() else package.parent / "kernels"
+
+
+@cache
+def source_text(name: str) -> str:
+    """Return kernels/`name`.cu with every header it includes in place, each once."""
+    folder, seen = kernel_folder(), set()
+
+    def expand(file: str) -> str:
+        if file in seen:
+            return ""
+        seen.add(file)
+        text = (folder / file).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda found: expand(found[1]), text)
+
+    return expand(f"{name}.cu")
+
+
+def compile_options(macros: Macros) -> tuple[str, ...]:
+    """Return the compiler's options beside the architecture."""
+    return ("-std=c++17", *(f"-D{name}={value}" for name, value in macros))
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why kernels cannot run on a device, in one sentence, or None where they can."""
+    if device.type != "cuda":
+        return f"the kernels run on CUDA devices, not on {device.type}"
+    try:
+        import cupy
+    except ImportError:
+        return "cupy is not installed; install kvqtool[cuda12] or kvqtool[cuda13]"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0, this GPU has {capability}"
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"cupy finds no GPU: {error}"
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A specialised function: kernels/`source`.cu, `function` in it, and its macros."""
+
+    source: str
+    function: str
+    macros: Macros
+
+
+class Launcher(Protocol):
+    """What runs a kernel: the GPU, or in tests the same sources compiled for the CPU."""
+
+    def __call__(
+        self, kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[Argument]
+    ) -> None:
+        """Run `kernel` in `shape`: blocks, threads of a block, bytes of dynamic shared memory."""
+
+
+@cache
+def load_kernel(kernel: Kernel, shared_bytes: int, device_index: int) -> Any:
+    """Compile a kernel for a device and return CuPy's function.
+
+    Args:
+        kernel: which.
+        shared_bytes: dynamic shared memory a block may ask for.
+        device_index: the GPU.
+
+    Raises:
+        RunError: when CuPy is missing, or the source does not compile.
+    """
+    reason = unavailable(torch.device("cuda", device_index))
+    if reason:
+        raise RunError(reason)
+    import cupy
+
+    options = compile_options(kernel.macros)
+    with cupy.cuda.Device(device_index):
+        module = cupy.RawModule(code=source_text(kernel.source), options=options)
+        try:
+            function = module.get_function(kernel.function)
+        except cupy.cuda.compiler.CompileException as error:
+            first = str(error).strip().splitlines()[0]
+            raise RunError(f"kernels/{kernel.source}.cu {dict(kernel.macros)}: {first}") from error
+        if shared_bytes > _STATIC_SHARED:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+    return function
+
+
+def run_on_gpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
+    """Launch a kernel on torch's current stream of the tensors' device.
+
+    Args:
+        kernel: which.
+        shape: blocks, threads of a block, bytes of dynamic shared memory.
+        arguments: tensors are passed as pointers, integers as 32 bits, floats as 32 bits.
+    """
+    device = next(a for a in arguments if isinstance(a, Tensor)).device
+    if device.type != "cuda":
+        raise RunError(f"the kernels run on CUDA devices, not on {device.type}")
+    function = load_kernel(kernel, shape[2], device.index)
+    import cupy
+
+    stream = torch.cuda.current_stream(device)
+    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+        passed = tuple(_passed(argument) for argument in arguments)
+        function((shape[0],), (shape[1],), passed, shared_mem=shape[2])
+
+
+def _passed(argument: Argument) -> np.generic:
+    if isinstance(argument, Tensor):
+        return np.uint64(argument.data_ptr())
+    return np.uint32(argument) if isinstance(argument, int) else np.float32(argument)

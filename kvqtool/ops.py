@@ -1,0 +1,98 @@
+"""`torch.ops.kvqtool.attend`: fused attention as one operation of torch, which compile keeps whole.
+
+On CUDA tensors it runs the kernel, on CPU tensors the torch reference. Importing this file makes
+the operation known to torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from kvqtool.fused import (
+    ExactTokens,
+    LayerTables,
+    PackedContext,
+    Variant,
+    Workspace,
+    attend,
+)
+from kvqtool.pages import Pages
+from kvqtool.reading import attend_reference
+
+
+def call_attend(
+    query: Tensor,
+    context: PackedContext,
+    tables: LayerTables,
+    variant: Variant,
+    workspace: Workspace,
+) -> Tensor:
+    """Call the operation; arguments and result are those of `fused.attend`."""
+    read = [*vars(context.pages).values(), *vars(context.exact).values(), context.state]
+    read += [tables.key_table, tables.levels, tables.angles, tables.frequencies, tables.order]
+    numbers = [*(int(field) for field in astuple(variant)), workspace.blocks]
+    reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
+    written = [workspace.partials, workspace.counters]
+    out: Tensor = torch.ops.kvqtool.attend(query, read, written, numbers, reals)
+    return out
+
+
+@torch.library.custom_op("kvqtool::attend", mutates_args=("written",), device_types="cuda")
+def _attend_cuda(
+    query: Tensor,
+    read: list[Tensor],
+    written: list[Tensor],
+    numbers: list[int],
+    reals: list[float],
+) -> Tensor:
+    context, tables, variant = _arguments(read, numbers, reals)
+    return attend(query, context, tables, variant, Workspace(written[0], written[1], numbers[-1]))
+
+
+@_attend_cuda.register_kernel("cpu")
+def _attend_cpu(
+    query: Tensor,
+    read: list[Tensor],
+    written: list[Tensor],
+    numbers: list[int],
+    reals: list[float],
+) -> Tensor:
+    return attend_reference(query, *_arguments(read, numbers, reals))
+
+
+@_attend_cuda.register_fake
+def _attend_shape(
+    query: Tensor,
+    read: list[Tensor],
+    written: list[Tensor],
+    numbers: list[int],
+    reals: list[float],
+) -> Tensor:
+    return torch.empty_like(query)
+
+
+def _arguments(
+    read: list[Tensor], numbers: list[int], reals: list[float]
+) -> tuple[PackedContext, LayerTables, Variant]:
+    """Put the flat arguments of the operation together again."""
+    context = PackedContext(Pages(*read[:5]), ExactTokens(*read[5:9]), read[9])
+    cap = reals[1] if len(reals) > 1 else None
+    tables = LayerTables(read[10], read[11], read[12], read[13], read[14], reals[0], cap)
+    head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
+    flags = bool(levels), bool(rotated), bool(outliers)
+    most_warps, tunables = numbers[9], (numbers[10] > 0, numbers[11] > 0, numbers[12] > 0)
+    return (
+        context,
+        tables,
+        Variant(
+            *(head_dim, key_bits, value_bits),
+            *flags,
+            group,
+            *(softcap > 0, bf16 > 0),
+            most_warps,
+            *tunables,
+        ),
+    )

@@ -1,0 +1,196 @@
+"""A small packed context with its exact answer in float64, to test fused attention against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvqtool.codebook import Codebook, as_half, normalfloat_levels, round_range
+from kvqtool.codec import decode, encode
+from kvqtool.fused import ExactTokens, LayerTables, PackedContext, Variant, groups_of
+from kvqtool.pages import PageSide, build_pages, folds_levels, key_table, level_table
+from kvqtool.side import QuantSpec
+from kvqtool.slabs import angle_table, frequency_table
+from kvqtool.spec import parse_spec
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to build: a spec and shapes; `lengths` are each sequence's packed tokens."""
+
+    spec: str = "nuq4-1%"
+    lengths: tuple[int, ...] = (130,)
+    num_kv_heads: int = 2
+    group: int = 1
+    head_dim: int = 128
+    sinks: int = 0
+    window: int = 0
+    position: int = 0
+    softcap: float | None = None
+    first_seen: int = 0
+    seed: int = 0
+    device: str = "cpu"
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """A query, the packed context, the tables, the variant, and the right answer in float64."""
+
+    query: Tensor
+    context: PackedContext
+    tables: LayerTables
+    variant: Variant
+    expected: Tensor
+    greatest_value: float
+
+
+def build(case: Case) -> Built:
+    """Build a case from random states with strong channels, as keys have."""
+    spec, half = parse_spec(case.spec), case.head_dim // 2
+    random = torch.Generator().manual_seed(case.seed)
+    batch, tokens = len(case.lengths), max(case.lengths)
+    channels = case.num_kv_heads * case.head_dim
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    strength = normal(channels).exp() * 0.5
+    keys = (normal(tokens * batch, channels) * strength + normal(channels)).half().float()
+    values = (normal(tokens * batch, channels) * normal(channels).exp() * 0.3).half().float()
+    books = codebook(spec.key, keys), codebook(spec.value, values)
+    rows = encode(keys, books[0], spec.key), encode(values, books[1], spec.value)
+    shape = (tokens, batch, case.num_kv_heads, case.head_dim)
+    key, value = (
+        decode(part, book, side, channels).double().view(shape).permute(1, 2, 0, 3)
+        for part, book, side in zip(rows, books, (spec.key, spec.value), strict=True)
+    )
+    inv_freq = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    if spec.key.pre_rope:
+        phase = (case.position + torch.arange(tokens, dtype=torch.float64))[:, None] * inv_freq
+        cos, sin = phase.cos(), phase.sin()
+        low, high = key[..., :half], key[..., half:]
+        key = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    num_heads, dtype = (
+        case.num_kv_heads * case.group,
+        torch.bfloat16 if case.bfloat16 else torch.half,
+    )
+    query = (normal(batch, num_heads, case.head_dim) * 2).to(dtype)
+
+    def exact(count: int) -> tuple[Tensor, Tensor]:
+        wide = (batch, case.num_kv_heads, max(count, 1), case.head_dim)
+        return (normal(*wide)).to(dtype), (normal(*wide) * 0.3).to(dtype)
+
+    sinks, window = exact(case.sinks), exact(case.window)
+    order = torch.arange(case.head_dim)
+    sides = (
+        PageSide(rows[0], books[0], spec.key, case.num_kv_heads, case.head_dim, order),
+        PageSide(rows[1], books[1], spec.value, case.num_kv_heads, case.head_dim, None),
+    )
+    tables = LayerTables(
+        key_table(books[0], spec.key, order, case.num_kv_heads),
+        level_table(*sides),
+        angle_table(inv_freq),
+        frequency_table(inv_freq),
+        order.to(torch.int16),
+        case.head_dim**-0.5,
+        case.softcap,
+    )
+    state = torch.zeros(batch, 8, dtype=torch.int32)
+    state[:, 0] = torch.tensor(case.lengths)
+    state[:, 1], state[:, 2] = case.sinks, case.window
+    state[:, 3], state[:, 4] = case.position, case.first_seen
+    variant = variant_of(case)
+    parts = []
+    for b, length in enumerate(case.lengths):
+        ks = [sinks[0][b, :, : case.sinks].double(), key[b, :, case.first_seen : length]]
+        vs = [sinks[1][b, :, : case.sinks].double(), value[b, :, case.first_seen : length]]
+        ks.append(window[0][b, :, : case.window].double())
+        vs.append(window[1][b, :, : case.window].double())
+        parts.append(_attention(query[b], torch.cat(ks, 1), torch.cat(vs, 1), case))
+    context = PackedContext(build_pages(*sides, batch), ExactTokens(*sinks, *window), state)
+    return Built(query, context, tables, variant, torch.stack(parts), float(value.abs().max()))
+
+
+def variant_of(case: Case) -> Variant:
+    """Return the kernel a case is for."""
+    spec = parse_spec(case.spec)
+    return Variant(
+        case.head_dim,
+        spec.key.bits,
+        spec.value.bits,
+        folds_levels(spec.key),
+        spec.key.pre_rope,
+        bool(spec.key.outlier_fraction or spec.value.outlier_fraction),
+        groups_of(case.num_kv_heads * case.group, case.num_kv_heads),
+        case.softcap is not None,
+        case.bfloat16,
+    )
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+    grouped = query.double().view(case.num_kv_heads, case.group, case.head_dim)
+    score = grouped @ key.transpose(1, 2) / math.sqrt(case.head_dim)
+    if case.softcap is not None:
+        score = case.softcap * (score / case.softcap).tanh()
+    return (score.softmax(-1) @ value).view(-1, case.head_dim)
+
+
+def codebook(spec: QuantSpec, states: Tensor) -> Codebook:
+    """Return an uneven codebook with thresholds at the spec's share."""
+    levels = normalfloat_levels(spec.bits) * 0.9
+    if spec.channel_levels:
+        levels = levels * torch.linspace(0.8, 1.0, states.shape[1])[:, None]
+    levels = as_half(levels)
+    if not spec.per_channel:
+        return Codebook(levels, levels)
+    tail = spec.outlier_fraction / 2
+    low, high = states.quantile(tail, dim=0), states.quantile(1 - tail, dim=0)
+    return Codebook(levels, levels, *round_range(low, high))
+
+
+def on_device(built: Built, device: str) -> Built:
+    """Return the case with its inputs on a device; the answer stays where it is."""
+
+    def move(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if is_dataclass(value) and not isinstance(value, type | Variant):
+            return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    moved = {name: move(getattr(built, name)) for name in ("query", "context", "tables")}
+    return replace(built, **moved)
+
+
+# Every width, codebook, head size, group and kind of token, at lengths around every boundary.
+CASES = (
+    *(Case(lengths=(n,), num_kv_heads=1) for n in (1, 15, 16, 17, 63, 64, 65, 127, 128, 129)),
+    *(Case(f"nuq{bits}-1%", (100, 257)) for bits in (2, 3, 4)),
+    *(Case(f"nuq{bits}-1%-pc", (70,)) for bits in (2, 3, 4)),
+    *(Case(f"nuq{bits}", (200,)) for bits in (2, 3, 4)),
+    *(Case("nuq3-1%", (65, 129), group=group) for group in (2, 3, 4, 8)),
+    Case("nuq4-1%", (64,), num_kv_heads=1, group=16),
+    *(Case("nuq3-1%", (80,), num_kv_heads=1, head_dim=d) for d in (64, 96, 256)),
+    Case("nuq4-1%-pc", (80,), num_kv_heads=1, head_dim=64, group=4),
+    Case("nuq4-1%/nuq2-1%", (140,), group=2),
+    Case("int4", (64,)),
+    Case("nf3-1%", (64,)),
+    Case("nuq4-1%-postrope", (200,)),
+    Case("nuq4-1%", (300,), first_seen=70),
+    Case("nuq4-1%", (130,), sinks=1, window=65, group=4),
+    Case("nuq4-1%", (130,), sinks=5, bfloat16=True),
+    Case("nuq3-1%", (130,), softcap=20.0),
+    Case("nuq3-1%", (130,), position=2**20 + 5),
+    Case("nuq4-30%", (128,), num_kv_heads=1),
+)
+# Real lengths, for a GPU.
+LONG = (
+    Case("nuq4-1%", (4096, 1000), num_kv_heads=8, group=4, sinks=1),
+    Case("nuq3-1%", (9000,), num_kv_heads=4, group=8, sinks=1, window=128),
+    Case("nuq2-1%", (20000,), num_kv_heads=2, position=1),
+    Case("nuq4-1%-pc", (5000,), num_kv_heads=8, group=4),
+)

@@ -1,0 +1,151 @@
+"""States of a prompt and the pages the codec makes of them, to test packing kernels against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from attention_case import codebook
+from torch import Tensor
+
+from kvqtool.appending import GrowingPages, append, new_pages
+from kvqtool.codec import encode
+from kvqtool.cuda import Launcher
+from kvqtool.fused import LayerTables, Variant
+from kvqtool.packing import CodeTables, code_tables
+from kvqtool.page_memory import STARTS
+from kvqtool.pages import Pages, PageSide, build_pages, folds_levels, key_table, level_table
+from kvqtool.rope import Rotation
+from kvqtool.slabs import angle_table, frequency_table
+from kvqtool.spec import parse_spec
+
+
+@dataclass(frozen=True)
+class PackCase:
+    """A spec and shapes; `tied` makes values of few distinct numbers, zeros of both signs too."""
+
+    spec: str = "nuq3-1%"
+    tokens: int = 130
+    batch: int = 1
+    num_kv_heads: int = 2
+    head_dim: int = 128
+    layout: str = "half"
+    tied: bool = False
+    bfloat16: bool = False
+
+
+CASES = (
+    *(PackCase(f"nuq{bits}-1%", tokens=70) for bits in (2, 3, 4)),
+    *(PackCase(f"nuq{bits}-1%-pc", tokens=64) for bits in (2, 3, 4)),
+    *(PackCase(tokens=n, num_kv_heads=1) for n in (1, 63, 65, 128, 129)),
+    PackCase("int4", batch=2),
+    PackCase("nuq4-1%-postrope", batch=2),
+    PackCase("nuq4-5%/nuq2-1%", batch=3, tokens=66),
+    PackCase(tied=True),
+    PackCase(bfloat16=True, tied=True),
+    PackCase(head_dim=64, num_kv_heads=3, layout="interleaved"),
+    PackCase(head_dim=96, tokens=33),
+    PackCase(head_dim=256, tokens=65, num_kv_heads=1),
+)
+
+
+@dataclass(frozen=True)
+class BuiltPack:
+    """What `pack` takes, and what it must return."""
+
+    states: tuple[Tensor, Tensor]
+    turns: Tensor
+    code: CodeTables
+    tables: LayerTables
+    variant: Variant
+    expected: Pages
+
+
+def build_pack(case: PackCase) -> BuiltPack:
+    """Build a case on the CPU."""
+    spec, half = parse_spec(case.spec), case.head_dim // 2
+    random = torch.Generator().manual_seed(1)
+    dtype = torch.bfloat16 if case.bfloat16 else torch.half
+    shape = (case.batch, case.num_kv_heads, case.tokens, case.head_dim)
+    key, value = (torch.randn(shape, generator=random) for _ in range(2))
+    key *= torch.randn(1, case.num_kv_heads, 1, case.head_dim, generator=random).exp()
+    if case.tied:
+        value = value.mul(2).round() / 2 * torch.where(value < 0.2, -1.0, 1.0)
+    key, value = key.to(dtype), value.to(dtype)
+    inv_freq = 10_000.0 ** (-torch.arange(half) / half)
+    phase = torch.arange(case.tokens)[:, None] * inv_freq
+    cos, sin = phase.cos().to(dtype).float(), phase.sin().to(dtype).float()
+    order = torch.arange(case.head_dim)
+    if case.layout == "interleaved":
+        order = torch.cat([order[0::2], order[1::2]])
+    rotation = Rotation(case.layout, case.head_dim, 0, 1, "unique")
+    rows = [part.permute(2, 0, 1, 3).float() for part in (key, value)]
+    if spec.key.pre_rope:
+        rows[0] = rotation.unrotate(rows[0], cos[:, None, None], sin[:, None, None])
+    flat = [part.reshape(case.tokens * case.batch, -1) for part in rows]
+    books = codebook(spec.key, flat[0]), codebook(spec.value, flat[1])
+    encoded = encode(flat[0], books[0], spec.key), encode(flat[1], books[1], spec.value)
+    sides = (
+        PageSide(encoded[0], books[0], spec.key, case.num_kv_heads, case.head_dim, order),
+        PageSide(encoded[1], books[1], spec.value, case.num_kv_heads, case.head_dim, None),
+    )
+    tables = LayerTables(
+        key_table(books[0], spec.key, order, case.num_kv_heads),
+        level_table(*sides),
+        angle_table(inv_freq),
+        frequency_table(inv_freq),
+        order.to(torch.int16),
+        1.0,
+    )
+    variant = Variant(
+        case.head_dim,
+        spec.key.bits,
+        spec.value.bits,
+        folds_levels(spec.key),
+        spec.key.pre_rope,
+        bool(spec.key.outlier_fraction),
+        1,
+        bfloat16=case.bfloat16,
+    )
+    code = code_tables(spec, books, case.num_kv_heads * case.head_dim)
+    turns = torch.stack([cos, sin], dim=-1).contiguous()
+    expected = build_pages(*sides, case.batch)
+    return BuiltPack((key, value), turns, code, tables, variant, expected)
+
+
+def same_pages(found: Pages, expected: Pages) -> None:
+    """Raise unless pages are the same, but for the order within lists of outliers."""
+    assert torch.equal(found.page_table, expected.page_table)
+    assert torch.equal(found.ranges, expected.ranges)
+    assert torch.equal(found.slabs, expected.slabs)
+    assert torch.equal(found.outlier_index, expected.outlier_index)
+    same_lists(found, expected)
+
+
+def same_lists(found: Pages, expected: Pages) -> None:
+    """Raise unless every list holds the same outliers, in whatever order."""
+    lists = zip(lists_of(found), lists_of(expected), strict=True)
+    assert all(torch.equal(left, right) for left, right in lists)
+
+
+def lists_of(pages: Pages) -> Iterator[Tensor]:
+    """Yield each list's outliers, without its head and its padding."""
+    for first, quads in pages.outlier_index.view(-1, 2).tolist():
+        begin = 4 * first + (STARTS if quads < 0 else 0)
+        words = pages.outlier_words[begin : 4 * (first + (quads & 0x7FFFFFFF))]
+        yield words[words != 0].sort()[0]
+
+
+def append_all(built: BuiltPack, run: Launcher, room: tuple[int, int]) -> GrowingPages:
+    """Append every token of a case to empty pages."""
+    key, value = built.states
+    batch, heads, tokens, _ = key.shape
+    growing = new_pages(built.variant, batch, heads, -(-tokens // 128), room, key.device)
+    state = torch.zeros(batch, 8, dtype=torch.int32, device=key.device)
+    for t in range(tokens):
+        state[:, 0] = t
+        turns = built.turns[t].expand(batch, -1, -1).contiguous()
+        token = key[:, :, t].contiguous(), value[:, :, t].contiguous(), turns, state
+        append(token, growing, built.code, built.tables, built.variant, run)
+    return growing

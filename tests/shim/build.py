@@ -1,0 +1,58 @@
+"""Compile kernels/*.cu for the CPU with g++ and call them; for tests."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from kvqtool.cuda import Argument, Kernel, source_text
+
+FOLDER = Path(__file__).parent
+HAS_COMPILER = shutil.which("g++") is not None
+_MAIN = '#include <type_traits>\n#include <utility>\n#include "launch.hpp"\nLAUNCHER({name})\n'
+
+
+@cache
+def _library(kernel: Kernel) -> ctypes.CDLL:
+    text = source_text(kernel.source) + _MAIN.format(name=kernel.function)
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-DKVQ_HOST", "-ffp-contract=off"]
+    options += [f"-D{key}={value}" for key, value in kernel.macros]
+    headers = "".join(p.read_text(encoding="utf-8") for p in sorted(FOLDER.glob("*.hpp")))
+    digest = hashlib.sha256("\0".join([text, headers, *options]).encode()).hexdigest()[:20]
+    built = Path(tempfile.gettempdir()) / f"kvqtool-shim-{digest}.so"
+    if not built.exists():
+        fresh = built.with_suffix(f".{os.getpid()}.tmp")
+        command = ["g++", *options, "-I", str(FOLDER), "-x", "c++", "-", "-o", str(fresh)]
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:4000]
+        fresh.replace(built)
+    return ctypes.CDLL(str(built))
+
+
+def run_on_cpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
+    """Run a kernel on CPU tensors: (blocks, threads, shared bytes), then its arguments."""
+    slots = (ctypes.c_uint64 * len(arguments))()
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            slots[i] = argument.data_ptr()
+        elif isinstance(argument, int):
+            slots[i] = argument
+        else:
+            slots[i] = struct.unpack("<I", struct.pack("<f", argument))[0]
+    getattr(_library(kernel), f"launch_{kernel.function}")(*shape, slots)
+
+
+def mostly_slow(quick: Sequence[object], cases: Sequence[object]) -> list[object]:
+    """Return cases for parametrize: `quick` ones always run, the rest with -m slow only."""
+    return [c if c in quick else pytest.param(c, marks=pytest.mark.slow) for c in cases]

@@ -1,0 +1,36 @@
+"""The appending kernel, compiled for the CPU: token by token it writes what packing does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packing_case import PackCase, append_all, build_pack, lists_of, same_lists
+from shim.build import HAS_COMPILER, mostly_slow, run_on_cpu
+
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
+CASES = (
+    PackCase("nuq4-1%", tokens=20, num_kv_heads=1),
+    PackCase("nuq3-1%", tokens=66, num_kv_heads=1),
+    PackCase("nuq2-1%-pc", tokens=18, batch=2),
+    PackCase("nuq3-5%", tokens=10, tied=True, bfloat16=True),
+    PackCase("int4", tokens=5, head_dim=64, layout="interleaved"),
+    PackCase("nuq3-1%-postrope", tokens=5, head_dim=96),
+)
+
+
+@pytest.mark.parametrize("case", mostly_slow(CASES[1:2], CASES), ids=str)
+def test_token_by_token_equals_all_at_once(case: PackCase) -> None:
+    built = build_pack(case)
+    growing = append_all(built, run_on_cpu, room=(1024, 1024))
+    assert torch.equal(growing.pages.slabs, built.expected.slabs)
+    assert torch.equal(growing.pages.ranges, built.expected.ranges)
+    same_lists(growing.pages, built.expected)
+    assert not growing.dropped.any()
+
+
+def test_outliers_without_room_are_counted() -> None:
+    built = build_pack(PackCase("nuq3-5%", tokens=10, num_kv_heads=1))
+    growing = append_all(built, run_on_cpu, room=(4, 4))
+    stored = sum(len(words) for words in lists_of(built.expected))
+    assert int(growing.dropped) >= stored - 2 * 4
+    assert int(growing.pages.outlier_index[..., 1::2].max()) == 1

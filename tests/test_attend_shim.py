@@ -1,0 +1,61 @@
+"""The kernels' own sources, compiled for the CPU, against float64 and the torch reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_case import CASES, Case, build
+from shim.build import HAS_COMPILER, mostly_slow, run_on_cpu
+
+from kvqtool.fused import attend, new_workspace
+
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
+# Keys after rotation, queries and weights are rounded to fp16 (2**-11 each), sums are float32.
+TOLERANCE = 2e-3
+
+
+def attend_on_cpu(case: Case, blocks: int, **fields: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the shim's output and the right answer, both over the greatest value."""
+    built = build(case)
+    variant = replace(built.variant, most_warps=2, **fields)
+    workspace = new_workspace(variant, built.query, case.num_kv_heads, blocks)
+    out = attend(built.query, built.context, built.tables, variant, workspace, run_on_cpu)
+    assert not workspace.counters.any()
+    return out.double() / built.greatest_value, built.expected / built.greatest_value
+
+
+QUICK = (
+    Case("nuq4-1%", (130,), sinks=1, window=65, group=4),
+    Case("nuq2-1%", (100, 257)),
+    Case("nuq3-1%", (130,), position=2**20 + 5),
+    Case("nuq4-1%-pc", (70,)),
+)
+
+
+@pytest.mark.parametrize("case", mostly_slow(QUICK, CASES), ids=str)
+def test_sources_equal_float64(case: Case) -> None:
+    out, expected = attend_on_cpu(case, blocks=3)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("blocks", mostly_slow([5, 40], [1, 2, 5, 40]))
+def test_how_work_is_cut_does_not_matter(blocks: int) -> None:
+    case = Case("nuq3-1%", (257, 64), sinks=1, window=3)
+    out, expected = attend_on_cpu(case, blocks)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", ["nuq3-1%", "nuq2-1%", "nuq4-1%/nuq2-1%", "nuq3-1%/nuq4-1%"])
+def test_shared_tables_and_registers_agree(spec: str) -> None:
+    case = Case(spec, (70,), num_kv_heads=1)
+    out, expected = attend_on_cpu(case, 1, lut_keys=True, lut_values=True)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
+def test_outliers_matter_to_the_answer() -> None:
+    case = Case("nuq2-10%", (128,), num_kv_heads=1)
+    out, _ = attend_on_cpu(case, blocks=1)
+    dense = build(replace(case, spec="nuq2"))
+    assert (out * dense.greatest_value - dense.expected).abs().max() > 0.01

@@ -1,0 +1,80 @@
+"""Slabs hold the same codes in another order; pages have the sizes that arithmetic says."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from packing_case import PackCase, build_pack
+
+from kvqtool.memory import LayerGeometry
+from kvqtool.page_memory import page_buffers
+from kvqtool.slabs import (
+    angle_table,
+    frequency_table,
+    pack_slabs,
+    slab_order,
+    unpack_slabs,
+)
+from kvqtool.spec import parse_spec
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [*product((2, 3, 4), (64, 96, 128, 256))])
+@pytest.mark.parametrize("is_key", [True, False])
+def test_codes_come_back_from_slabs(bits: int, head_dim: int, is_key: bool) -> None:
+    codes = torch.randint(0, 1 << bits, (3, 64, head_dim), dtype=torch.int32)
+    words = pack_slabs(codes, bits, is_key=is_key)
+    assert words.shape == (3, 2 * bits * head_dim)
+    assert torch.equal(unpack_slabs(words, bits, head_dim, is_key=is_key), codes)
+
+
+def test_states_come_back_from_slabs() -> None:
+    states = torch.randn(2, 64, 128).half()
+    words = pack_slabs(states, 16, is_key=True)
+    assert torch.equal(unpack_slabs(words, 16, 128, is_key=True), states)
+
+
+@pytest.mark.parametrize("is_key", [True, False])
+def test_the_order_of_a_slab_visits_every_code_once(is_key: bool) -> None:
+    token, place = slab_order(128, is_key=is_key)
+    assert (token * 128 + place).flatten().sort()[0].tolist() == list(range(64 * 128))
+
+
+def test_partners_of_a_rotation_lie_in_one_lane() -> None:
+    _, place = slab_order(128, is_key=True)
+    codes = place.unflatten(-1, (2, 2, 2))  # register = 2 partner + row
+    assert torch.equal(codes[..., 1, :, :], codes[..., 0, :, :] + 64)
+
+
+def test_phases_are_exact_at_any_position() -> None:
+    inv_freq = 500_000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
+    position = 10_000_019
+    turns = (frequency_table(inv_freq) * position).double() / 2.0**64
+    whole = [math.fmod(position * f / math.tau, 1.0) for f in inv_freq.tolist()]
+    difference = turns - torch.tensor(whole, dtype=torch.float64)
+    assert (difference - difference.round()).abs().max() < 1e-8
+
+
+def test_angles_lie_in_fragment_order() -> None:
+    inv_freq = 10_000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
+    table = angle_table(inv_freq)
+    tile, step, row, column, upper, half = 5, 3, 6, 2, 1, 1
+    angle = (16 * tile + 8 * upper + row) * inv_freq[8 * step + 2 * column + half]
+    cosine, sine = table[tile, step, 4 * row + column, upper, :, half].tolist()
+    assert cosine == pytest.approx(math.cos(angle), abs=1e-3)
+    assert sine == pytest.approx(math.sin(angle), abs=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["nuq4-1%", "nuq3-1%/nuq2", "int4"])
+def test_pages_have_the_sizes_of_the_arithmetic(spec: str) -> None:
+    case = PackCase(spec, tokens=130, batch=2)
+    pages = build_pack(case).expected
+    layer = LayerGeometry(case.num_kv_heads, case.head_dim, case.head_dim)
+    quads = int((pages.outlier_index[..., 1::2] & 0x7FFFFFFF).sum())
+    planned = page_buffers(parse_spec(spec), layer, case.batch, case.tokens, quads)
+    for name, tensor in vars(pages).items():
+        assert planned[name].shape == tuple(tensor.shape), name
+        assert planned[name].nbytes == tensor.numel() * tensor.element_size(), name
+    assert sum(buffer.nbytes for buffer in planned.values()) == pages.nbytes
