@@ -11,8 +11,8 @@ _UNGATED: Final = (
     *("bloom", "falcon", "gpt2", "gpt_neox", "gptj", "nemotron_h", "opt", "phi", "starcoder2"),
     "nanochat",
 )
-# transformers gives these no sdpa (capped scores, sinks in the softmax, own code): bytes of a score at
-# the highest point, traced in bfloat16.
+# transformers gives these no sdpa (capped scores, sinks in the softmax, own code): bytes of a score
+# at the highest point, traced in bfloat16.
 _SCORE_BYTES: Final = {"bloom": 15, "gemma2": 11, "gpt_oss": 7, "gptj": 11}
 
 
