@@ -14,10 +14,12 @@ from torch import Tensor
 from kvqtool.codebook import Codebook
 from kvqtool.codec import channel_affine
 from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
+from kvqtool.errors import InputError
 from kvqtool.fused import LayerTables, Variant
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, folds_levels, list_sizes
+from kvqtool.side import EXACT
 from kvqtool.spec import KvSpec
 
 _WARPS = 4  # of a block of `survey_values`
@@ -47,7 +49,14 @@ class CodeTables:
 
 
 def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: int) -> CodeTables:
-    """Return the tables of a layer's codebooks."""
+    """Return the tables of a layer's codebooks.
+
+    Raises:
+        InputError: when the packing kernels do not know the scheme.
+    """
+    reason = unsupported(spec)
+    if reason:
+        raise InputError(f"{spec}: the CUDA kernels do not know {reason}; use the torch path")
     key = books[0]
     scale, offset = channel_affine(key)
     assert key.lower is not None and key.upper is not None
@@ -59,6 +68,21 @@ def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: 
     return CodeTables(
         key.lower, key.upper, offset, inverse, middles[0].contiguous(), middles[1], tail
     )
+
+
+def unsupported(spec: KvSpec) -> str | None:
+    """Return what of a scheme the packing kernels do not know, or None."""
+    key, value = spec.key, spec.value
+    known = {
+        "states that are not codes": key.method != EXACT and value.method != EXACT,
+        "codes of 8 bits": max(key.bits, value.bits) <= 4,
+        "keys with a range per token": key.per_channel,
+        "ranges per group of channels": value.group_size is None,
+        "a cap on key outliers": key.outlier_cap is None,
+        "compensated rounding": not (key.compensated or value.compensated),
+        "rotated values": not value.rotated,
+    }
+    return next((name for name, holds in known.items() if not holds), None)
 
 
 def pack(

@@ -7,14 +7,18 @@ import torch
 from packing_case import CASES, PackCase, build_pack, same_pages
 from shim.build import HAS_COMPILER, mostly_slow, run_on_cpu
 
-from kvqtool.packing import pack
+from kvqtool.codebook import Codebook
+from kvqtool.errors import InputError
+from kvqtool.packing import code_tables, pack, unsupported
+from kvqtool.spec import parse_spec
 
-pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
 
 
 QUICK = (PackCase("nuq4-5%/nuq2-1%", batch=3, tokens=66), PackCase(bfloat16=True, tied=True))
 
 
+@needs_compiler
 @pytest.mark.parametrize("case", mostly_slow(QUICK, CASES), ids=str)
 def test_packed_pages_equal_the_codec_bit_for_bit(case: PackCase) -> None:
     built = build_pack(case)
@@ -25,3 +29,27 @@ def test_packed_pages_equal_the_codec_bit_for_bit(case: PackCase) -> None:
 def test_pages_hold_outliers() -> None:
     built = build_pack(PackCase())
     assert torch.count_nonzero(built.expected.outlier_words) > 100
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        ("nuq8-1%", "codes of 8 bits"),
+        ("nuq3-1%-pertoken", "keys with a range per token"),
+        ("nuq3-1%-cap4", "a cap on key outliers"),
+        ("nuq3-1%-comp", "compensated rounding"),
+        ("nuq3-1%-vrot", "rotated values"),
+        ("fp", "states that are not codes"),
+    ],
+)
+def test_schemes_the_kernels_do_not_know_are_refused(spec: str, what: str) -> None:
+    assert unsupported(parse_spec(spec)) == what
+
+
+def test_the_refusal_names_the_scheme_and_the_remedy() -> None:
+    spec = parse_spec("nuq3-1%-cap4")
+    book = Codebook(torch.zeros(8), torch.zeros(8))
+    with pytest.raises(
+        InputError, match=r"nuq3-1%-cap4.*a cap on key outliers; use the torch path"
+    ):
+        code_tables(spec, (book, book), 256)
