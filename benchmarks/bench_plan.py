@@ -96,6 +96,8 @@ def main() -> None:
     if options.output:
         check_output(options.output, options.force)
     device = torch.device(options.device)
+    if device.type == "cpu" and not options.tiny:
+        raise SystemExit("error: a CPU is for a smoke test; add --tiny, or use --device cuda")
     points = [_tiny(point) for point in POINTS] if options.tiny else list(POINTS)
     points = [point for i, point in enumerate(points) if not options.point or i in options.point]
     started, rows, model, last = time.perf_counter(), [], None, None
@@ -227,7 +229,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=found)
     parser.add_argument("--tiny", action="store_true", help="small models: does it run at all")
     parser.add_argument("--point", type=int, action="append", help="only this one; repeatable")
     parser.add_argument("--commit", help="for checkouts without git")

@@ -29,6 +29,8 @@ def assumptions(load: Load, context: int) -> list[str]:
         f"{in_gib(WORKSPACE_BYTES)} for matrix multiplication",
         _weights(load),
     ]
+    if shape.trunk.score_bytes:
+        lines.append(f"{shape.config.model_type} attends eagerly: every score is written out")
     kinds = dict.fromkeys(layer.kind for layer in shape.layers)
     lines += [_OWN[kind] for kind in kinds if kind in _OWN]
     if not any(kind in PACKED_KINDS for kind in kinds):

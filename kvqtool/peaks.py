@@ -101,7 +101,8 @@ class Forward:
         return self._peak(self._step(tokens, 1, is_joined=is_joined))
 
     def _step(self, tokens: int, fresh: int, *, is_joined: bool) -> Step:
-        return Step(self.cache, tokens, fresh, is_joined, self.trunk.num_heads)
+        trunk = self.trunk
+        return Step(self.cache, tokens, fresh, is_joined, trunk.num_heads, trunk.score_bytes)
 
     def _peak(self, step: Step) -> Peak:
         """Return the highest point of one call, over its layers and their phases."""
@@ -123,10 +124,11 @@ class Forward:
             read: bytes of rotary tables that reading leaves alive.
         """
         trunk, item, rows = self.trunk, step.item, step.fresh * step.cache.batch
-        mask = step.fresh * step.tokens if step.has_mask else 0
         tables = 2 * item * step.fresh * trunk.query_dim
         hidden = item * rows * trunk.hidden
-        shared = 2 * hidden + mask + tables  # the embeddings and the layer's input live on
+        shared = (
+            2 * hidden + step.mask_bytes + tables
+        )  # the embeddings and the layer's input live on
         fresh = item * rows * layer.geometry.elements
         attending = shared + hidden + item * rows * trunk.num_heads * trunk.query_dim
         output = item * rows * trunk.num_heads * trunk.value_dim

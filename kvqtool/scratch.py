@@ -10,6 +10,7 @@ the same three functions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from kvqtool.layers import CacheLayer, CacheModel
@@ -38,6 +39,7 @@ class Step:
         fresh: how many of them are new.
         is_joined: whether the body lies in several blocks, which reading joins first.
         num_heads: query heads.
+        score_bytes: what attention takes for each score, where it writes them out; else 0.
     """
 
     cache: CacheModel
@@ -45,6 +47,7 @@ class Step:
     fresh: int
     is_joined: bool
     num_heads: int
+    score_bytes: int = 0
 
     @property
     def item(self) -> int:
@@ -60,10 +63,21 @@ class Step:
         """Whether the cache was empty, so that queries attend to the states as they came."""
         return self.fresh == self.tokens
 
-    @property
-    def has_mask(self) -> bool:
+    def has_mask(self, layer: CacheLayer) -> bool:
         """Whether attention needs a mask: several queries that see different parts of the past."""
-        return self.fresh > 1 and not self.is_first
+        is_cut = layer.window is not None and self.tokens >= layer.window
+        return self.fresh > 1 and (not self.is_first or is_cut)
+
+    def seen(self, layer: CacheLayer) -> int:
+        """Return the tokens that a call's queries see, all together."""
+        window = self.tokens if layer.window is None else layer.window - 1 + self.fresh
+        return min(self.tokens, window)
+
+    @cached_property
+    def mask_bytes(self) -> int:
+        """One mask for each kind of window there is, made once a call."""
+        layers = {layer.window: layer for layer in self.cache.distinct if layer.is_growing}
+        return sum(self.fresh * self.seen(x) for x in layers.values() if self.has_mask(x))
 
     def table_bytes(self, tokens: int) -> int:
         """Return the bytes of float32 cosines and sines of `tokens` tokens, as caches keep them."""
@@ -133,25 +147,23 @@ def attention_scratch(layer: CacheLayer, step: Step) -> int:
     """Return what stock attention takes beside the states it is shown and its output.
 
     With a mask, transformers repeats keys and values for all query heads and torch turns the mask
-    into numbers. A recent window mixes two scores, which are written out.
+    into numbers. A recent window mixes two scores, which are written out, as eager attention does.
     """
-    if not step.has_mask:
-        return 0
-    seen = (
-        layer.seen(step.tokens)
-        if layer.window is None
-        else min(step.tokens, layer.window - 1 + step.fresh)
-    )
+    seen = step.seen(layer)
     scores = step.cache.batch * step.fresh * seen
+    kv_heads, repeated = layer.geometry.num_kv_heads, 0
+    if 1 < kv_heads < step.num_heads:  # one head is repeated without a copy
+        repeats = step.num_heads // kv_heads
+        repeated = step.item * step.cache.batch * seen * layer.geometry.elements * repeats
+    if step.score_bytes:
+        return repeated + step.num_heads * scores * step.score_bytes
+    if not step.has_mask(layer):
+        return 0
     if step.cache.spec.residual_length and layer.is_packed:
         ages = ITEM_BYTES["int64"] * step.fresh * seen
         tail = _window_bytes(layer, step) + step.item * step.fresh * layer.geometry.elements
         return step.num_heads * scores * (2 * _FLOAT + step.item) + ages + tail
-    kv_heads, repeated = layer.geometry.num_kv_heads, 0
-    if 1 < kv_heads < step.num_heads:  # one head is repeated without a copy
-        repeats = step.num_heads // kv_heads
-        repeated = step.cache.batch * seen * layer.geometry.elements * repeats
-    return step.item * (repeated + scores)
+    return repeated + step.item * scores
 
 
 def _stored(layer: CacheLayer, step: Step) -> int:

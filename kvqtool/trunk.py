@@ -11,6 +11,9 @@ _UNGATED: Final = (
     *("bloom", "falcon", "gpt2", "gpt_neox", "gptj", "nemotron_h", "opt", "phi", "starcoder2"),
     "nanochat",
 )
+# transformers gives these no sdpa (capped scores, sinks in the softmax, own code): bytes of a score
+# at the highest point, traced in bfloat16.
+_SCORE_BYTES: Final = {"bloom": 15, "gemma2": 11, "gpt_oss": 7, "gptj": 11}
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Trunk:
         intermediate: width of the feed-forward part that a token passes, all its experts together.
         vocabulary: tokens there are.
         is_gated: whether the feed-forward part multiplies two projections.
+        score_bytes: what eager attention takes for a score; 0 where scores are never written out.
     """
 
     hidden: int
@@ -34,6 +38,7 @@ class Trunk:
     intermediate: int
     vocabulary: int
     is_gated: bool
+    score_bytes: int = 0
 
 
 def read_trunk(config: ModelConfig) -> Trunk:
@@ -55,6 +60,7 @@ def read_trunk(config: ModelConfig) -> Trunk:
         intermediate=_active_width(config),
         vocabulary=config.count("vocab_size"),
         is_gated=config.model_type not in _UNGATED,
+        score_bytes=_SCORE_BYTES.get(config.model_type, 0),
     )
 
 

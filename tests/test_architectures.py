@@ -15,6 +15,7 @@ from kvqtool.config import known_defaults, parse_config
 from kvqtool.errors import InputError
 from kvqtool.layers import CacheLayer
 from kvqtool.memory import LayerGeometry
+from kvqtool.trunk import read_trunk
 
 VECTORS = vectors()
 TOKENS = 21
@@ -79,6 +80,16 @@ def test_what_a_config_leaves_out_is_what_its_class_gives(model_type: str) -> No
     ]
     planned = [layer.window for layer in layers_of(model_type) if layer.kind not in OWNERLESS]
     assert planned == windows
+
+
+@pytest.mark.parametrize("model_type", sorted({model_type for model_type, _ in VECTORS.values()}))
+def test_models_without_sdpa_are_known(model_type: str) -> None:
+    options = next(o for t, o in VECTORS.values() if t == model_type)
+    config = CONFIG_MAPPING[model_type](**options)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    trunk = read_trunk(parse_config({"model_type": model_type, **options}, "m"))
+    assert bool(trunk.score_bytes) == (model.config._attn_implementation == "eager")
 
 
 def test_every_type_of_the_table_has_a_vector() -> None:

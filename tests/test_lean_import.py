@@ -54,7 +54,17 @@ def test_importing_the_package_is_light(tmp_path: Path) -> None:
         ["ppl", "--help"],
         ["memory-plan", "builtin"],
         ["memory-plan", "builtin", "--json"],
-        ["memory-plan", "gemma-3-27b", "--gpu", "h100", "--tp", "2", "--explain"],
+        [
+            "memory-plan",
+            "gemma-3-27b",
+            "--gpu",
+            "h100",
+            "--context",
+            "4096",
+            "--tp",
+            "2",
+            "--explain",
+        ],
     ],
     ids=" ".join,
 )
