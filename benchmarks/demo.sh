@@ -28,7 +28,7 @@ kvqtool() {
   "$python" -m kvqtool "$@"
 }
 
-say "1/5  Six ways to store the cache of a 5M-parameter model that ships with kvqtool"
+say "1/5  Nine ways to store the cache of a 5M-parameter model that ships with kvqtool"
 printf '%s\n' \
   "Calibrated on one half of Python's own documentation, scored on the other half, 12 windows of 1024 tokens." \
   "fp is the control: the exact cache, in the float32 this run uses on a CPU. Bits and bytes are measured on the" \
@@ -37,13 +37,13 @@ table=(builtin --set demo --seq-len 1024 --windows 12)
 printf '$ python benchmarks/bench_quality.py %s\n' "${table[*]}"
 "$python" "$root/benchmarks/bench_quality.py" "${table[@]}" 2>progress.log || { cat progress.log >&2; exit 1; }
 
-say "2/5  Calibrate one scheme: 3-bit codes, 1 % outliers, the first token exact"
-kvqtool calibrate builtin --spec nuq3-1%-sink1 --samples 4 --seq-len 1024 --output nuq3.safetensors
+say "2/5  Calibrate one scheme, the default: kvq3, the bytes of 3-bit codes and 1 % outliers spent layer by layer"
+kvqtool calibrate builtin --samples 4 --seq-len 1024 --output kvq3.safetensors
 
 say "3/5  Read a document once and save its compressed cache"
 "$python" -c 'from pydoc_data.topics import topics; print(topics["typesseq-mutable"])' >document.txt
 printf 'document.txt: the documentation of mutable sequences, %s bytes\n' "$(wc -c <document.txt)"
-kvqtool quantize-cache builtin --bundle nuq3.safetensors --text document.txt --output document.kv.safetensors
+kvqtool quantize-cache builtin --bundle kvq3.safetensors --text document.txt --output document.kv.safetensors
 
 say "4/5  Go on from the saved cache, without reading the document again"
 kvqtool generate builtin --cache document.kv.safetensors --prompt " A list is" --max-new-tokens 40

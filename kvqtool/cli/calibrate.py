@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NAME: Final = "calibrate"
 EPILOG: Final = """\b
 Examples:
-  kvqtool calibrate builtin --samples 4 --seq-len 512 -o nuq3.safetensors
+  kvqtool calibrate builtin --samples 4 --seq-len 512 -o kvq3.safetensors
   kvqtool calibrate builtin --target-bits 2.75 --samples 2 --seq-len 256 -o small.safetensors
 """
 # Windows of the calibration text that candidates are measured on, drawn by a seed of their own.

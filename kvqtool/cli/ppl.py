@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NAME: Final = "ppl"
 EPILOG: Final = """\b
 Examples:
-  kvqtool ppl builtin --bundle nuq3.safetensors --seq-len 512 --windows 2
+  kvqtool ppl builtin --bundle kvq3.safetensors --seq-len 512 --windows 2
   kvqtool ppl builtin --spec int4-g64 --seq-len 256 --windows 2 --max-ppl-ratio 2 --json
 """
 ProtocolName = Literal["decode-exact", "true-decode", "prefill-exact"]

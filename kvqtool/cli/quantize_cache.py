@@ -17,7 +17,7 @@ from kvqtool.files import check_output
 NAME: Final = "quantize-cache"
 EPILOG: Final = """\b
 Examples:
-  kvqtool quantize-cache builtin --bundle nuq3.safetensors --text notes.txt -o notes.safetensors
+  kvqtool quantize-cache builtin --bundle kvq3.safetensors --text notes.txt -o notes.safetensors
   kvqtool quantize-cache builtin --spec int4-g64 --text notes.txt --json -o int4-notes.safetensors
 """
 
