@@ -11,14 +11,15 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from kvqtool.allocate import Ground, Place, Specs, allocate, options, side_of, variants
+from kvqtool.allocate import Ground, Place, Specs, allocate, options, side_of, variants, with_side
 from kvqtool.bundle import Bundle
 from kvqtool.calibrate import describe_run, observe
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
+from kvqtool.fit import Fitter
 from kvqtool.models import LoadedModel
 from kvqtool.partial import Partial
-from kvqtool.perplexity import evaluate
+from kvqtool.perplexity import PplResult, evaluate
 from kvqtool.progress import Progress, silent
 from kvqtool.side import METHOD_BITS
 from kvqtool.spec import KvSpec
@@ -101,8 +102,8 @@ def spend(
     fitter = observe(
         loaded, texts[0], variants(scheme), seed=seed, progress=progress, partial=partial
     )
-    search = _Search(loaded, texts, scheme, budget, progress)
-    search.prepare(fitter)
+    search = _Search(loaded, texts, (scheme, budget), fitter, progress)
+    search.prepare()
     chosen = search.by_bits() if budget.target_bits is not None else search.by_loss()
     provenance = describe_run(loaded, texts[0], seed) | {"allocation": search.record(chosen)}
     return search.bundle(chosen.specs, provenance)
@@ -115,26 +116,25 @@ class _Search:
         self,
         loaded: LoadedModel,
         texts: tuple[Windows, Windows],
-        scheme: KvSpec,
-        budget: Budget,
+        goal: tuple[KvSpec, Budget],
+        fitter: Fitter,
         progress: Progress,
     ) -> None:
-        self.loaded, self.texts, self.scheme, self.budget = loaded, texts, scheme, budget
-        self.progress = progress
+        self.loaded, self.texts, self.fitter, self.progress = loaded, texts, fitter, progress
+        self.scheme, self.budget = goal
         self.trials: list[Trial] = []
         self._factors: dict[tuple[str, int], float] = {
             (side, depth): 1.0 for side in ("key", "value") for depth in range(_DEPTHS)
         }
         layers = {layer.index: layer.geometry for layer in loaded.seam.packed}
         dtype = str(loaded.dtype).removeprefix("torch.")
-        self.ground = Ground(scheme, layers, budget.at_context, dtype)
+        self.ground = Ground(self.scheme, layers, self.budget.at_context, dtype)
         self._depth = {
             index: number * _DEPTHS // len(layers) for number, index in enumerate(layers)
         }
 
-    def prepare(self, fitter: Any) -> None:
+    def prepare(self) -> None:
         """Count outliers on the held-out text, and predict every option's loss."""
-        self.fitter = fitter
         whole = dict.fromkeys(self.ground.layers, self.scheme)
         result = self._run(whole)
         held = replace(self.ground, tokens=self.texts[1].ids.shape[1])
@@ -143,7 +143,7 @@ class _Search:
             excess = 1 + (result.cache_bytes - planned) / (planned - none)
             self.ground = replace(self.ground, key_excess=max(excess, 0.0) * _MORE_OUTLIERS)
         positions = self.texts[0].ids.numel()
-        self.choices = options(self.ground, fitter, positions)
+        self.choices = options(self.ground, self.fitter, positions)
         self._note("scheme", whole, result)
 
     def by_bits(self) -> Trial:
@@ -170,12 +170,7 @@ class _Search:
         for pick in (0, -1):
             specs = dict.fromkeys(self.ground.layers, self.scheme)
             for (index, side), row in self.choices.items():
-                quant = row[pick].quant
-                specs[index] = (
-                    replace(specs[index], key=quant)
-                    if side == "key"
-                    else replace(specs[index], value=quant)
-                )
+                specs[index] = with_side(specs[index], side, row[pick].quant)
             ends.append(self.ground.bits(specs))
         return ends[0], ends[1]
 
@@ -245,13 +240,13 @@ class _Search:
                 return trial
         return self._note(kind, specs, self._run(specs))
 
-    def _run(self, specs: Specs) -> Any:
+    def _run(self, specs: Specs) -> PplResult:
         self.progress("measuring schemes", len(self.trials), MEASUREMENTS)
         bundle = self.bundle(specs, {"calibrated": True})
         (result,) = evaluate(self.loaded, self.texts[1], [bundle])
         return result
 
-    def _note(self, kind: str, specs: Specs, result: Any) -> Trial:
+    def _note(self, kind: str, specs: Specs, result: PplResult) -> Trial:
         bits = self.ground.bits(specs)
         trial = Trial(kind, bits, result.kld_mean, result.ppl_ratio, result.ppl_ratio_stderr, specs)
         self.trials.append(trial)
