@@ -29,7 +29,7 @@ demo: $(READY) ## compress, measure and use the built-in model's KV cache; no ne
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/demo.sh
 
 test: $(READY) ## run the tests: CPU, offline
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 test-gpu: $(READY) ## run the GPU tests; a machine without a GPU is a failure, not a skip
 	KVQTOOL_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
@@ -38,7 +38,7 @@ test-kernels: $(READY) ## run every kernel variant on the CPU, and compile all f
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_attend_shim.py tests/test_packing.py tests/test_appending.py tests/test_dequantize.py tests/test_compile.py
 
 test-oldest: $(OLDEST)/.ready ## run the tests (or TESTS=...) with the oldest transformers that is allowed, in .venv-oldest
-	$(OLDEST)/bin/python -m pytest $(TESTS)
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 $(TESTS)
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
