@@ -56,8 +56,17 @@ class Scheme:
 
 
 def plain_scheme(spec: KvSpec) -> Scheme:
-    """Return the scheme of one spec for all layers."""
-    return Scheme(spec, str(spec))
+    """Return the scheme of one spec for all layers; a mixed one as its bytes bound it.
+
+    Raises:
+        InputError: when the spec has a budget of its own, whose layers only calibration knows.
+    """
+    if spec.target_bits is not None:
+        raise InputError(
+            f"{spec.name} spends its bits layer by layer when it is calibrated; "
+            "name that --bundle, or plan the scheme without @"
+        )
+    return Scheme(spec, spec.name)
 
 
 def bundle_scheme(path: Path) -> Scheme:
@@ -82,4 +91,4 @@ def bundle_scheme(path: Path) -> Scheme:
         raise BundleError(str(error)) from error
     except (KeyError, TypeError, ValueError, AttributeError, KvqError) as error:
         raise BundleError(f"{path} is not a {_FORMAT} ({brief(error)}); make it again") from error
-    return Scheme(spec, str(spec), own, num_layers)
+    return Scheme(spec, spec.name, own, num_layers)

@@ -129,3 +129,9 @@ def test_headers_of_a_hub_model_are_those_of_its_files(monkeypatch: pytest.Monke
     assert path == Path("model.safetensors")
     assert header["model.norm.weight"]["shape"] == [2, 3]
     assert header["model.norm.weight"]["data_offsets"] == (0, 12)
+
+
+def test_a_budget_is_planned_by_its_bundle_only() -> None:
+    with pytest.raises(InputError, match=r"@2\.75 spends its bits layer by layer .* --bundle"):
+        plain_scheme(parse_spec("kvq3@2.75"))
+    assert plain_scheme(parse_spec("kvq3")).name == "kvq3"
