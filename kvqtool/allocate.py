@@ -16,18 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from kvqtool.fit import Fitter
-from kvqtool.memory import (
-    LayerGeometry,
-    Outliers,
-    expected_outliers,
-    layer_buffers,
-    position_buffer,
-    split_tokens,
-)
+from kvqtool.layers import CacheLayer, CacheModel
+from kvqtool.memory import Outliers, part_buffers
 from kvqtool.side import METHOD_BITS, QuantSpec
-from kvqtool.spec import KvSpec
+from kvqtool.spec import SIDES, KvSpec
 
-SIDES: Final = ("key", "value")
 # Outlier shares an option may have, in shares of the scheme's own. More key outliers would need a
 # third histogram of every key channel.
 _SHARES: Final = {"key": (0, 1), "value": (0, 1, 2)}
@@ -54,22 +47,25 @@ class Ground:
 
     Args:
         scheme: what all layers have in common; widths and outlier shares are chosen.
-        layers: geometry of every packed layer.
+        layers: every packed layer, by index.
         tokens: the context that bytes are counted at, of one sequence.
         dtype: the model's, which sinks and window are kept in.
         key_excess: outliers that keys have on text, over those that calibration aims at.
     """
 
     scheme: KvSpec
-    layers: Mapping[int, LayerGeometry]
+    layers: Mapping[int, CacheLayer]
     tokens: int
     dtype: str
     key_excess: float = 1.0
 
     @property
     def elements(self) -> int:
-        """Numbers that the cache holds at the context."""
-        return self.tokens * sum(layer.elements for layer in self.layers.values())
+        """Numbers that the cache holds at the context: a sliding layer's past is gone."""
+        return sum(
+            layer.geometry.elements * sum(layer.parts(self.scheme, self.tokens))
+            for layer in self.layers.values()
+        )
 
     def nbytes(self, specs: Specs) -> int:
         """Return the bytes of a whole cache at the context."""
@@ -77,7 +73,8 @@ class Ground:
             self._bytes(specs[index], layer, lambda name: True)
             for index, layer in self.layers.items()
         )
-        return sum(parts) + position_buffer(1, self.tokens).nbytes
+        angles = CacheModel(tuple(self.layers.values()), self.scheme, 1, self.dtype).angles
+        return sum(parts) + sum(each.nbytes(1, self.tokens) for each in angles)
 
     def bits(self, specs: Specs) -> float:
         """Return effective bits a number at the context, everything included."""
@@ -86,25 +83,15 @@ class Ground:
     def side_bytes(self, quant: QuantSpec, place: Place) -> int:
         """Return the bytes of one side of one layer's packed body."""
         index, side = place
-        spec = with_side(self.scheme, side, quant)
+        spec = self.scheme.with_side(side, quant)
         return self._bytes(spec, self.layers[index], lambda name: name.startswith(f"{side}."))
 
-    def _bytes(self, spec: KvSpec, layer: LayerGeometry, counts: Callable[[str], bool]) -> int:
-        _, body, _ = split_tokens(spec, self.tokens)
-        found = expected_outliers(spec, layer, body)
+    def _bytes(self, spec: KvSpec, layer: CacheLayer, counts: Callable[[str], bool]) -> int:
+        parts = layer.parts(spec, self.tokens)
+        found = layer.outliers(spec, parts[1], bound=False)
         outliers = Outliers(math.ceil(found.key * self.key_excess), found.value)
-        buffers = layer_buffers(spec, layer, 1, self.tokens, outliers, self.dtype)
+        buffers = part_buffers(spec, layer.geometry, 1, parts, outliers, self.dtype)
         return sum(buffer.nbytes for name, buffer in buffers.items() if counts(name))
-
-
-def with_side(spec: KvSpec, side: str, quant: QuantSpec) -> KvSpec:
-    """Return a scheme with another form of its keys or of its values."""
-    return replace(spec, key=quant) if side == "key" else replace(spec, value=quant)
-
-
-def side_of(spec: KvSpec, side: str) -> QuantSpec:
-    """Return how a scheme stores its keys or its values."""
-    return spec.key if side == "key" else spec.value
 
 
 def variants(scheme: KvSpec) -> list[KvSpec]:
@@ -114,7 +101,7 @@ def variants(scheme: KvSpec) -> list[KvSpec]:
         spec = replace(scheme, mixed=False, target_bits=None)
         for side, shares in _SHARES.items():
             share = shares[min(number, len(shares) - 1)]
-            spec = with_side(spec, side, _with_share(side_of(scheme, side), share))
+            spec = spec.with_side(side, _with_share(scheme.side(side), share))
         found[str(spec)] = spec
     return list(found.values())
 
@@ -128,13 +115,13 @@ def options(ground: Ground, fitter: Fitter, positions: int) -> dict[Place, list[
         positions: tokens that it saw.
     """
     jobs = [
-        ((index, side), _with_share(side_of(ground.scheme, side), share))
+        ((index, side), _with_share(ground.scheme.side(side), share))
         for index in ground.layers
         for side in SIDES
         for share in _SHARES[side]
     ]
-    losses = fitter.losses(
-        [(with_side(ground.scheme, place[1], quant), place[1], place[0]) for place, quant in jobs],
+    losses = fitter.predict(
+        [(ground.scheme.with_side(place[1], quant), place[1], place[0]) for place, quant in jobs],
         1 << _FITTED,
     )
     found: dict[Place, list[Option]] = {place: [] for place, _ in jobs}
@@ -196,7 +183,7 @@ def _specs(
 ) -> Specs:
     specs = dict.fromkeys(ground.layers, ground.scheme)
     for (index, side), at in taken.items():
-        specs[index] = with_side(specs[index], side, choices[index, side][at].quant)
+        specs[index] = specs[index].with_side(side, choices[index, side][at].quant)
     return specs
 
 

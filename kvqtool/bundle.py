@@ -23,11 +23,10 @@ from kvqtool.container import load_container, save_container
 from kvqtool.errors import BundleError, KvqError, brief
 from kvqtool.memory import LayerGeometry, groups_per_token
 from kvqtool.methods import get_method
-from kvqtool.spec import KvSpec
+from kvqtool.spec import SIDES, KvSpec
 
 KIND: Final = "kvqtool-bundle"
 VERSION: Final = 1
-SIDES: Final = ("key", "value")
 # Two models whose bundles fit each other agree in all of these; the name may differ (a copied
 # folder, a fine-tune).
 _IDENTITY: Final = (
@@ -201,7 +200,8 @@ def uncalibrated_bundle(spec: KvSpec, model: dict[str, Any], layers: list[int]) 
         layers: indices of the packed cache layers.
     """
     books: dict[tuple[int, str], Codebook] = {}
-    for side, quant in zip(SIDES, (spec.key, spec.value), strict=True):
+    for side in SIDES:
+        quant = spec.side(side)
         levels = get_method(quant.method).fit(quant, None)
         books |= {(layer, side): Codebook(*levels) for layer in layers}
     return Bundle(spec, model, books, {"calibrated": False})

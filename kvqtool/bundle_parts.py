@@ -83,7 +83,7 @@ def layers_of(tensors: dict[str, Tensor]) -> list[int]:
 
 def read_codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpec) -> Codebook:
     """Return one side's codebook; KeyError or ValueError where the tensors make none."""
-    quant = spec.key if side == "key" else spec.value
+    quant = spec.side(side)
     prefix = f"layers.{layer}.{side}"
     levels = tensors[f"{prefix}.levels"].float()
     decoded = tensors.get(f"{prefix}.decode_levels", levels).float()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvqtool.attach import attach
-from kvqtool.bundle import SIDES, Bundle
+from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.container import save_container
 from kvqtool.data import Text
@@ -27,6 +27,7 @@ from kvqtool.forward import next_logits
 from kvqtool.memory import LayerGeometry
 from kvqtool.models import LoadedModel
 from kvqtool.restore import KIND, VERSION, SavedCache, load_cache, restore_cache
+from kvqtool.spec import SIDES
 from kvqtool.usage import KERNEL, layer_report, measure
 
 __all__ = [

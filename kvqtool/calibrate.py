@@ -113,11 +113,9 @@ def spend_by_loss(
     loaded: LoadedModel, scheme: KvSpec, fitter: Fitter, positions: int
 ) -> dict[int, KvSpec]:
     """Return a scheme for each layer that spends a mixed scheme's bytes by predicted loss."""
-    layers = {layer.index: layer.geometry for layer in loaded.seam.packed}
-    dtype = str(loaded.dtype).removeprefix("torch.")
     uniform = replace(scheme, mixed=False, target_bits=None)
-    ground = Ground(uniform, layers, MIXED_AT, dtype)
-    budget = ground.nbytes(dict.fromkeys(layers, uniform))
+    ground = ground_of(loaded, uniform, MIXED_AT)
+    budget = ground.nbytes(dict.fromkeys(ground.layers, uniform))
     if scheme.target_bits is not None:
         budget = int(scheme.target_bits * ground.elements / 8)
     found = allocate(ground, options(ground, fitter, positions), budget)
@@ -127,6 +125,12 @@ def spend_by_loss(
             "ask for more, or drop outliers or sinks"
         )
     return found
+
+
+def ground_of(loaded: LoadedModel, scheme: KvSpec, tokens: int) -> Ground:
+    """Return what an allocation for a model stands on, bytes counted at a context of `tokens`."""
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return Ground(scheme, loaded.seam.cache_layers, tokens, dtype)
 
 
 def describe_run(loaded: LoadedModel, windows: Windows, seed: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kvqtool.histogram import CHANNEL_BINS, LAYER_BINS, LevelHistogram
 from kvqtool.quantiles import ChannelQuantiles
 from kvqtool.ranks import Ranks
 from kvqtool.side import QuantSpec
-from kvqtool.spec import KvSpec
+from kvqtool.spec import SIDES, KvSpec
 
 NO_LEVELS = torch.empty(0)
 _COUNTS, _FISHER = "view", "fisher"
@@ -144,8 +144,8 @@ class LossCollector(Collector):
         self._heads = heads
         self._views: dict[View, KvSpec] = {}
         for spec in specs:
-            for side, quant in (("key", spec.key), ("value", spec.value)):
-                if quant.fits_levels or quant.compensated:
+            for side in SIDES:
+                if spec.side(side).fits_levels or spec.side(side).compensated:
                     self._views.setdefault(view_of(spec, side), spec)
         self._numbers = {view: number for number, view in enumerate(self._views)}
         self._histograms: dict[str, LevelHistogram] = {}
@@ -267,7 +267,7 @@ def _as_it_is(states: Tensor) -> Tensor:
 
 def view_of(spec: KvSpec, side: str) -> View:
     """Return the view a spec's side has of the states; bits and Q-Norm do not matter to it."""
-    quant = spec.key if side == "key" else spec.value
+    quant = spec.side(side)
     is_seen = quant.fits_levels or quant.compensated
     least = replace(quant, bits=2, moment_match=False) if is_seen else quant
     return View(side, least, spec.sink_tokens)

@@ -13,10 +13,9 @@ from torch import Tensor
 from kvqtool.codebook import Codebook, least_errors
 from kvqtool.collect import LossCollector, RangeCollector, View, view_of
 from kvqtool.methods import get_method
-from kvqtool.spec import KvSpec
+from kvqtool.spec import SIDES, KvSpec
 
 Books = dict[tuple[int, str], Codebook]
-_SIDES = ("key", "value")
 _COARSE_BINS = 256  # what predictions are made from
 
 
@@ -25,20 +24,22 @@ class Fitter:
 
     def __init__(self, ranges: RangeCollector, losses: LossCollector) -> None:
         """Take the collectors, fed and merged."""
-        self.ranges = ranges
-        self.losses_seen = losses
+        self._ranges = ranges
+        self._losses = losses
         self._levels: dict[tuple[View, int, bool, int], tuple[Tensor, Tensor]] = {}
         self._feedback: dict[tuple[View, int], tuple[Tensor, Tensor]] = {}
         self._predicted: dict[tuple[View, int, int], Sequence[float]] = {}
 
     def books(self, specs: Mapping[int, KvSpec]) -> Books:
         """Return the codebooks of layers, each with its scheme; layers are fitted side by side."""
-        wanted = [(spec, side, layer) for layer, spec in specs.items() for side in _SIDES]
+        wanted = [(spec, side, layer) for layer, spec in specs.items() for side in SIDES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             fitted = list(pool.map(lambda one: self.codebook(*one), wanted))
         return {(layer, side): book for (_, side, layer), book in zip(wanted, fitted, strict=True)}
 
-    def losses(self, wanted: Sequence[tuple[KvSpec, str, int]], most: int) -> list[Sequence[float]]:
+    def predict(
+        self, wanted: Sequence[tuple[KvSpec, str, int]], most: int
+    ) -> list[Sequence[float]]:
         """Return what rounding is predicted to cost one side of layers, (spec, side, layer) each.
 
         Args:
@@ -50,18 +51,15 @@ class Fitter:
             that calibration saw; half of it is nats.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(lambda one: self._losses(one, most), wanted))
+            return list(pool.map(lambda one: self._predict(one, most), wanted))
 
-    def _losses(self, wanted: tuple[KvSpec, str, int], most: int) -> Sequence[float]:
+    def _predict(self, wanted: tuple[KvSpec, str, int], most: int) -> Sequence[float]:
         spec, side, layer = wanted
         key = view_of(spec, side), layer, most
-        if key not in self._predicted:
-            self._predicted[key] = self._predict(spec, side, layer, most)
-        return self._predicted[key]
-
-    def _predict(self, spec: KvSpec, side: str, layer: int, most: int) -> Sequence[float]:
-        histogram = self.losses_seen.histogram(spec, side, layer)
-        fisher = self.losses_seen.fisher(spec, side, layer)
+        if key in self._predicted:
+            return self._predicted[key]
+        histogram = self._losses.histogram(spec, side, layer)
+        fisher = self._losses.fisher(spec, side, layer)
         assert histogram is not None, "only fitted levels have predicted losses"
         errors = least_errors(*histogram.coarse(_COARSE_BINS).weighted(), most)
         left = np.ones(len(errors))
@@ -69,21 +67,21 @@ class Fitter:
             left = fisher.remaining().numpy()
             if len(errors) == 1:
                 share = fisher.sensitivity.numpy()
-                left = np.atleast_1d(share @ left / share.sum())
-        found: list[float] = (left @ errors).tolist()
-        return found
+                left = np.atleast_1d(np.average(left, weights=share if share.any() else None))
+        self._predicted[key] = (left @ errors).tolist()
+        return self._predicted[key]
 
     def codebook(self, spec: KvSpec, side: str, layer: int) -> Codebook:
         """Return one side's codebook of one layer, on the CPU."""
-        quant = spec.key if side == "key" else spec.value
+        quant = spec.side(side)
         view = view_of(spec, side)
         key = view, quant.bits, quant.moment_match, layer
         if key not in self._levels:
-            histogram = self.losses_seen.histogram(spec, side, layer)
+            histogram = self._losses.histogram(spec, side, layer)
             self._levels[key] = get_method(quant.method).fit(quant, histogram)
-        ranged = self.ranges.ranges(spec, layer) if quant.per_channel else None
+        ranged = self._ranges.ranges(spec, layer) if quant.per_channel else None
         ends = (ranged.lower, ranged.upper) if ranged else (None, None)
-        fisher = self.losses_seen.fisher(spec, side, layer)
+        fisher = self._losses.fisher(spec, side, layer)
         if fisher and (view, layer) not in self._feedback:
             self._feedback[view, layer] = fisher.feedback()
         feedback = self._feedback.get((view, layer), (None, None))

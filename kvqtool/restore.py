@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvqtool.attach import Session
-from kvqtool.bundle import SIDES, Bundle
+from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.container import load_container
 from kvqtool.errors import BundleError, brief
@@ -29,6 +29,7 @@ from kvqtool.models import LoadedModel
 from kvqtool.outliers import row_of_outlier
 from kvqtool.rope import AngleStore
 from kvqtool.side import QuantSpec
+from kvqtool.spec import SIDES
 from kvqtool.store import LayerStore
 
 KIND: Final = "kvqtool-cache"

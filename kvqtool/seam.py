@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kvqtool.layers import Angles, CacheLayer
 from kvqtool.memory import LayerGeometry
 from kvqtool.rope import AngleFormula, Rotation
 
@@ -50,6 +51,16 @@ class LayerSeam:
             for mine, theirs in zip(self.tables, other.tables, strict=True)
         )
 
+    @property
+    def cache_layer(self) -> CacheLayer:
+        """The layer as planning counts its bytes."""
+        angles = None
+        if self.rotation is not None:
+            is_formula = self.formula is not None
+            angles = Angles(str(self.group), self.rotation.width, None if is_formula else 0)
+        kind = "sliding" if self.window else "full"
+        return CacheLayer(kind, self.geometry, self.window, angles)
+
 
 @dataclass(frozen=True)
 class Seam:
@@ -61,3 +72,8 @@ class Seam:
     def packed(self) -> tuple[LayerSeam, ...]:
         """The layers that kvqtool stores."""
         return tuple(layer for layer in self.layers if layer.is_packed)
+
+    @property
+    def cache_layers(self) -> dict[int, CacheLayer]:
+        """The layers that kvqtool stores, by index, as planning counts their bytes."""
+        return {layer.index: layer.cache_layer for layer in self.packed}

@@ -11,9 +11,9 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from kvqtool.allocate import Ground, Place, Specs, allocate, options, side_of, variants, with_side
+from kvqtool.allocate import Place, Specs, allocate, options, variants
 from kvqtool.bundle import Bundle
-from kvqtool.calibrate import describe_run, observe
+from kvqtool.calibrate import describe_run, ground_of, observe
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
 from kvqtool.fit import Fitter
@@ -22,7 +22,7 @@ from kvqtool.partial import Partial
 from kvqtool.perplexity import PplResult, evaluate
 from kvqtool.progress import Progress, silent
 from kvqtool.side import METHOD_BITS
-from kvqtool.spec import KvSpec
+from kvqtool.spec import SIDES, KvSpec
 
 # A limit on loss is aimed at with this much to spare, for text that was not measured.
 MARGIN: Final = 0.12
@@ -96,15 +96,14 @@ def spend(
     Raises:
         InputError: when the scheme cannot be allocated, or the limit cannot be kept.
     """
-    scheme, budget = goal
-    replace(scheme, mixed=True)  # refuses what cannot be
-    scheme = replace(scheme, mixed=False, target_bits=None)
+    mixed, budget = replace(goal[0], mixed=True, target_bits=None), goal[1]
     fitter = observe(
-        loaded, texts[0], variants(scheme), seed=seed, progress=progress, partial=partial
+        loaded, texts[0], variants(mixed), seed=seed, progress=progress, partial=partial
     )
-    search = _Search(loaded, texts, (scheme, budget), fitter, progress)
+    search = _Search(loaded, texts, (replace(mixed, mixed=False), budget), fitter, progress)
     search.prepare()
     chosen = search.by_bits() if budget.target_bits is not None else search.by_loss()
+    progress("measuring schemes", len(search.trials), len(search.trials))
     provenance = describe_run(loaded, texts[0], seed) | {"allocation": search.record(chosen)}
     return search.bundle(chosen.specs, provenance)
 
@@ -124,13 +123,12 @@ class _Search:
         self.scheme, self.budget = goal
         self.trials: list[Trial] = []
         self._factors: dict[tuple[str, int], float] = {
-            (side, depth): 1.0 for side in ("key", "value") for depth in range(_DEPTHS)
+            (side, depth): 1.0 for side in SIDES for depth in range(_DEPTHS)
         }
-        layers = {layer.index: layer.geometry for layer in loaded.seam.packed}
-        dtype = str(loaded.dtype).removeprefix("torch.")
-        self.ground = Ground(self.scheme, layers, self.budget.at_context, dtype)
+        self.ground = ground_of(loaded, self.scheme, self.budget.at_context)
+        count = len(self.ground.layers)
         self._depth = {
-            index: number * _DEPTHS // len(layers) for number, index in enumerate(layers)
+            index: number * _DEPTHS // count for number, index in enumerate(self.ground.layers)
         }
 
     def prepare(self) -> None:
@@ -160,37 +158,39 @@ class _Search:
     def by_loss(self) -> Trial:
         """Return the smallest scheme that keeps the limit on the loss."""
         low, high = self._range()
-        first = self._bisect(low, high)
-        self._tuned(first.bits)
-        last = self._bisect(max(first.bits - 0.5, low), first.bits + 0.05)
-        return last if last.excess(self.budget) <= 0 else first
+        best = self._measure("allocated", self._allocated(high))
+        if best.excess(self.budget) > 0:
+            asked = self.budget.max_ppl_ratio
+            limit = asked if self.budget.max_kld is None else self.budget.max_kld
+            raise InputError(
+                f"no scheme keeps the limit {limit:g}: {best.bits:.3f} bits cost "
+                f"{best.kld_mean:.4g} nats and a ratio of {best.ppl_ratio:.4g}; allow more"
+            )
+        self._bisect(low, high)
+        self._tuned(self._least().bits)
+        self._bisect(max(self._least().bits - 0.5, low), self._least().bits)
+        return self._least()
+
+    def _least(self) -> Trial:
+        """Return the fewest bits that have kept the limit so far."""
+        kept = [trial for trial in self.trials if trial.excess(self.budget) <= 0]
+        return min(kept, key=lambda trial: trial.bits)
 
     def _range(self) -> tuple[float, float]:
         ends = []
         for pick in (0, -1):
             specs = dict.fromkeys(self.ground.layers, self.scheme)
             for (index, side), row in self.choices.items():
-                specs[index] = with_side(specs[index], side, row[pick].quant)
+                specs[index] = specs[index].with_side(side, row[pick].quant)
             ends.append(self.ground.bits(specs))
         return ends[0], ends[1]
 
-    def _bisect(self, low: float, high: float) -> Trial:
-        """Return the least bits that keep the limit, to about a hundredth of the range."""
-        best = self._measure("allocated", self._allocated(high))
-        if best.excess(self.budget) > 0:
-            limit = self.budget.max_kld or self.budget.max_ppl_ratio
-            raise InputError(
-                f"no scheme keeps the limit {limit:g}: {best.bits:.3f} bits cost "
-                f"{best.kld_mean:.4g} nats and a ratio of {best.ppl_ratio:.4g}; allow more"
-            )
+    def _bisect(self, low: float, high: float) -> None:
+        """Measure around the least bits that keep the limit, to about a hundredth of the range."""
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             trial = self._measure("allocated", self._allocated(middle))
-            if trial.excess(self.budget) <= 0:
-                best, high = trial, middle
-            else:
-                low = middle
-        return best
+            low, high = (low, middle) if trial.excess(self.budget) <= 0 else (middle, high)
 
     def _tuned(self, bits: float) -> Trial:
         """Correct the predictions of each side and part of the stack by what helps when measured,
@@ -222,12 +222,12 @@ class _Search:
         return specs
 
     def _uniform(self, bits: float) -> list[Specs]:
-        """Return the uniform schemes within the bytes, by predicted loss."""
+        """Return the uniform schemes within the bytes, widest first, even ones before uneven."""
         found = []
         for pair in itertools.product(METHOD_BITS["nuq"], repeat=2):
             key, value = (
-                replace(side_of(self.scheme, side), bits=width)
-                for side, width in zip(("key", "value"), pair, strict=True)
+                replace(self.scheme.side(side), bits=width)
+                for side, width in zip(SIDES, pair, strict=True)
             )
             specs = dict.fromkeys(self.ground.layers, replace(self.scheme, key=key, value=value))
             if self.ground.bits(specs) <= bits:
@@ -258,8 +258,9 @@ class _Search:
         identity, schemes = self.loaded.identity.as_json(), set(specs.values())
         if len(schemes) == 1:
             return Bundle(schemes.pop(), identity, books, provenance)
-        bits = self.budget.target_bits or round(self.ground.bits(specs), 4)
-        scheme = replace(self.scheme, mixed=True, target_bits=bits)
+        bits = self.budget.target_bits
+        spent = round(self.ground.bits(specs), 4) if bits is None else bits
+        scheme = replace(self.scheme, mixed=True, target_bits=spent)
         return Bundle(scheme, identity, books, provenance, specs)
 
     def record(self, chosen: Trial) -> dict[str, Any]:

@@ -28,6 +28,7 @@ PRESETS: Final[dict[str, str]] = {
     f"kvq{bits}": f"nuq{bits}-1%-sink1-pc-comp/nuq{bits}-1%-sink1-comp@mixed" for bits in (4, 3, 2)
 }
 DEFAULT_SPEC: Final = "kvq3"
+SIDES: Final = ("key", "value")
 _MIXED: Final = re.compile(r"@(mixed|[0-9]{1,2}(?:\.[0-9]{1,6})?)$")
 
 
@@ -88,6 +89,14 @@ class KvSpec:
         if not self.mixed:
             return one
         return f"{one}@mixed" if self.target_bits is None else f"{one}@{self.target_bits:.10g}"
+
+    def side(self, side: str) -> QuantSpec:
+        """Return how "key" or "value" is stored."""
+        return self.key if side == "key" else self.value
+
+    def with_side(self, side: str, quant: QuantSpec) -> KvSpec:
+        """Return the scheme with another form of "key" or "value"."""
+        return replace(self, key=quant) if side == "key" else replace(self, value=quant)
 
     @property
     def name(self) -> str:

@@ -22,7 +22,7 @@ from kvqtool.packed import PackedBody
 from kvqtool.padding import keep_padded_sinks, put_padded_sinks
 from kvqtool.rows import Pair, from_rows, join, stored_dtype, to_rows
 from kvqtool.seam import LayerSeam
-from kvqtool.spec import KvSpec
+from kvqtool.spec import SIDES, KvSpec
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
 Rows = dict[str, Tensor]
@@ -192,9 +192,9 @@ class LayerStore:
         named = {
             f"{part}.{side}": [t]
             for part, pair in self._exact.items()
-            for side, t in zip(_SIDES, pair, strict=True)
+            for side, t in zip(SIDES, pair, strict=True)
         }
-        for side, body in zip(_SIDES, self._bodies, strict=True):
+        for side, body in zip(SIDES, self._bodies, strict=True):
             named |= {f"{side}.{name}": tensors for name, tensors in body.tensors.items()}
         return named
 
@@ -203,9 +203,9 @@ class LayerStore:
         named = {
             f"{part}.{side}": t
             for part, pair in self._exact.items()
-            for side, t in zip(_SIDES, pair, strict=True)
+            for side, t in zip(SIDES, pair, strict=True)
         }
-        for side, body in zip(_SIDES, self.bodies, strict=True):
+        for side, body in zip(SIDES, self.bodies, strict=True):
             named |= {f"{side}.{name}": tensor for name, tensor in body.read().items()}
         return named
 
@@ -294,6 +294,3 @@ class LayerStore:
             states[1] = rotate_heads(states[1])
         dtype = self._exact["window"][0].dtype
         return from_rows(states[0], dtype), from_rows(states[1], dtype)
-
-
-_SIDES = ("key", "value")

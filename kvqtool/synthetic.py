@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvqtool.bundle import SIDES, Bundle
+from kvqtool.bundle import Bundle
 from kvqtool.codebook import Codebook, as_half, uniform_levels
 from kvqtool.memory import LayerGeometry
 from kvqtool.methods import get_method
 from kvqtool.side import EXACT, QuantSpec
-from kvqtool.spec import KvSpec
+from kvqtool.spec import SIDES, KvSpec
 
 
 def synthetic_bundle(

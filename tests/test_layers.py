@@ -1,5 +1,6 @@
 """A planned cache is the allocated one, byte for byte, in every family and scheme."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -95,6 +96,14 @@ def test_planned_bytes_hold_at_every_length(spec: str, length: int) -> None:
     for name in ("llama", "gemma3", "qwen3_next"):
         held = filled(name, spec, (length,))
         assert packed_bytes(planned(name, spec, 2), held, length) == held.nbytes, name
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next", "mistral (window)"])
+def test_a_probed_model_gives_the_layers_that_its_config_gives(name: str) -> None:
+    held = filled(name, "int4-g16-sink2", (300,))
+    plan = planned(name, "int4-g16-sink2", 2)
+    probed_layers = tuple(held.seam.cache_layers.values())
+    assert packed_bytes(replace(plan, layers=probed_layers), held, 300) == held.nbytes
 
 
 @pytest.mark.parametrize("name", ["phi3 (longrope)", "llama (dynamic NTK)"])
