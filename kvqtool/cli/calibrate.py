@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -13,7 +14,6 @@ from kvqtool.cli.inputs import (
     Calibration,
     ModelChoice,
     make_bundle,
-    refuse_several,
     refuse_shared_stdin,
 )
 from kvqtool.cli.output import Output, Table
@@ -96,7 +96,7 @@ def run(
     """
     scheme = parse_spec(spec or DEFAULT_SPEC)
     limits = {"--target-bits": target_bits, "--max-kld": max_kld, "--max-ppl-ratio": max_ppl_ratio}
-    refuse_several(limits)
+    _refuse_several(limits)
     refuse_shared_stdin(dataset)
     check_output(output, force)
     out = Output(NAME, json=json, quiet=quiet)
@@ -129,6 +129,13 @@ def run(
     note_layers(layers, out)
     path_line = Table((), [(str(output),)])
     out.result(spec=bundle.spec.name, model=model, result=result, table=path_line)
+
+
+def _refuse_several(limits: Mapping[str, float | None]) -> None:
+    """Refuse limits that compete, by option."""
+    given = [name for name, limit in limits.items() if limit is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} each set the budget; keep one")
 
 
 def _spend(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,13 +149,6 @@ def refuse_shared_stdin(*datasets: str | None) -> None:
     """Refuse standard input as a text where several processes would read it."""
     if "-" in datasets and not read_ranks().is_alone:
         raise InputError("standard input reaches one process only; name a file as the data set")
-
-
-def refuse_several(limits: Mapping[str, float | None]) -> None:
-    """Refuse limits that compete, by option."""
-    given = [name for name, limit in limits.items() if limit is not None]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} each set the budget; keep one")
 
 
 def window_length(seq_len: int, loaded: LoadedModel, out: Output) -> int:
