@@ -213,8 +213,9 @@ struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
 
 // Outliers of values: a word is a half delta above channel << 8 and token << 2. In a sorted list
 // the words of channels that are equal modulo 32 stand together, and each lane takes those of one
-// remainder: no two lanes write to one place. `starts` says where they begin. Lists that grew word
-// by word are not sorted; there atomics keep lanes apart.
+// remainder: no two lanes write to one place. The list's head says where they begin. Lane 31's run
+// to the end, so it meets the padding, zeros, which would mean channel 0: those are passed over.
+// Lists that grew word by word are not sorted; there atomics keep lanes apart.
 template <typename Words>
 DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool sorted) {
     if (!sorted) {
@@ -231,6 +232,7 @@ DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool 
     u32 end = warp.lane == 31 ? count : list((warp.lane + 1) / 4) >> (shift + 8) % 32 & 255;
     KVQ_ROLLED for (; i < end; i++) {
         u32 word = list(i);
+        if (!word) continue;
         float delta = h2_high(word);
         Heads weight = *(const Heads*)(warp.sparse + (word >> 2 & 63) * GROUP);
         Heads* at = (Heads*)(warp.mix + (word >> 8 & 255) * GROUP);
