@@ -117,7 +117,7 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& 
             if (!found[partner].is_outlier) continue;
             float dense = key_dense(decode, target.head, at, codes[i]);
             add_outlier(lists, target.list, 0,
-                        delta_word(found[partner].state, dense, key_where(row, at)));
+                        delta_word(found[partner].state, dense, key_word(row, at)));
         }
     }
     replace_codes<KEY_BITS>(target.words + step * step_bytes(KEY_BITS), lane, n, codes, 4);

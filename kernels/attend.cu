@@ -7,11 +7,12 @@
 // a (sequence, head). Nothing depends on the host: lengths lie on the device, counters return to 0.
 //
 // `query`, `output`  (batch, num_heads, HEAD_DIM) half, or bfloat16 with BF16
-// `slabs`            a page of 128 tokens after another, in it KV heads, two slabs each: keys,
-// values `ranges`           (pages, 128) half2: scale and offset of a value token `outlier_index`
-// (pages, num_kv_heads, 2) x {first quad of words, quads} of keys, then of values `page_table`
-// (batch, max_pages) page of each 128 tokens `state`            (batch, 8): packed tokens, sinks,
-// window tokens, position of the first packed
+// `slabs`            pages of 128 tokens, in each KV heads, two slabs each: keys, then values
+// `ranges`           (pages, 128) half2: scale and offset of a value token
+// `outlier_index`    (pages, num_kv_heads, 2) x {first quad of words, quads} of keys, then values
+// `outlier_words`    what the index points to
+// `page_table`       (batch, max_pages) page of each 128 tokens
+// `state`            (batch, 8): packed tokens, sinks, window tokens, position of the first packed
 //                    token, first packed token that is seen; the rest is spare
 // `key_table`        scales and offsets (num_kv_heads, STEPS, 4) x 4 half2, or with CHANNEL_LEVELS
 //                    levels (num_kv_heads, HEAD_DIM, 2^bits)
@@ -42,7 +43,6 @@ constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
 // What goes with the next slab arrives while values are read, when this slab's is used up; else two
 // buffers take turns.
 constexpr u32 SIDES = DEPTH - 1 <= CHUNKS - KEY_CHUNKS ? 1 : 2;
-constexpr u32 SORTED = 0x80000000u;  // beside the quads of values' lists
 constexpr u32 PARTIAL = HEAD_DIM + 2;
 // Shared memory: tables, the query, what warps hand to each other, then each warp's corner.
 constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE;
@@ -54,15 +54,6 @@ constexpr u32 CORNER_QUERY = DEPTH * SLOT + SIDES * SIDE,
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
 static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
-
-DEVICE float state_value(u16 bits) {
-    return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits);
-}
-DEVICE u16 state_bits(float value) {
-    if constexpr (!BF16) return float_to_half(value);
-    u32 bits = float_to_bits(value);
-    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 struct Exact {
     const u16 *key, *value;

@@ -10,7 +10,6 @@
 #pragma once
 #include "unpack.cuh"
 
-constexpr u32 STEPS = HEAD_DIM / 16;
 constexpr u32 KEY_SLAB = STEPS * step_bytes(KEY_BITS), VALUE_SLAB = STEPS * step_bytes(VALUE_BITS);
 // Which codes are looked up in shared memory: pairs in the halves of a row of LUT_STRIDE bytes
 // (keys first), 2-bit values four at once. The others are picked from registers.
@@ -169,24 +168,21 @@ DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4
     }
 }
 
-// A key's outlier: delta * (rotated query) is added to its token's score. A word is a half delta
-// above 16 bits of place: 8-byte unit of the angle table << 3, odd channel << 2, upper partner
-// << 1.
+// A key's outlier: delta * (rotated query) is added to its token's score.
 DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
-    u32 unit = word >> 3 & 0x1fff, step = (unit >> 6) % STEPS;
-    u32 token = unit / (64 * STEPS) * 16 + (unit & 1) * 8 + (unit >> 3 & 7);
+    KeyWhere where = key_where(word);
     float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
     if constexpr (ROTATED) {
         const u32* turn = (const u32*)(warp.angles + first_tile * STEPS * 512 + (word & 0xfff8));
-        u32 pair = pick_bytes(turn[0], turn[1], word & 4 ? 0x7632 : 0x5410);
+        u32 pair = pick_bytes(turn[0], turn[1], where.odd ? 0x7632 : 0x5410);
         float cosine = h2_low(pair), sine = h2_high(pair);
-        u = delta * (word & 2 ? -sine : cosine);
-        v = delta * (word & 2 ? cosine : sine);
-    } else if (word & 2) {
+        u = delta * (where.upper ? -sine : cosine);
+        v = delta * (where.upper ? cosine : sine);
+    } else if (where.upper) {
         u = 0.0f, v = delta;
     }
-    const u8* query = warp.query + (step * GROUP * 4 + (unit >> 1 & 3)) * 8 + (word & 4);
-    int* score = (int*)warp.sparse + token;
+    const u8* query = warp.query + (where.step * GROUP * 4 + where.column) * 8 + 4 * where.odd;
+    int* score = (int*)warp.sparse + where.token;
     KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
         u32 pair = *(const u32*)(query + 32 * h);
         add_shared(score + h * SPARSE_ROW, round_to_int(u * h2_low(pair) + v * h2_high(pair)));

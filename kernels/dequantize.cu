@@ -9,12 +9,6 @@
 
 constexpr u32 TILE_ROW = HEAD_DIM + 4;
 
-DEVICE u16 state_bits(float value) {
-    if constexpr (!BF16) return float_to_half(value);
-    u32 bits = float_to_bits(value);
-    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 struct Source {
     const u8* words;  // of the slab
     const u32 *ranges, *index, *outlier_words;
@@ -49,10 +43,9 @@ DEVICE void add_outliers(const Source& from, float* tile) {
     for (u32 i = first + thread_index(); i < last; i += STEPS * 32) {
         u32 word = words[i], token = word >> 2 & 63, at = word >> 8 & 255;
         if constexpr (is_key) {
-            u32 unit = word >> 3 & 0x1fff;
-            token = unit / (64 * STEPS) * 16 + (unit & 1) * 8 + (unit >> 3 & 7);
-            at = (unit >> 6) % STEPS * 8 + (unit >> 1 & 3) * 2 + (word >> 2 & 1) +
-                 (word >> 1 & 1) * (HEAD_DIM / 2);
+            KeyWhere where = key_where(word);
+            token = where.token;
+            at = where.step * 8 + where.column * 2 + where.odd + where.upper * (HEAD_DIM / 2);
         }
         if (word) tile[token * TILE_ROW + at] += h2_high(word);
     }

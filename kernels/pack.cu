@@ -18,12 +18,10 @@
 KERNEL(STEPS * 32)
 survey_keys(const u16* key, const int* page_table, const float* lower, const float* upper,
             const float* offset, const float* inverse, const float* middles, const u16* order,
-            const float* turns, u32* counts, u32 num_kv_heads, u32 tokens, u32 first_slab,
-            u32 max_pages) {
+            const float* turns, u32* counts, u32 num_kv_heads, u32 tokens, u32 max_pages) {
     u16* staged = (u16*)shared_memory();
     u32 slabs = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
-    Place place =
-        find_place(block_index(), num_kv_heads, slabs, tokens, first_slab, page_table, max_pages);
+    Place place = find_place(block_index(), num_kv_heads, slabs, tokens, page_table, max_pages);
     KeyCode code{lower, upper, offset, inverse, middles, order, turns};
     stage(key, place, num_kv_heads, tokens, staged);
     sync_block();
@@ -39,7 +37,7 @@ survey_keys(const u16* key, const int* page_table, const float* lower, const flo
         found += pair[0].is_outlier + pair[1].is_outlier;
     }
     lanes_before(found, lane, total);
-    u32 list = (place.page * num_kv_heads + place.head) * 2 + (first_slab + place.slab) % 2;
+    u32 list = (place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
     if (lane == 0 && total) add_global(counts + 2 * list, total);
 }
 
@@ -48,8 +46,7 @@ survey_keys(const u16* key, const int* page_table, const float* lower, const flo
 // Two histograms find the cuts: of the upper bytes, then of the lower bytes within a bin.
 KERNEL(WARPS * 32)
 survey_values(const u16* value, const int* page_table, u32* ranges, u16* cuts, u32* counts,
-              u32 batch, u32 num_kv_heads, u32 tokens, u32 first_slab, u32 max_pages,
-              u32 per_tail) {
+              u32 batch, u32 num_kv_heads, u32 tokens, u32 max_pages, u32 per_tail) {
     u32 lane = thread_index() % 32, warp = thread_index() / 32, channels = num_kv_heads * HEAD_DIM;
     u32 number = block_index() * WARPS + warp, sequence = number / tokens, token = number % tokens;
     if (number >= batch * tokens) return;
@@ -108,7 +105,7 @@ survey_values(const u16* value, const int* page_table, u32* ranges, u16* cuts, u
     KVQ_UNROLL_4 for (u32 i = lane; i < channels; i += 32) {
         u32 key = keys[i];
         if (has_exact && is_cut(cut, key, i)) {
-            u32 slab = first_slab + token / 64, page = page_table[sequence * max_pages + slab / 2];
+            u32 slab = token / 64, page = page_table[sequence * max_pages + slab / 2];
             add_global(counts + ((page * num_kv_heads + i / HEAD_DIM) * 2 + slab % 2) * 2 + 1, 1);
         } else {
             low = smaller(low, key), high = larger(high, key);
@@ -119,8 +116,8 @@ survey_values(const u16* value, const int* page_table, u32* ranges, u16* cuts, u
         high = larger(high, exchange(high, mask));
     }
     if (lane != 0) return;
-    u32 at = first_slab * 64 + token, page = page_table[sequence * max_pages + at / 128];
-    ranges[page * 128 + at % 128] = range_of(low, high);
+    u32 page = page_table[sequence * max_pages + token / 128];
+    ranges[page * 128 + token % 128] = range_of(low, high);
     for (u32 i = 0; i < 4; i++) cuts[(u64)number * 4 + i] = cut[i];
 }
 
@@ -130,7 +127,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
            const float* upper, const float* offset, const float* inverse, const float* key_middles,
            const float* value_middles, const u16* order, const float* turns, const u16* levels,
            const u16* key_levels, const u32* ranges, const u16* cuts, const u32* index, u8* slabs,
-           u32* outlier_words, u32 num_kv_heads, u32 tokens, u32 first_slab, u32 max_pages) {
+           u32* outlier_words, u32 num_kv_heads, u32 tokens, u32 max_pages) {
     u16* staged = (u16*)shared_memory();
     u16* staged_value = staged + 64 * ROW;
     float* middles = (float*)(staged_value + 64 * ROW);  // of keys, of values
@@ -142,15 +139,14 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
         cursors[i] = 0;
     }
     u32 many = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
-    Place place =
-        find_place(block_index(), num_kv_heads, many, tokens, first_slab, page_table, max_pages);
+    Place place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
     KeyCode code{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
                  order, turns};
     Decode decode{levels, key_levels, (const u32*)key_levels};
     stage(key, place, num_kv_heads, tokens, staged);
     stage(value, place, num_kv_heads, tokens, staged_value);
     sync_block();
-    u32 parity = (first_slab + place.slab) % 2;
+    u32 parity = place.slab % 2;
     u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + parity;
     const u32* range = ranges + place.page * 128 + parity * 64;
     const u16* cut = cuts + ((u64)place.sequence * tokens + place.slab * 64) * 4;
@@ -218,7 +214,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
                  8 * step + lane % 4 * 2 + e, found);
         float state = partner ? found[1].state : found[0].state;
         float dense = key_dense(decode, place.head, at, partner ? found[1].code : found[0].code);
-        words[before] = delta_word(state, dense, key_where(token, at));
+        words[before] = delta_word(state, dense, key_word(token, at));
     }
     if (step == STEPS - 1 && lane == 31) {
         for (; before < where[1] * 4; before++) words[before] = 0;

@@ -2,14 +2,9 @@
 #pragma once
 #include "unpack.cuh"
 
-constexpr u32 STEPS = HEAD_DIM / 16;
+static_assert(KEY_BITS <= 4 && VALUE_BITS <= 4, "16-bit pages hold states, not codes");
 constexpr u32 ROW = HEAD_DIM + 8;  // halves of a staged row, padded against bank conflicts
 constexpr u32 LEVELS = 1u << KEY_BITS;
-constexpr u32 SORTED = 0x80000000u, STARTS = 8;  // as in attend.cu; words of a sorted list's head
-
-DEVICE float state_value(u16 bits) {
-    return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits);
-}
 
 // Where a block's 64 tokens lie.
 struct Place {
@@ -17,14 +12,14 @@ struct Place {
     u32 tokens;  // of the slab that exist
 };
 
-DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, u32 first_slab,
-                        const int* page_table, u32 max_pages) {
+DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, const int* page_table,
+                        u32 max_pages) {
     Place place;
     place.slab = block % slabs;
     place.head = block / slabs % num_kv_heads;
     place.sequence = block / slabs / num_kv_heads;
     place.tokens = smaller(tokens - place.slab * 64, 64);
-    place.page = page_table[place.sequence * max_pages + (first_slab + place.slab) / 2];
+    place.page = page_table[place.sequence * max_pages + place.slab / 2];
     return place;
 }
 
@@ -264,8 +259,8 @@ DEVICE float value_dense(const Decode& decode, u32 range, u32 code) {
     return add_exact(mul_exact(level, h2_low(range)), h2_high(range));
 }
 
-// Where a key's outlier lies: the 8 bytes of its turn in the angle table, then odd and upper.
-DEVICE u32 key_where(u32 token, u32 place) {
+// The 16 bits of place of a key's outlier, which `key_where` reads.
+DEVICE u32 key_word(u32 token, u32 place) {
     u32 within = place % (HEAD_DIM / 2);
     u32 unit = (token / 16 * STEPS + within / 8) * 32 + token % 8 * 4 + within % 8 / 2;
     return (unit * 2 + token % 16 / 8) << 3 | (within & 1) << 2 | (place / (HEAD_DIM / 2)) << 1;

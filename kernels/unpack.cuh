@@ -7,6 +7,31 @@
 #pragma once
 #include "device.cuh"
 
+constexpr u32 STEPS = HEAD_DIM / 16;
+constexpr u32 SORTED = 0x80000000u;  // beside the quads of values' lists
+constexpr u32 STARTS = 8;            // words of a sorted list's head
+
+// A model's states: half, or bfloat16 with BF16.
+DEVICE float state_value(u16 bits) {
+    return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits);
+}
+DEVICE u16 state_bits(float value) {
+    if constexpr (!BF16) return float_to_half(value);
+    u32 bits = float_to_bits(value);
+    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Where a key's outlier lies. A word is a half delta above 16 bits of place: 8-byte unit of the
+// angle table << 3, odd channel << 2, upper partner << 1.
+struct KeyWhere {
+    u32 token, step, column, odd, upper;
+};
+DEVICE KeyWhere key_where(u32 word) {
+    u32 unit = word >> 3 & 0x1fff;
+    return KeyWhere{unit / (64 * STEPS) * 16 + (unit & 1) * 8 + (unit >> 3 & 7),
+                    (unit >> 6) % STEPS, unit >> 1 & 3, word >> 2 & 1, word >> 1 & 1};
+}
+
 // Bytes of one step: 32 lanes, 32 codes each; 16 bits stand for states stored as they are.
 DEVICE constexpr u32 step_bytes(u32 bits) {
     return 128 * bits;

@@ -115,7 +115,7 @@ def pack(
     ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=key.device)
     cuts = torch.empty(batch, tokens, 4, dtype=torch.int16, device=key.device)
     kernels, grid = pack_kernels(variant), (batch * heads * -(-tokens // SLAB_TOKENS), variant)
-    shape: list[Argument] = [heads, tokens, 0, blocks]
+    shape: list[Argument] = [heads, tokens, blocks]
     keys = [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
     counts = torch.zeros(blocks * batch * heads * SLABS * 2, dtype=torch.int32, device=key.device)
     run(
