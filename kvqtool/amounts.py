@@ -23,7 +23,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         InputError: when the text is not a positive amount in a known unit.
     """
-    match = re.fullmatch(r"(\d+)(?:\.(\d+))?\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d{1,24})(?:\.(\d{1,24}))?\s*([A-Za-z]*)", text.strip())
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if match is None or match[3].lower() not in units:
         raise InputError(

@@ -37,13 +37,17 @@ def fetch_headers(name: str, revision: str | None) -> list[tuple[Path, dict[str,
         InputError: when they cannot be had.
     """
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # of httpx or httpx2
+        HTTPError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+    )
 
     try:
         found = get_safetensors_metadata(name, revision=revision)
     except NotASafetensorsRepoError:
         return []
-    except (OSError, ValueError, SafetensorsParsingError) as error:
+    except (OSError, ValueError, HTTPError, SafetensorsParsingError) as error:
         reason = brief(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise InputError(
             f"the weights of {name!r} cannot be read from the hub ({reason}); "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvqtool.layers import CacheLayer, CacheModel
-from kvqtool.memory import ITEM_BYTES, capacity
+from kvqtool.memory import ITEM_BYTES, PAGE_TOKENS, capacity, split_tokens
 from kvqtool.scratch import Step, append_scratch, attention_scratch, read_scratch, shown_bytes
 from kvqtool.side import EXACT, QuantSpec
 from kvqtool.spec import KvSpec
@@ -93,12 +93,19 @@ class Forward:
 
     def decode(self, prompt: int, tokens: int) -> Peak:
         """Return the peak of the call that makes the cache `tokens` long, one token at a time."""
-        # A body is one block after one call, until a page more is needed.
-        chunked = prompt > (self.chunk or prompt)
-        _, before, _ = self.cache.layers[0].parts(self.cache.spec, prompt)
-        _, after, _ = self.cache.layers[0].parts(self.cache.spec, tokens)
-        is_joined = chunked or (before > 0 and capacity(after) > capacity(before))
+        is_joined = prompt > (self.chunk or prompt) or any(
+            self._grows_pages(layer, prompt, tokens) for layer in self.cache.distinct
+        )
         return self._peak(self._step(tokens, 1, is_joined=is_joined))
+
+    def _grows_pages(self, layer: CacheLayer, prompt: int, tokens: int) -> bool:
+        """Whether a body that one call packed lies in several blocks at `tokens`: one more for each
+        page that it needed, those that a sliding layer has dropped aside.
+        """
+        spec = layer.own_spec or self.cache.spec
+        before, after = (capacity(split_tokens(spec, length)[1]) for length in (prompt, tokens))
+        is_long = layer.parts(spec, tokens)[1] > PAGE_TOKENS
+        return layer.is_packed and is_long and after > before
 
     def _step(self, tokens: int, fresh: int, *, is_joined: bool) -> Step:
         trunk = self.trunk
