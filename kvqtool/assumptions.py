@@ -60,11 +60,13 @@ def assumptions(load: Load, context: int) -> list[str]:
 def _weights(load: Load) -> str:
     weights = load.shape.weights
     if weights is None:
-        return "the weights are unknown: the total is without them; see --weights"
+        return "the weights are unknown: the figures are without them; see --weights"
     if weights.source == "estimate":
         also = ", without parts for images and sound" if load.shape.config.is_multimodal else ""
         counted = f"weights are counted from the config, as {load.work.dtype} numbers{also}"
         return f"{counted}; a quantized checkpoint takes less, see --weights"
     if weights.source == "stated":
         return "weights are what --weights says"
+    if weights.source == "none":
+        return "weights are left out of every figure, as --weights says; speed is not estimated"
     return "weights are those of the safetensors files beside the config"

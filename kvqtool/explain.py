@@ -32,8 +32,7 @@ def explain(load: Load, context: int) -> list[Term]:
         lines.append(Term("angles", angles.nbytes(batch, tokens), f"{kind}, once a rope group"))
     lines.append(Term("cache", sum(line.nbytes for line in lines), "the sum of the lines above"))
     peak = load.peak(stage, context, batch)
-    prefill, decode = load.peaks(stage, context, batch)
-    call = "prefill" if prefill.nbytes >= decode.nbytes else "decode"
+    call = load.call(stage, context, batch)
     source = load.shape.weights.source if load.shape.weights else "unknown"
     lines += [
         Term("weights", peak.weights, f"from {source}, in {load.work.dtype}"),
@@ -49,7 +48,7 @@ def explain(load: Load, context: int) -> list[Term]:
         "reserve": "the GPU's context; --reserve",
     }
     lines += [Term(name, size, how[name]) for name, size in extras.items()]
-    total = peak.nbytes + sum(extras.values())
+    total = load.total(stage, context, batch)
     return [*lines, Term("total", total, "peak + codebooks + workspace + fragmentation + reserve")]
 
 

@@ -81,7 +81,9 @@ class Load:
         def of(stage: int, batch: int) -> Forward:
             rank = self.ranks[stage]
             model = CacheModel(rank.layers, self.spec, batch, self.work.dtype)
-            weights = rank.weights_bytes or 0
+            weights = (
+                rank.weights_bytes or 0
+            )  # unknown ones are in no total, and there is no verdict
             return Forward(model, rank.trunk, weights, self.work.prefill_chunk)
 
         return of
@@ -101,6 +103,11 @@ class Load:
     def peak(self, stage: int, context: int, batch: int) -> Peak:
         """Return the higher of both peaks."""
         return max(self.peaks(stage, context, batch), key=lambda peak: peak.nbytes)
+
+    def call(self, stage: int, context: int, batch: int) -> str:
+        """Return which call is the higher: `prefill` or `decode`."""
+        prefill, decode = self.peaks(stage, context, batch)
+        return "prefill" if prefill.nbytes >= decode.nbytes else "decode"
 
     def total(self, stage: int, context: int, batch: int) -> int:
         """Return all a stage's GPU has to hold, margins included."""
@@ -124,12 +131,16 @@ class Load:
         """Whether every GPU has room."""
         return all(self.total(s, context, batch) <= memory for s in range(self.work.pp))
 
-    def speed(self, gpu: Gpu, context: int) -> float:
-        """Return the tokens a second that reading weights and cache once each would allow."""
-        tokens, read = context + max(self.work.new_tokens, 1), 0.0
+    def speed(self, gpu: Gpu, context: int) -> float | None:
+        """Return the tokens a second that reading weights and cache once each would allow; None
+        where it is not known which weights a token passes.
+        """
+        active, tokens, read = self.shape.active, context + max(self.work.new_tokens, 1), 0.0
         for stage, rank in enumerate(self.ranks):
+            if active is None or not rank.weights_bytes:
+                return None
             cache_bytes = self.forward(stage, self.work.batch).cache.nbytes(tokens)
-            read += self.shape.active * (rank.weights_bytes or 0) + cache_bytes
+            read += active * rank.weights_bytes + cache_bytes
         return self.work.batch * gpu.bandwidth / read
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -40,7 +41,9 @@ class Comparison:
     @property
     def error(self) -> float:
         """The plan's error as a share of what was measured."""
-        return self.planned_bytes / self.measured_bytes - 1 if self.measured_bytes else 0.0
+        if self.measured_bytes == 0:
+            return 0.0 if self.planned_bytes == 0 else math.inf
+        return self.planned_bytes / self.measured_bytes - 1
 
 
 def measure_cache(load: Load, context: int, device: torch.device) -> list[Comparison]:
@@ -95,12 +98,11 @@ def measure_forward(load: Load, context: int, device: torch.device) -> list[Comp
         device: where to run.
     """
     _check_single(load)
+    if any(layer.own_spec for layer in load.shape.layers):
+        raise InputError("a bundle with a scheme for each layer is measured with --measure cache")
     model = random_model(load, device)
     seam = probe(model)
     layers = {layer.index: layer.geometry for layer in seam.packed}
-    own = {i: layer.own_spec for i, layer in enumerate(load.shape.layers) if layer.own_spec}
-    if own:
-        raise InputError("a bundle with a scheme for each layer is measured with --measure cache")
     return run_forward(load, context, (model, seam), synthetic_bundle(load.spec, layers))
 
 

@@ -23,6 +23,8 @@ _EXPERTS: Final = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "gpt_oss", "olmoe", "granitemoe"),
     *("minimax_m2", "llama4_text", "deepseek_v2", "deepseek_v3", "glm4_moe"),
 )
+# What only a config of experts has.
+_EXPERT_FIELDS: Final = ("num_experts", "moe_intermediate_size")
 
 
 def estimated_weights(config: ModelConfig, depth: int) -> Weights:
@@ -43,16 +45,21 @@ def estimated_weights(config: ModelConfig, depth: int) -> Weights:
         for index in range(depth)
     )
     positions = config.count("max_position_embeddings") if _learns_positions(config) else 0
-    embedding = Part(matrices=(vocabulary + positions) * hidden)
-    head = Part(matrices=0 if is_tied else vocabulary * hidden, vectors=hidden)
-    return Weights("estimate", embedding, layers, head, is_tied)
+    tokens = Part(matrices=vocabulary * hidden)
+    embedding = tokens + Part(matrices=positions * hidden)
+    head = Part(vectors=hidden) if is_tied else tokens + Part(vectors=hidden)
+    return Weights("estimate", embedding, layers, head, tokens if is_tied else Part())
 
 
-def active_share(config: ModelConfig, depth: int) -> float:
-    """Return the share of the weights that one token passes: below 1 where there are experts."""
-    chosen = config.at_least_zero("num_experts_per_tok")
-    if config.model_type not in _EXPERTS or not chosen or chosen > config.count("num_experts"):
+def active_share(config: ModelConfig, depth: int) -> float | None:
+    """Return the share of the weights that one token passes: below 1 where there are experts, None
+    where those are not counted.
+    """
+    if config.model_type in _DENSE or not any(map(config.get, _EXPERT_FIELDS)):
         return 1.0
+    chosen = config.at_least_zero("num_experts_per_tok")
+    if config.model_type not in _EXPERTS or not 0 < chosen <= config.count("num_experts"):
+        return None
     fewer = {"num_experts": chosen, "num_local_experts": chosen, "n_routed_experts": chosen}
     some = replace(config, stated=config.stated | fewer)
     return estimated_weights(some, depth).numbers / estimated_weights(config, depth).numbers

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvqtool.assumptions import assumptions
 from kvqtool.catalog import Gpu
+from kvqtool.errors import InputError
 from kvqtool.load import Load, Workload, resolve_dtype
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.questions import gpus_needed, largest_batch, largest_context, smallest_gpu
@@ -88,9 +89,15 @@ def plans(
             question open.
 
     Raises:
-        InputError: when the dtype is unknown or the model cannot be divided or packed so.
+        InputError: when the dtype is unknown, the model cannot be divided or packed so, or its
+            weights are unknown and so whether they fit.
     """
     gpu, memory = room
+    if shape.weights is None and (gpu is not None or memory is not None):
+        raise InputError(
+            f"the weights of {shape.name} are unknown, so what fits is too; put its safetensors "
+            "files beside the config, give --weights SIZE, or leave them out: --weights none"
+        )
     if memory is None and gpu is not None:
         memory = gpu.memory_bytes
     rows = []
@@ -116,9 +123,8 @@ def _row(
     tokens, stage = context + work.new_tokens, load.fullest(context, batch)
     cached, peak = load.forward(stage, batch).cache, load.peak(stage, context, batch)
     prefill, decode = load.peaks(stage, context, batch)
-    extras = load.extras(stage, peak.nbytes)
-    total = peak.nbytes + sum(extras.values())
-    nbytes, fp16 = cached.nbytes(tokens), cached.fp16_bytes(tokens)
+    extras, total = load.extras(stage, peak.nbytes), load.total(stage, context, batch)
+    nbytes, (stored, exact) = cached.nbytes(tokens), _all_stages(load, tokens)
     return MemoryPlan(
         spec=str(load.spec),
         context=context,
@@ -132,10 +138,10 @@ def _row(
         peak_bytes_per_token=_peak_growth(load, stage, context),
         cache_bytes=nbytes,
         cache_bytes_bound=cached.nbytes(tokens, bound=True),
-        cache_bytes_fp16=fp16,
+        cache_bytes_fp16=cached.fp16_bytes(tokens),
         paper_bytes=cached.paper_bytes(tokens),
-        effective_bits=16 * nbytes / fp16,
-        compression=fp16 / nbytes,
+        effective_bits=16 * stored / exact,
+        compression=exact / stored,
         weights_bytes=load.ranks[stage].weights_bytes,
         prefill_peak_bytes=prefill.nbytes,
         decode_peak_bytes=decode.nbytes,
@@ -146,16 +152,27 @@ def _row(
         margin_bytes=None if memory is None else memory - total,
         largest_context=longest,
         largest_batch=None if memory is None else largest_batch(load, memory, context),
-        smallest_gpu=smallest_gpu(total),
+        smallest_gpu=smallest_gpu(total) if load.shape.weights else None,
         gpus_needed=None if memory is None else gpus_needed(load, memory, context),
         decode_tokens_per_second_estimate=load.speed(gpu, context) if gpu else None,
         max_context=load.shape.max_context,
         breakdown=cached.breakdown(tokens),
         terms=peak.terms | extras,
-        phase=f"{'prefill' if prefill.nbytes >= decode.nbytes else 'decode'}: {peak.phase}",
+        phase=f"{load.call(stage, context, batch)}: {peak.phase}",
         ranks=_ranks(load, context) if work.tp * work.pp > 1 else [],
         assumptions=assumptions(load, context),
     )
+
+
+def _all_stages(load: Load, tokens: int) -> tuple[int, int]:
+    """Return the cache of one GPU of each stage, as stored and in 16-bit floats: the fullest stage
+    may have no cache at all.
+    """
+    caches = [load.forward(rank.stage, load.work.batch).cache for rank in load.ranks]
+    exact = sum(cached.fp16_bytes(tokens) for cached in caches)
+    if not exact:
+        raise InputError(f"no layer of {load.shape.name} keeps a cache; there is nothing to plan")
+    return sum(cached.nbytes(tokens) for cached in caches), exact
 
 
 def _peak_growth(load: Load, stage: int, context: int) -> float:

@@ -18,13 +18,13 @@ _RANKS: Final = (1, 2, 4, 8, 16, 32, 64)
 _CARDS: Final = sorted((gpu for gpu in GPUS if gpu.is_card), key=lambda gpu: gpu.memory_bytes)
 
 
-def largest_context(load: Load, memory: int, batch: int) -> int:
-    """Return the most tokens of each prompt that fit; 0 if not even one does."""
+def largest_context(load: Load, memory: int, batch: int) -> int | None:
+    """Return the most tokens of each prompt that fit: 0 if not even one does, None if all do."""
     return _largest(lambda context: load.fits(memory, context, batch))
 
 
-def largest_batch(load: Load, memory: int, context: int) -> int:
-    """Return the most sequences of a context that fit; 0 if not even one does."""
+def largest_batch(load: Load, memory: int, context: int) -> int | None:
+    """Return the most sequences of a context that fit: 0 if not even one does, None if all do."""
     return _largest(lambda batch: load.fits(memory, context, batch))
 
 
@@ -56,13 +56,15 @@ def best_spec(rows: Sequence[MemoryPlan]) -> str | None:
     return max(fitting, key=lambda row: row.effective_bits).spec if fitting else None
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """Return the greatest number that fits, found by doubling and halving."""
+def _largest(fits: Callable[[int], bool]) -> int | None:
+    """Return the greatest number that fits, found by doubling and halving; None past `_MOST`."""
     if not fits(1):
         return 0
     good, bad = 1, 2
-    while bad <= _MOST and fits(bad):
+    while fits(bad):
         good, bad = bad, 2 * bad
+        if bad > _MOST:
+            return None
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)

@@ -29,14 +29,15 @@ class ModelShape:
         layers: each layer's cache.
         trunk: its widths.
         weights: its weights by part; None where they are unknown.
-        active: share of the weights that one token passes; below 1 for experts.
+        active: share of the weights that one token passes; below 1 for experts, None where it is
+            not known.
     """
 
     config: ModelConfig
     layers: tuple[CacheLayer, ...]
     trunk: Trunk
     weights: Weights | None
-    active: float = 1.0
+    active: float | None = 1.0
 
     @property
     def name(self) -> str:
@@ -108,7 +109,7 @@ def _weights(
     wanted: str,
 ) -> Weights | None:
     if wanted == "none":
-        return None
+        return Weights("none", Part(), (Part(),) * depth, Part())
     if wanted == "estimate":
         return estimated_weights(config, depth)
     if wanted != "auto":

@@ -88,6 +88,8 @@ def _weights(shape: ModelShape, layers: range, tp: int, dtype: str) -> int | Non
         return None
     total = sum(weights.layers[index].nbytes(dtype, tp) for index in layers)
     is_first, is_last = layers.start == 0, layers.stop == len(shape.layers)
-    if is_first or (is_last and weights.is_tied):
+    if is_first:
         total += weights.embedding.nbytes(dtype, tp)
+    elif is_last:
+        total += weights.tied.nbytes(dtype, tp)
     return total + (weights.head.nbytes(dtype, tp) if is_last else 0)

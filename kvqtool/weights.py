@@ -21,6 +21,10 @@ from kvqtool.memory import ITEM_BYTES
 
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+# What a head can use again: not positions, norms, or the embeddings that single layers have.
+_TOKENS: Final = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte|word_embeddings)\.")
+# Layers that predict several tokens at once: transformers leaves them in the file.
+_NOT_LOADED: Final = re.compile(r"(?:^|\.)mtp[._]")
 _EMBEDDING: Final = re.compile(r"(?:^|\.)(?:embed_\w+|wte|wpe|word_embeddings\w*)\.")
 _ELSEWHERE: Final = re.compile(r"(?:^|\.)(?:vision|visual|audio|multi_modal|mm_|embed_vision)")
 
@@ -58,18 +62,18 @@ class Weights:
     """A model's weights by where pipeline parallelism puts them.
 
     Args:
-        source: `headers` or `estimate`.
+        source: `headers`, `estimate`, `stated`, or `none` where the user leaves them out.
         embedding: what comes before the layers, parts for images and sound included.
         layers: each layer.
         head: what comes after them.
-        is_tied: whether the head uses the embedding's matrix again.
+        tied: the embedding's matrix, where the head uses it again.
     """
 
     source: str
     embedding: Part
     layers: tuple[Part, ...]
     head: Part
-    is_tied: bool = False
+    tied: Part = Part()
 
     @property
     def numbers(self) -> int:
@@ -89,9 +93,12 @@ class _Sums:
     layers: list[Part]
     embedding: Part = field(default_factory=Part)
     head: Part = field(default_factory=Part)
+    tokens: Part = field(default_factory=Part)
 
     def add(self, name: str, part: Part) -> None:
         """Put a tensor where it belongs; layers past the model's own are not loaded."""
+        if _NOT_LOADED.search(name):
+            return
         layer = None if _ELSEWHERE.search(name) else _LAYER.search(name)
         if layer is not None:
             index = int(layer[1])
@@ -99,6 +106,8 @@ class _Sums:
                 self.layers[index] += part
         elif _EMBEDDING.search(name) or _ELSEWHERE.search(name):
             self.embedding += part
+            if _TOKENS.search(name) and not _ELSEWHERE.search(name):
+                self.tokens += part
         else:
             self.head += part
 
@@ -127,7 +136,8 @@ def measured_weights(
                 has_head |= "lm_head" in name
                 sums.add(name, _tensor_part(file, tensor, is_quantized))
     is_tied = bool(config.get("tie_word_embeddings")) and not has_head
-    return Weights("headers", sums.embedding, tuple(sums.layers), sums.head, is_tied)
+    tied = sums.tokens if is_tied else Part()
+    return Weights("headers", sums.embedding, tuple(sums.layers), sums.head, tied)
 
 
 def weight_headers(folder: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -3,11 +3,12 @@
 import itertools
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kvqtool.catalog import find_gpu
 from kvqtool.errors import InputError
@@ -259,5 +260,44 @@ def test_a_folder_goes_before_a_well_known_name(
 def test_more_of_anything_never_takes_less() -> None:
     totals = [planned("gemma-3-4b", "nuq3-1%", c, **CHUNKED).total_bytes for c in (512, 2048, 8192)]
     assert all(a < b for a, b in itertools.pairwise(totals))
-    small = planned("builtin", "nuq3-1%", 512)
-    assert replace(small, batch=1) == small
+
+
+class TestUnknownWeights:
+    """A config without weight files says nothing about what fits."""
+
+    def test_there_is_no_verdict(self, tmp_path: Path) -> None:
+        row = planned(str(write_config(tmp_path)), "fp", 8)
+        assert row.weights_bytes is None
+        assert row.smallest_gpu is row.fits is row.decode_tokens_per_second_estimate is None
+        for options in ({"gpu": "h100"}, {"memory": 80 * GIB}):
+            with pytest.raises(InputError, match=r"--weights SIZE, .* --weights none"):
+                planned(str(tmp_path), "fp", 8, **options)
+
+    def test_left_out_by_the_user_they_are_no_part_of_it(self, tmp_path: Path) -> None:
+        folder = str(write_config(tmp_path))
+        row = planned(folder, "fp", 8, gpu="h100", weights="none")
+        assert row.weights_bytes == 0
+        assert row.fits and row.smallest_gpu
+        assert row.decode_tokens_per_second_estimate is None
+
+    def test_speed_needs_the_weights_that_a_token_passes(self) -> None:
+        row = planned("qwen3-next-80b-a3b", "fp", 8, gpu="b200", weights="163GB")
+        assert row.fits and row.decode_tokens_per_second_estimate is None
+
+
+def test_a_stage_without_a_cache_divides_nothing(tmp_path: Path) -> None:
+    fields = {"model_type": "nemotron_h", "hidden_size": 64, "num_attention_heads": 4}
+    folder = write_config(tmp_path, hybrid_override_pattern="*---", **fields)
+    heavy = {"backbone.layers.3.w": torch.zeros(1 << 20, dtype=torch.float16)}
+    save_file(heavy, folder / "model.safetensors")
+    row, whole = (planned(str(folder), "fp", 256, pp=pp) for pp in (2, 1))
+    assert (row.stage, row.cache_bytes) == (1, 0)
+    assert (row.effective_bits, row.compression) == (whole.effective_bits, whole.compression)
+
+
+def test_what_never_grows_has_no_largest_context(tmp_path: Path) -> None:
+    fields = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64}
+    folder = str(write_config(tmp_path, **fields))
+    options = {"memory": 80 * GIB, "weights": "1GB", "prefill_chunk": 64}
+    row = planned(folder, "int4-postrope", 8, **options)
+    assert row.fits and row.largest_context is None

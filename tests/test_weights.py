@@ -15,6 +15,7 @@ from kvqtool.config import parse_config
 from kvqtool.errors import InputError
 from kvqtool.parameters import _DENSE, _EXPERTS, active_share, estimated_weights
 from kvqtool.shape import read_shape
+from kvqtool.sharding import divide
 
 CLOSE = 2e-3  # biases, and norms beside the two of a layer
 TINY: dict[str, Any] = {"model_type": "llama", "dtype": "float16", "num_hidden_layers": 2}
@@ -112,8 +113,39 @@ def test_a_token_passes_few_experts() -> None:
     assert active_share(parse_config({"model_type": "llama"}, "m"), 32) == 1.0
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_next", "jamba", "ernie4_5_moe", "glm_moe_dsa"])
+def test_a_share_of_experts_that_are_not_counted_is_not_guessed(model_type: str) -> None:
+    assert active_share(parse_config({"model_type": model_type}, "m"), 32) is None
+
+
+def test_layers_that_predict_several_tokens_are_not_loaded(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.w": torch.zeros(4, 2), "mtp.layers.0.w": torch.zeros(9, 9)}
+    weights = read_shape(write(tmp_path, tensors | {"mtp.fc.weight": torch.zeros(5, 5)})).weights
+    assert weights is not None
+    assert weights.numbers == 8
+
+
+def test_only_the_matrix_that_is_tied_is_copied_to_the_last_stage(tmp_path: Path) -> None:
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(7, 2),
+        "model.embed_positions.weight": torch.zeros(50, 2),
+        "model.vision_tower.embed_tokens.weight": torch.zeros(30, 2),
+        "model.layers.0.w": torch.zeros(4, 2),
+        "model.layers.1.w": torch.zeros(4, 2),
+    }
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "tie_word_embeddings": True}
+    first, last = divide(read_shape(write(tmp_path, tensors, **fields)), 1, 2, "float16")
+    assert first.weights_bytes == 2 * 2 * (7 + 50 + 30 + 4)
+    assert last.weights_bytes == 2 * 2 * (7 + 4)
+
+
+def test_an_estimate_ties_tokens_and_not_positions() -> None:
+    gpt2 = parse_config({"model_type": "gpt2"}, "m")
+    assert estimated_weights(gpt2, 12).tied.matrices == 50257 * 768
+
+
 def test_weights_may_be_stated_estimated_or_left_out() -> None:
-    assert read_shape("builtin", "none").weights is None
+    assert read_shape("builtin", "none").weights_bytes("float16") == 0
     assert read_shape("builtin", "10MB").weights_bytes("float16") == 10_000_000
     estimate, measured = read_shape("builtin", "estimate"), read_shape("builtin")
     assert estimate.weights_bytes("bfloat16") == measured.weights_bytes("bfloat16")
@@ -135,7 +167,9 @@ def test_amounts_of_memory(text: str, amount: int) -> None:
     assert parse_bytes(text) == amount
 
 
-@pytest.mark.parametrize("text", ["80G", "", "GiB", "-1GiB", "1e9", "0", "80 Gbit"])
+@pytest.mark.parametrize(
+    "text", ["80G", "", "GiB", "-1GiB", "1e9", "0", "80 Gbit", "9" * 5000, "1." + "9" * 5000]
+)
 def test_unclear_amounts_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="80GiB"):
         parse_bytes(text)

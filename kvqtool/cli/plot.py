@@ -10,6 +10,7 @@ from typing import Any
 from kvqtool.errors import InputError
 from kvqtool.files import atomic_output
 from kvqtool.load import Workload
+from kvqtool.memory import capacity
 from kvqtool.plan import MemoryPlan, make_load
 from kvqtool.scheme import Scheme
 from kvqtool.shape import ModelShape
@@ -81,5 +82,5 @@ def _figure() -> Any:
 def _lengths(longest: int) -> list[int]:
     """Return lengths up to the longest, evenly spaced on whole pages."""
     step = max(longest / _POINTS, 1)
-    found = [min(math.ceil(step * i / 128) * 128, longest) for i in range(1, _POINTS + 1)]
+    found = [min(capacity(math.ceil(step * i)), longest) for i in range(1, _POINTS + 1)]
     return list(dict.fromkeys(found))

@@ -1,6 +1,8 @@
 """memory-plan: a row per spec and context, a gate on the memory, and three other views."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -18,6 +20,8 @@ from kvqtool.shape import read_shape
 from kvqtool.spec import parse_spec
 
 Run = Callable[..., Result]
+ROOT = Path(hub.__file__).parents[1]
+CONFIG = ROOT / "kvqtool" / "builtin" / "config.json"
 
 
 def result_of(done: Result) -> Any:
@@ -163,6 +167,34 @@ def test_a_hub_model_out_of_reach_is_one_line(run: Run) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_weights_of_the_hub_out_of_reach_are_one_line(tmp_path: Path) -> None:
+    """The config may be cached where the network is gone; nothing listens on port 9."""
+    script = (
+        "import pathlib, kvqtool.hub, kvqtool.cli, sys\n"
+        f"kvqtool.hub.fetch_config = lambda *_: pathlib.Path({str(CONFIG)!r})\n"
+        "sys.argv = ['kvqtool', 'memory-plan', 'owner/model']\n"
+        "kvqtool.cli.main()\n"
+    )
+    place = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | place
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2, done.stderr
+    assert "plan without them: --weights none" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_unknown_weights_are_refused_where_a_verdict_is_asked_for(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(CONFIG.read_text())
+    assert run("memory-plan", tmp_path).exit_code == 0
+    done = run("memory-plan", tmp_path, "--gpu", "h100")
+    assert done.exit_code == 2
+    assert "--weights none" in done.stderr and "--weights SIZE" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert run("memory-plan", tmp_path, "--gpu", "h100", "--weights", "none").exit_code == 0
+
+
 def test_plotting_needs_matplotlib_and_says_so(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +209,9 @@ def test_a_plot_is_drawn(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "plan.svg"
     done = run("memory-plan", "llama-3.1-8b", "--gpu", "h100", "--plot", path, "-q")
     assert done.exit_code == 0, done.stderr
-    assert "h100" in path.read_text() or path.stat().st_size > 10_000
+    drawn = path.read_text()
+    assert "h100: 79.6 GiB" in drawn
+    assert all(f">{spec}<" in drawn or f"<!-- {spec} -->" in drawn for spec in SPECS)
     bad = run("memory-plan", "llama-3.1-8b", "--plot", tmp_path / "plan.txt", "-q")
     assert bad.exit_code == 2 and "is no picture" in bad.stderr
 
