@@ -1,6 +1,6 @@
 r"""The planner's totals against what torch allocates: one table of shapes, specs and lengths.
 
-    python benchmarks/bench_plan.py --device cuda --output benchmarks/results/plan-h100.json
+    python benchmarks/bench_plan.py --device cuda --output benchmarks/results/plan-llama-h100.json
     python benchmarks/bench_plan.py --device cpu --tiny
 
 Each point builds a Llama of random weights with the shapes of a real model, reads a prompt in
@@ -22,13 +22,13 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from bench_quality import commit, machine
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, PreTrainedModel
 
 from kvqtool.architectures import cache_layers
 from kvqtool.config import parse_config
 from kvqtool.files import atomic_output, check_output
 from kvqtool.load import Load, Workload
-from kvqtool.measure import run_forward
+from kvqtool.measure import random_model, run_forward
 from kvqtool.parameters import estimated_weights
 from kvqtool.probe import probe
 from kvqtool.seam import Seam
@@ -88,6 +88,16 @@ POINTS: Final = (
     Point("llama-2-7b", 32, "nuq4-1%-sink1", 16384, 4, 1024),
     Point("llama-2-7b", 8, "nf4-1%-pertoken", 30000, 2, 2048),
 )
+
+
+# Figures of a record, and what `run_forward` calls them.
+_FIGURES: Final = {
+    "weights": "weights",
+    "cache": "packed cache, outliers as expected",
+    "idle": "beside weights and cache",
+    "prefill_peak": "prefill peak",
+    "decode_peak": "decode peak",
+}
 
 
 def main() -> None:
@@ -150,20 +160,14 @@ def _config(point: Point, tiny: bool) -> LlamaConfig:
     )
 
 
-def _build(point: Point, device: torch.device, *, tiny: bool) -> tuple[LlamaForCausalLM, Seam]:
+def _build(point: Point, device: torch.device, *, tiny: bool) -> tuple[PreTrainedModel, Seam]:
     """Return a random model on its device, and what the probe finds of it."""
     torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, point.dtype))
-    try:
-        with device:
-            model = LlamaForCausalLM(_config(point, tiny)).eval()
-    finally:
-        torch.set_default_dtype(previous)
+    model = random_model(_load(point, _config(point, tiny)), device)
     return model, probe(model)
 
 
-def _measure(point: Point, model: LlamaForCausalLM, seam: Seam) -> dict[str, Any]:
+def _measure(point: Point, model: PreTrainedModel, seam: Seam) -> dict[str, Any]:
     """Fill a cache, take one step, and set the bytes beside the planned ones."""
     spec = parse_spec(point.spec)
     layers = {layer.index: layer.geometry for layer in seam.packed}
@@ -172,7 +176,7 @@ def _measure(point: Point, model: LlamaForCausalLM, seam: Seam) -> dict[str, Any
         for index in layers
     }
     started = time.perf_counter()
-    load = _load(point, model)
+    load = _load(point, model.config)
     bundle = synthetic_bundle(spec, layers, spreads)
     found = run_forward(load, point.context, (model, seam), bundle)
     by_name = {row.name: row for row in found}
@@ -182,20 +186,24 @@ def _measure(point: Point, model: LlamaForCausalLM, seam: Seam) -> dict[str, Any
     forward = load.forward(0, point.batch)
     return {
         "point": asdict(point),
+        "measured": {key: by_name[name].measured_bytes for key, name in _FIGURES.items()},
+        "predicted": {key: by_name[name].planned_bytes for key, name in _FIGURES.items()}
+        | {
+            "cache_given_outliers": by_name["packed cache, outliers as found"].planned_bytes,
+            "prefill": asdict(forward.prefill(point.context)),
+            "decode": asdict(forward.decode(point.context, point.context + 1)),
+        },
+        "total_bytes": measured,
         "planned_bytes": planned,
-        "measured_bytes": measured,
         "error": planned / measured - 1,
         "cache_share": by_name["packed cache, outliers as found"].measured_bytes / measured,
-        "figures": [asdict(row) | {"error": row.error} for row in found],
-        "prefill_terms": asdict(forward.prefill(point.context)),
-        "decode_terms": asdict(forward.decode(point.context, point.context + 1)),
         "seconds": time.perf_counter() - started,
     }
 
 
-def _load(point: Point, model: LlamaForCausalLM) -> Load:
+def _load(point: Point, llama: LlamaConfig) -> Load:
     """Plan the point from its config alone."""
-    config = parse_config(model.config.to_dict(), point.shape)
+    config = parse_config(llama.to_dict(), point.shape)
     layers = cache_layers(config)
     weights = estimated_weights(config, len(layers))
     shape = ModelShape(config, layers, read_trunk(config), weights)
@@ -210,16 +218,15 @@ def _print_row(row: dict[str, Any]) -> None:
     print(
         f"{point['shape']} x{point['layers']} {point['spec']} T={point['context']} "
         f"B={point['batch']} chunk={point['chunk']}: {row['planned_bytes'] / 2**30:.3f} GiB "
-        f"planned, {row['measured_bytes'] / 2**30:.3f} measured, {100 * row['error']:+.2f} %, "
+        f"planned, {row['total_bytes'] / 2**30:.3f} measured, {100 * row['error']:+.2f} %, "
         f"cache {100 * row['cache_share']:.0f} %, {row['seconds']:.1f} s"
     )
-    for figure in row["figures"]:
-        print(
-            f"    {figure['name']}: {figure['planned_bytes']} planned, "
-            f"{figure['measured_bytes']} measured, {figure['error']:+.3%}"
-        )
+    predicted = row["predicted"]
+    for name, measured in row["measured"].items():
+        print(f"    {name}: {predicted[name]} planned, {measured} measured")
+    print(f"    cache, outliers as found: {predicted['cache_given_outliers']} planned")
     for call in ("prefill", "decode"):
-        terms = dict(row[f"{call}_terms"])
+        terms = dict(predicted[call])
         phase = terms.pop("phase")
         listed = ", ".join(f"{name} {size}" for name, size in terms.items())
         print(f"    planned {call}: {listed}; at {phase}")

@@ -1,7 +1,10 @@
 """Planned peaks are those of the tensors alive while a model runs, traced on a CPU."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,6 +190,20 @@ def test_latents_are_expanded_for_all_heads() -> None:
     cached = CacheModel(cache_layers(config), parse_spec("fp"), 1, "bfloat16")
     scratch = Forward(cached, read_trunk(config), 0).decode(4095, 4096).scratch
     assert scratch >= 4096 * 128 * (128 + 128 + 192) * 2
+
+
+def test_the_benchmark_writes_what_its_record_holds(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    script = ROOT / "benchmarks" / "bench_plan.py"
+    options = ("--device", "cpu", "--tiny", "--point", "2", "--output", path)
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(path.read_text())
+    assert written.keys() == RECORD.keys()
+    (row,), recorded = written["rows"], RECORD["rows"][2]
+    assert row.keys() == recorded.keys()
+    for part in ("point", "measured", "predicted"):
+        assert row[part].keys() == recorded[part].keys()
 
 
 RECORD = json.loads((ROOT / "benchmarks" / "results" / "plan-llama-h100.json").read_text())
