@@ -34,16 +34,15 @@ from kvqtool.fused import (
     ExactTokens,
     LayerTables,
     PackedContext,
-    Variant,
     attend,
-    groups_of,
     new_workspace,
 )
 from kvqtool.memory import outliers_per_tail
-from kvqtool.pages import Pages, folds_levels
+from kvqtool.pages import Pages
 from kvqtool.reading import dequantize
 from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import parse_spec
+from kvqtool.variant import Variant, groups_of, variant_of
 
 SPECS = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4-1%-pc", "nuq3-1%-pc", "nuq2-1%-pc", "nuq4")
 EAGER = {
@@ -192,16 +191,8 @@ def _fp16(shape: Shape) -> Iterator[Contender]:
 
 def packed_variant(shape: Shape, text: str, given: str = "") -> Variant:
     """Return the kernel of a spec; `given` sets fields of it, as in most_warps=12,lut_keys=1."""
-    spec = parse_spec(text)
-    variant = Variant(
-        HEAD_DIM,
-        spec.key.bits,
-        spec.value.bits,
-        folds_levels(spec.key),
-        True,
-        bool(spec.key.outlier_fraction),
-        groups_of(shape.num_heads, shape.num_kv_heads),
-    )
+    group = groups_of(shape.num_heads, shape.num_kv_heads)
+    variant = variant_of(parse_spec(text), HEAD_DIM, group)
     fields = dict(part.split("=") for part in given.split(",") if part)
     kinds = {name: type(getattr(variant, name)) for name in fields}
     return replace(variant, **{name: kinds[name](int(value)) for name, value in fields.items()})

@@ -3,8 +3,8 @@
     python benchmarks/bench_growth.py --tokens 20000 --output benchmarks/results/growth-builtin.json
 
 `builtin` generates far past its context on purpose; the text means nothing, the bytes do. Every
-1000 tokens the cache's allocated bytes are compared with `memory.planned_bytes` for that length and
-number of outliers, and the process's resident memory and all that torch holds on the GPU are noted.
+1000 tokens the cache's allocated bytes are compared with the plan for that length and number of
+outliers, and the process's resident memory and all that torch holds on the GPU are noted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from kvqtool.calibrate import calibrate
 from kvqtool.data import calibration_windows, load_text
 from kvqtool.files import atomic_output
 from kvqtool.forward import next_logits
-from kvqtool.memory import Outliers, planned_bytes
+from kvqtool.layers import CacheModel
+from kvqtool.memory import Outliers
 from kvqtool.models import load_model
 from kvqtool.spec import DEFAULT_SPEC, parse_spec
 
@@ -66,13 +67,13 @@ def main() -> None:
 
 
 def _row(cache, tokens: int) -> dict[str, int]:  # type: ignore[no-untyped-def]
-    spec = cache.bundle.spec
     outliers = [Outliers(*(body.outliers for body in store.bodies)) for store in cache.stores]
-    layers = tuple(store.geometry for store in cache.stores)
+    layers = tuple(cache.seam.cache_layers.values())
+    cached = CacheModel(layers, cache.bundle.spec, 1, "float32")
     return {
         "tokens": tokens,
         "cache_bytes": cache.nbytes,
-        "planned_bytes": planned_bytes(spec, layers, 1, tokens, outliers, "float32"),
+        "planned_bytes": cached.bytes_given(tokens, outliers),
         "resident_bytes": _resident(),
         "device_bytes": torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
     }

@@ -35,5 +35,5 @@ for shape in "nuq4-1% 1,32,32,131072" "nuq2-1% 4,32,8,131072" "nuq4-1% 1,32,8,40
 done
 echo "== sanitizer"
 for tool in memcheck racecheck; do
-    timeout 60 compute-sanitizer --tool $tool "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_attend.py -k "130 and sinks=1" 2>&1 | tail -2
+    timeout 60 compute-sanitizer --tool $tool "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_packing.py 2>&1 | tail -4
 done

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvqtool.codebook import normalfloat_levels
-from kvqtool.fused import Variant
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
 from kvqtool.pages import Pages, lay_out_lists
 from kvqtool.slabs import pack_slabs
+from kvqtool.variant import Variant
 
 HEAD_DIM: Final = 128
 

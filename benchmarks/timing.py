@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvqtool.fused import LayerTables, PackedContext, Variant
+from kvqtool.fused import LayerTables, PackedContext
+from kvqtool.variant import Variant
 
 READ = r"""
 extern "C" __global__ void read(const uint4* from, unsigned long long count, unsigned* to) {

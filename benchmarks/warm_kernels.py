@@ -18,7 +18,7 @@ from random_pages import HEAD_DIM
 
 from kvqtool.cuda import Kernel, load_kernel
 from kvqtool.errors import KvqError
-from kvqtool.fused import Variant, groups_of
+from kvqtool.variant import Variant, groups_of
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -37,9 +37,9 @@ def main() -> None:
 
 
 def _variants(given: list[str]) -> list[Variant]:
-    from attention_case import CASES, LONG, variant_of
+    from attention_case import CASES, LONG, variant_of_case
 
-    found = [variant_of(case) for case in (*CASES, *LONG)]
+    found = [variant_of_case(case) for case in (*CASES, *LONG)]
     for shape in QUICK:
         group = groups_of(shape.num_heads, shape.num_kv_heads)
         found.append(Variant(HEAD_DIM, 16, 16, False, False, False, group))

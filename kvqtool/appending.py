@@ -6,18 +6,21 @@ allocated while a graph replays.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from kvqtool.arguments import check_room, check_tensors, expect_pages
 from kvqtool.cuda import Kernel, Launcher, run_on_gpu
-from kvqtool.fused import LayerTables, Variant
+from kvqtool.fused import LayerTables, expect_state, expect_tables
 from kvqtool.memory import PAGE_TOKENS
-from kvqtool.packing import CodeTables
+from kvqtool.packing import CodeTables, expect_code
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages
+from kvqtool.variant import Variant
 
 _WARPS: Final = 8  # of a block
 
@@ -82,6 +85,10 @@ def append(
 ) -> None:
     """Write one token of every sequence, where `state` says the sequence ends.
 
+    Every sequence must end before its pages do: `state[:, 0]` less than 128 times the page table's
+    columns. Lengths lie on the device, so that a graph can hold this; nothing checks them, and a
+    token past the end is written to memory of something else.
+
     Args:
         token: keys after RoPE and values, (batch, num_kv_heads, head_dim) float16 or bfloat16;
             (batch, head_dim / 2, 2) float32 cosine and sine by place; `state`, (batch, 8) int32.
@@ -90,14 +97,16 @@ def append(
         tables: the layer's tables.
         variant: the attention kernel's variant.
         run: what runs the kernel.
+
+    Raises:
+        InputError: when the variant cannot hold the codes, or a tensor is not what it should be.
     """
     key, value, turns, state = token
     pages = growing.pages
     batch, heads, head_dim = key.shape
-    wanted = ("HEAD_DIM", "KEY_BITS", "VALUE_BITS", "CHANNEL_LEVELS", "ROTATED", "OUTLIERS", "BF16")
-    macros = (*((k, v) for k, v in variant.macros if k in wanted), ("WARPS", _WARPS))
+    _check(token, growing, code, tables, variant)
     run(
-        Kernel("append", "append", macros),
+        append_kernel(variant),
         (batch * heads, 32 * _WARPS, 808 * 4 + 2 * head_dim * (2 + heads)),
         [
             *(key, value, pages.page_table, state, code.lower, code.upper, code.offset),
@@ -107,3 +116,34 @@ def append(
             *(code.per_tail, *growing.room),
         ],
     )
+
+
+def append_kernel(variant: Variant) -> Kernel:
+    """Return the function of kernels/append.cu for a variant."""
+    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
+    return Kernel("append", "append", macros)
+
+
+def _check(
+    token: tuple[Tensor, Tensor, Tensor, Tensor],
+    growing: GrowingPages,
+    code: CodeTables,
+    tables: LayerTables,
+    variant: Variant,
+) -> None:
+    key, value, turns, state = token
+    batch, heads, _ = key.shape
+    wanted = batch, heads, variant.head_dim
+    lists = len(growing.pages.ranges), heads, SLABS
+    check_tensors(
+        [("keys", key, variant.states, wanted), ("values", value, variant.states, wanted)],
+        [("turns", turns, torch.float32, (batch, variant.head_dim // 2, 2))],
+        [expect_state(state, batch)],
+        expect_pages(growing.pages, variant, heads, batch),
+        [("counts", growing.counts, torch.int32, (*lists, 2))],
+        [("dropped", growing.dropped, torch.int32, (1,))],
+        expect_code(code, variant, heads),
+        expect_tables(tables, variant, heads),
+    )
+    words = math.prod(lists) * sum(growing.room)
+    check_room("outlier_words", growing.pages.outlier_words, words)

@@ -36,7 +36,7 @@ def assumptions(load: Load, context: int) -> list[str]:
     if not any(kind in PACKED_KINDS for kind in kinds):
         lines.append(f"no layer of {shape.name} is packed, so every spec costs the same")
     if spec.mixed and not any(layer.own_spec for layer in shape.layers):
-        lines.append("@mixed keeps within the bytes of the spec before it, which are planned")
+        lines.append(f"{spec.name}: its layers differ and together keep within these bytes")
     if spec.key.per_channel and spec.key.outlier_fraction:
         share = f"{spec.key.outlier_fraction * 100:g}%"
         lines.append(

@@ -23,6 +23,7 @@ from kvqtool.errors import RunError
 Macros = tuple[tuple[str, int], ...]
 Argument = Tensor | int | float
 _STATIC_SHARED: Final = 48 * 1024  # bytes a block may have without asking first
+_SHARED_PER_BLOCK: Final = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 
 
@@ -53,8 +54,13 @@ def compile_options(macros: Macros) -> tuple[str, ...]:
     return ("-std=c++17", *(f"-D{name}={value}" for name, value in macros))
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Return why kernels cannot run on a device, in one sentence, or None where they can."""
+def unavailable(device: torch.device, shared_bytes: int = 0) -> str | None:
+    """Return why kernels cannot run on a device, in one sentence, or None where they can.
+
+    Args:
+        device: the device.
+        shared_bytes: shared memory a block needs.
+    """
     if device.type != "cuda":
         return f"the kernels run on CUDA devices, not on {device.type}"
     try:
@@ -65,9 +71,12 @@ def unavailable(device: torch.device) -> str | None:
     if capability < (8, 0):
         return f"the kernels need compute capability 8.0, this GPU has {capability}"
     try:
-        cupy.cuda.runtime.getDeviceCount()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        room = cupy.cuda.runtime.deviceGetAttribute(_SHARED_PER_BLOCK, index)
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"cupy finds no GPU: {error}"
+    if shared_bytes > room:
+        return f"the kernel needs {shared_bytes} bytes of shared memory, this GPU has {room}"
     return None
 
 
@@ -101,7 +110,7 @@ def load_kernel(kernel: Kernel, shared_bytes: int, device_index: int) -> Any:
     Raises:
         RunError: when CuPy is missing, or the source does not compile.
     """
-    reason = unavailable(torch.device("cuda", device_index))
+    reason = unavailable(torch.device("cuda", device_index), shared_bytes)
     if reason:
         raise RunError(reason)
     import cupy

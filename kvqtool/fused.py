@@ -12,136 +12,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
+from kvqtool.arguments import Expected, check_room, check_tensors, expect_pages
+from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
 from kvqtool.errors import InputError
-from kvqtool.memory import SLAB_TOKENS
 from kvqtool.pages import Pages
+from kvqtool.variant import Variant
 
-SHARED_LIMIT: Final = 232_448  # what a block may have on compute capability 9.0
 STATE: Final = ("packed", "sinks", "window", "position", "first_seen")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What the kernel is specialised for; the macros of kernels/attend.cu.
-
-    Args:
-        head_dim: 64, 96, 128 or 256.
-        key_bits: 2, 3, 4, or 16 for fp16 pages.
-        value_bits: likewise.
-        channel_levels: a codebook per key channel.
-        rotated: keys lie before RoPE.
-        outliers: slabs have lists of outliers.
-        group: query heads a warp takes at once: 1, 2, 4 or 8.
-        softcap: scores are capped.
-        bfloat16: query, output and exact tokens are bfloat16, not float16.
-        most_warps: warps of a block where shared memory has room for them.
-        lut_keys: 3-bit keys are looked up in shared memory, in pairs, not picked from registers.
-        lut_values: 3-bit values in pairs, 2-bit values four at once, likewise.
-        unrolled: a slab's keys are straight code, not a loop.
-    """
-
-    head_dim: int
-    key_bits: int
-    value_bits: int
-    channel_levels: bool
-    rotated: bool
-    outliers: bool
-    group: int
-    softcap: bool = False
-    bfloat16: bool = False
-    most_warps: int = 16
-    lut_keys: bool = False
-    lut_values: bool = False
-    unrolled: bool = False
-
-    def __post_init__(self) -> None:
-        if self.head_dim not in (64, 96, 128, 256):
-            raise InputError(
-                f"fused attention knows head sizes 64, 96, 128, 256; not {self.head_dim}"
-            )
-        for bits in (self.key_bits, self.value_bits):
-            if bits not in (2, 3, 4, 16):
-                raise InputError(f"fused attention knows 2, 3 and 4 bits; not {bits}")
-
-    @property
-    def steps(self) -> int:
-        """Tensor-core steps of a head."""
-        return self.head_dim // 16
-
-    @property
-    def depth(self) -> int:
-        """Chunks in a warp's ring, a divisor of a slab's chunks."""
-        return next(depth for depth in (4, 3, 2) if sum(self._chunks) % depth == 0)
-
-    @property
-    def warps(self) -> int:
-        """Warps of a block: as many as shared memory has room for."""
-        room = SHARED_LIMIT - self._common_bytes - 64
-        by_registers = 12 if self.head_dim == 256 else 16
-        return min(self.most_warps, by_registers, room // self._corner_bytes)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        return self._common_bytes + 64 + self.warps * self._corner_bytes
-
-    @property
-    def macros(self) -> Macros:
-        """The macros, in a fixed order."""
-        return (
-            ("HEAD_DIM", self.head_dim),
-            ("KEY_BITS", self.key_bits),
-            ("VALUE_BITS", self.value_bits),
-            ("CHANNEL_LEVELS", int(self.channel_levels)),
-            ("ROTATED", int(self.rotated)),
-            ("OUTLIERS", int(self.outliers)),
-            ("GROUP", self.group),
-            ("SOFTCAP", int(self.softcap)),
-            ("BF16", int(self.bfloat16)),
-            ("WARPS", self.warps),
-            ("DEPTH", self.depth),
-            ("SHARED_BYTES", self.shared_bytes),
-            ("LUT_KEYS", int(self.lut_keys)),
-            ("LUT_VALUES", int(self.lut_values)),
-            ("UNROLLED", int(self.unrolled)),
-        )
-
-    @property
-    def _chunks(self) -> tuple[int, int]:
-        """Chunks of a slab's keys and of its values."""
-        key, value = (self.steps // (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
-        return key, value
-
-    @property
-    def _tables(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
-        """Bits of keys and values that shared tables may serve, and whether they shall."""
-        key_bits = 0 if self.channel_levels else self.key_bits
-        return (key_bits, self.lut_keys), (self.value_bits, self.lut_values)
-
-    @property
-    def _common_bytes(self) -> int:
-        pairs = [b == 4 or (b == 3 and lut) for b, lut in self._tables]
-        rows = 256 if 4 in (self.key_bits, self.value_bits) else 128
-        stride = 128 if self.channel_levels and self.key_bits == 4 else 256
-        lut = rows * stride if any(pairs) else 0
-        lut += 65_536 if self.value_bits == 2 and self.lut_values else 0
-        angles = 4096 * self.steps if self.rotated else 0
-        per_channel = {2: 8, 3: 128, 4: 512, 16: 0}[self.key_bits]
-        head = self.head_dim * per_channel if self.channel_levels else 64 * self.steps
-        query = self.group * self.head_dim * 4
-        order = 6 * self.head_dim  # and frequencies
-        return lut + angles + head + query + self.most_warps * self.group * 12 + order
-
-    @property
-    def _corner_bytes(self) -> int:
-        slot = max(128 * b * (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
-        side = 256 + (896 if self.outliers else 0)
-        mix = self.head_dim * self.group * (2 + 4)
-        if self.outliers:
-            mix += 256 if self.group == 1 else 272 * self.group
-        sides = 1 if self.depth - 1 <= self._chunks[1] else 2
-        return self.depth * slot + sides * side + mix
 
 
 @dataclass(frozen=True)
@@ -182,7 +59,7 @@ class Workspace:
     """What a launch writes beside its result; belongs to one stream at a time.
 
     Args:
-        partials: float32, enough for `workspace_floats`.
+        partials: float32.
         counters: int32 zeros, one for each segment; the kernel leaves zeros behind.
         blocks: blocks of the launch, one a multiprocessor.
     """
@@ -203,24 +80,23 @@ class PackedContext:
     state: Tensor
 
 
-def groups_of(num_heads: int, num_kv_heads: int) -> int:
-    """Return the query heads that a warp takes at once: the least of 1, 2, 4, 8 that holds a KV
-    head's, or 8.
-    """
-    share = num_heads // num_kv_heads
-    return next((size for size in (1, 2, 4) if share <= size), 8)
-
-
 def new_workspace(variant: Variant, query: Tensor, num_kv_heads: int, blocks: int) -> Workspace:
     """Allocate a workspace for queries of this shape."""
-    batch, num_heads, _ = query.shape
-    segments = batch * num_kv_heads * -(-num_heads // num_kv_heads // variant.group)
-    floats = (blocks + segments) * variant.group * (variant.head_dim + 2)
+    floats, segments = _workspace_sizes(variant, query, num_kv_heads, blocks)
     return Workspace(
         torch.empty(floats, dtype=torch.float32, device=query.device),
         torch.zeros(segments, dtype=torch.int32, device=query.device),
         blocks,
     )
+
+
+def _workspace_sizes(
+    variant: Variant, query: Tensor, num_kv_heads: int, blocks: int
+) -> tuple[int, int]:
+    """Return the floats of partial results and the counters of a launch."""
+    batch, num_heads, _ = query.shape
+    segments = batch * num_kv_heads * -(-num_heads // num_kv_heads // variant.group)
+    return (blocks + segments) * variant.group * (variant.head_dim + 2), segments
 
 
 def attend_arguments(
@@ -262,7 +138,7 @@ def attend(
     Returns:
         (batch, num_heads, head_dim) in the query's dtype.
     """
-    _check(query, context, variant)
+    _check(query, context, tables, variant, workspace)
     out = torch.empty_like(query)
     arguments = attend_arguments(query, out, context, tables, workspace)
     shape = workspace.blocks, 32 * variant.warps, variant.shared_bytes
@@ -270,19 +146,56 @@ def attend(
     return out
 
 
-def _check(query: Tensor, context: PackedContext, variant: Variant) -> None:
-    wanted = torch.bfloat16 if variant.bfloat16 else torch.float16
-    if query.dtype != wanted or query.shape[-1] != variant.head_dim or not query.is_contiguous():
+def expect_tables(tables: LayerTables, variant: Variant, heads: int) -> list[Expected]:
+    """Return what kernels expect of a layer's tables."""
+    steps, half = variant.steps, torch.float16
+    shape: tuple[int, ...] = (heads, steps, 4, 2, 2, 2)
+    if variant.channel_levels:
+        shape = (heads, variant.head_dim, 1 << variant.key_bits)
+    by_key: Expected = "key_table", tables.key_table, half, shape
+    return [
+        *([by_key] if variant.key_bits != 16 else []),
+        ("levels", tables.levels, half, (2, 16)),
+        ("angles", tables.angles, half, (8, steps, 32, 2, 2, 2)),
+        ("frequencies", tables.frequencies, torch.int64, (variant.head_dim // 2,)),
+        ("order", tables.order, torch.int16, (variant.head_dim,)),
+    ]
+
+
+def expect_state(state: Tensor, batch: int) -> Expected:
+    """Return what kernels expect of the sequences' lengths."""
+    return "state", state, torch.int32, (batch, 8)
+
+
+def _check(
+    query: Tensor,
+    context: PackedContext,
+    tables: LayerTables,
+    variant: Variant,
+    workspace: Workspace,
+) -> None:
+    heads, batch, exact = context.pages.slabs.shape[1], len(query), context.exact
+    capacities = exact.sink_key.shape[2], exact.window_key.shape[2]
+    states = [
+        (name, part, variant.states, (batch, heads, capacities[i // 2], variant.head_dim))
+        for i, (name, part) in enumerate(vars(exact).items())
+    ]
+    check_tensors(
+        [("query", query, variant.states, (batch, None, variant.head_dim))],
+        expect_pages(context.pages, variant, heads, batch),
+        [expect_state(context.state, batch)],
+        expect_tables(tables, variant, heads),
+        states,
+        [
+            ("partials", workspace.partials, torch.float32, (None,)),
+            ("counters", workspace.counters, torch.int32, (None,)),
+        ],
+    )
+    if query.shape[1] % heads or variant.softcap != (tables.softcap is not None):
         raise InputError(
-            f"expected a contiguous {wanted} query of {variant.head_dim} channels, "
-            f"received {query.dtype} {tuple(query.shape)}"
+            f"expected query heads in multiples of {heads} and {'a' if variant.softcap else 'no'} "
+            f"softcap, received {query.shape[1]} and {tables.softcap}"
         )
-    pages = context.pages
-    words = 2 * variant.head_dim * (variant.key_bits + variant.value_bits)
-    if pages.slabs.shape[2:] != (128 // SLAB_TOKENS, words):
-        raise InputError(f"expected slabs of {words} words, received {tuple(pages.slabs.shape)}")
-    if len(context.state) != len(query) or context.state.dtype != torch.int32:
-        raise InputError(
-            f"expected an int32 state row for each of {len(query)} sequences, "
-            f"received {context.state.dtype} {tuple(context.state.shape)}"
-        )
+    floats, segments = _workspace_sizes(variant, query, heads, workspace.blocks)
+    check_room("partials", workspace.partials, floats)
+    check_room("counters", workspace.counters, segments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
@@ -203,6 +204,17 @@ class CacheModel:
     def nbytes(self, tokens: int, *, bound: bool = False) -> int:
         """Return the bytes allocated at a length."""
         return sum(self.breakdown(tokens, bound=bound).values())
+
+    def bytes_given(self, tokens: int, outliers: Sequence[Outliers]) -> int:
+        """Return the bytes that packed layers and angles allocate, given each packed layer's
+        outliers; equal to the allocated `nbytes`.
+        """
+        packed = [layer for layer in self.layers if layer.is_packed]
+        total = sum(
+            sum(self.layer_bytes(layer, tokens, count).values())
+            for layer, count in zip(packed, outliers, strict=True)
+        )
+        return total + sum(angles.nbytes(self.batch, tokens) for angles in self.angles)
 
     def fp16_bytes(self, tokens: int) -> int:
         """Return the bytes of the model's own cache with 16-bit floats."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -170,12 +169,13 @@ def run_forward(
 def _packed(cached: CacheModel, tokens: int, found: list[Outliers] | None = None) -> int:
     """Return the planned bytes of packed layers and angles, with outliers as found or expected."""
     layers = [layer for layer in cached.layers if layer.is_packed]
-    given: Sequence[Outliers | None] = found or [None] * len(layers)
-    total = sum(
-        sum(cached.layer_bytes(layer, tokens, outliers).values())
-        for layer, outliers in zip(layers, given, strict=True)
-    )
-    return total + sum(angles.nbytes(cached.batch, tokens) for angles in cached.angles)
+    if found is None:
+        found = []
+        for layer in layers:
+            spec = layer.own_spec or cached.spec
+            rows = layer.parts(spec, tokens)[1] * cached.batch
+            found.append(layer.outliers(spec, rows, bound=False))
+    return cached.bytes_given(tokens, found)
 
 
 def _check_single(load: Load) -> None:

@@ -272,27 +272,3 @@ def paper_bytes(spec: KvSpec, layers: tuple[LayerGeometry, ...], batch: int, tok
         for layer in layers
     )
     return per_token * batch * tokens / 8
-
-
-def exact_bytes(layers: tuple[LayerGeometry, ...], batch: int, tokens: int) -> int:
-    """Return the bytes of the same cache in 16-bit floats: what compression is measured against."""
-    return 2 * batch * tokens * sum(layer.elements for layer in layers)
-
-
-def planned_bytes(
-    spec: KvSpec,
-    layers: tuple[LayerGeometry, ...],
-    batch: int,
-    tokens: int,
-    outliers: list[Outliers],
-    dtype: str,
-) -> int:
-    """Return the bytes a cache allocates, given each layer's number of outliers; equal to the
-    allocated `nbytes`.
-    """
-    total = sum(
-        buffer.nbytes
-        for layer, count in zip(layers, outliers, strict=True)
-        for buffer in layer_buffers(spec, layer, batch, tokens, count, dtype).values()
-    )
-    return total + position_buffer(batch, tokens).nbytes

@@ -15,12 +15,12 @@ from kvqtool.fused import (
     ExactTokens,
     LayerTables,
     PackedContext,
-    Variant,
     Workspace,
     attend,
 )
 from kvqtool.pages import Pages
 from kvqtool.reading import attend_reference
+from kvqtool.variant import Variant
 
 
 def call_attend(

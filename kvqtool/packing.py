@@ -11,16 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvqtool.arguments import Expected, check_codes, check_tensors
 from kvqtool.codebook import Codebook
 from kvqtool.codec import channel_affine
 from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
 from kvqtool.errors import InputError
-from kvqtool.fused import LayerTables, Variant
+from kvqtool.fused import LayerTables, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, folds_levels, list_sizes
 from kvqtool.side import EXACT
 from kvqtool.spec import KvSpec
+from kvqtool.variant import Variant
 
 _WARPS = 4  # of a block of `survey_values`
 
@@ -106,33 +108,72 @@ def pack(
 
     Returns:
         Pages; a page's room past the last token is zero.
+
+    Raises:
+        InputError: when the variant cannot hold the codes, or a tensor is not what it should be.
     """
-    key, value = states
-    batch, heads, tokens, _ = key.shape
-    blocks = -(-tokens // PAGE_TOKENS)
-    numbers = torch.arange(blocks * batch, dtype=torch.int32, device=key.device)
-    table = numbers.view(blocks, batch).T.contiguous()
-    ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=key.device)
-    cuts = torch.empty(batch, tokens, 4, dtype=torch.int16, device=key.device)
-    kernels, grid = pack_kernels(variant), (batch * heads * -(-tokens // SLAB_TOKENS), variant)
+    (key, value), (batch, heads, tokens, _) = states, states[0].shape
+    check_tensors(
+        [*_expect_prompt(states, turns, variant), *expect_code(code, variant, heads)],
+        expect_tables(tables, variant, heads),
+    )
+    blocks, device = -(-tokens // PAGE_TOKENS), key.device
+    table = torch.arange(blocks * batch, dtype=torch.int32, device=device)
+    table = table.view(blocks, batch).T.contiguous()
+    ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
+    cuts = torch.empty(batch, tokens, 4, dtype=torch.int16, device=device)
+    counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
+    kernels, grids = pack_kernels(variant), _grids(key.shape, variant)
     shape: list[Argument] = [heads, tokens, blocks]
     keys = [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
-    counts = torch.zeros(blocks * batch * heads * SLABS * 2, dtype=torch.int32, device=key.device)
-    run(
-        kernels["survey_values"],
-        (-(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * value[0, :, 0].numel() + 4096)),
-        [value, table, ranges, cuts, counts, batch, *shape, code.per_tail],
-    )
+    rest: list[Argument] = [ranges, cuts, counts, batch, *shape, code.per_tail]
+    run(kernels["survey_values"], grids["survey_values"], [value, table, *rest])
     if variant.outliers:
-        arguments = [key, table, *keys, tables.order, turns, counts, *shape]
-        run(kernels["survey_keys"], _slab_grid(*grid), arguments)
-    index, words = _lay_out(counts.view(blocks * batch, heads, SLABS, 2))
-    width = 2 * variant.head_dim * (variant.key_bits + variant.value_bits)
-    packed = torch.zeros(blocks * batch, heads, SLABS, width, dtype=torch.int32, device=key.device)
+        rest = [tables.order, turns, counts, *shape]
+        run(kernels["survey_keys"], grids["slabs"], [key, table, *keys, *rest])
+    index, words = _lay_out(counts)
+    packed = counts.new_zeros(blocks * batch, heads, SLABS, variant.slab_words)
+    given = [key, value, table, *keys, code.value_middles, tables.order, turns]
     rest = [tables.levels, tables.key_table, ranges, cuts, index, packed, words, *shape]
-    arguments = [key, value, table, *keys, code.value_middles, tables.order, turns, *rest]
-    run(kernels["pack_slabs"], _slab_grid(*grid), arguments)
+    run(kernels["pack_slabs"], grids["slabs"], [*given, *rest])
     return Pages(packed, ranges, index, words, table)
+
+
+def _expect_prompt(
+    states: tuple[Tensor, Tensor], turns: Tensor, variant: Variant
+) -> list[Expected]:
+    batch, heads, tokens, _ = states[0].shape
+    shape = (batch, heads, tokens, variant.head_dim)
+    return [
+        ("keys", states[0], variant.states, shape),
+        ("values", states[1], variant.states, shape),
+        ("turns", turns, torch.float32, (tokens, variant.head_dim // 2, 2)),
+    ]
+
+
+def expect_code(code: CodeTables, variant: Variant, heads: int) -> list[Expected]:
+    """Return what kernels that write codes expect of their tables.
+
+    Raises:
+        InputError: when the variant has no room for what the tables ask for.
+    """
+    check_codes(variant)
+    if code.per_tail and not variant.outliers:
+        raise InputError(
+            f"expected a variant with lists of outliers: {code.per_tail} values at either end of a "
+            "token are outliers and would be lost"
+        )
+    channels, real = (heads * variant.head_dim,), torch.float32
+    middles = ((1 << variant.key_bits) - 1,), ((1 << variant.value_bits) - 1,)
+    rows = channels if variant.channel_levels else ()
+    return [
+        ("lower", code.lower, real, channels),
+        ("upper", code.upper, real, channels),
+        ("offset", code.offset, real, channels),
+        ("inverse", code.inverse, real, channels),
+        ("key_middles", code.key_middles, real, rows + middles[0]),
+        ("value_middles", code.value_middles, real, middles[1]),
+    ]
 
 
 def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,15 +186,22 @@ def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.zeros(size, dtype=torch.int32, device=counts.device)
 
 
-def _slab_grid(blocks: int, variant: Variant) -> tuple[int, int, int]:
-    """Return the shape of a launch with a block a slab: room for its keys, values and counts."""
-    staged = SLAB_TOKENS * (variant.head_dim + 8) * 2
-    return blocks, 32 * variant.steps, 2 * staged + 4 * (64 + variant.steps)
+def _grids(shape: torch.Size, variant: Variant) -> dict[str, tuple[int, int, int]]:
+    """Return launch shapes: a warp a token of all heads; a block a slab, with room for its keys,
+    values and counts.
+    """
+    batch, heads, tokens, head_dim = shape
+    staged = SLAB_TOKENS * (head_dim + 8) * 2
+    slabs = batch * heads * -(-tokens // SLAB_TOKENS)
+    values = -(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * heads * head_dim + 4096)
+    return {
+        "survey_values": values,
+        "slabs": (slabs, 32 * variant.steps, 2 * staged + 4 * (64 + variant.steps)),
+    }
 
 
 def pack_kernels(variant: Variant) -> dict[str, Kernel]:
     """Return the functions of kernels/pack.cu for a variant."""
-    wanted = ("HEAD_DIM", "KEY_BITS", "VALUE_BITS", "CHANNEL_LEVELS", "ROTATED", "OUTLIERS", "BF16")
-    macros = (*((k, v) for k, v in variant.macros if k in wanted), ("WARPS", _WARPS))
+    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
     names = ("survey_values", "survey_keys", "pack_slabs")
     return {name: Kernel("pack", name, macros) for name in names}

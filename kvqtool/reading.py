@@ -10,12 +10,15 @@ import math
 import torch
 from torch import Tensor
 
+from kvqtool.arguments import check_codes, check_tensors, expect_pages
 from kvqtool.cuda import Kernel, Launcher, run_on_gpu
-from kvqtool.fused import LayerTables, PackedContext, Variant
+from kvqtool.errors import InputError
+from kvqtool.fused import LayerTables, PackedContext, expect_state, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
 from kvqtool.page_memory import QUAD, SLABS, STARTS
 from kvqtool.pages import Pages
 from kvqtool.slabs import unpack_slabs
+from kvqtool.variant import Variant
 
 
 def decode_pages(
@@ -73,18 +76,24 @@ def dequantize(
     Returns:
         Keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim); room past a sequence's
         end is zero.
+
+    Raises:
+        InputError: for pages of 16 bits, another dtype, or a tensor that is not what it should be.
     """
     pages, heads = context.pages, context.pages.slabs.shape[1]
     batch, blocks = pages.page_table.shape
+    check_codes(variant)
+    check_tensors(
+        expect_pages(pages, variant, heads, batch),
+        [expect_state(context.state, batch)],
+        expect_tables(tables, variant, heads),
+    )
     shape = batch, heads, blocks * PAGE_TOKENS, variant.head_dim
     device = pages.slabs.device
     key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-    wanted = ("HEAD_DIM", "KEY_BITS", "VALUE_BITS", "CHANNEL_LEVELS", "ROTATED", "OUTLIERS")
-    macros = tuple((k, v) for k, v in variant.macros if k in wanted)
-    kernel = Kernel("dequantize", "dequantize", (*macros, ("BF16", int(dtype == torch.bfloat16))))
     grid = batch * heads * blocks * SLABS
     run(
-        kernel,
+        dequantize_kernel(variant, dtype),
         (grid, 32 * variant.steps, SLAB_TOKENS * (variant.head_dim + 4) * 4),
         [
             *(pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words),
@@ -93,6 +102,14 @@ def dequantize(
         ],
     )
     return key, value
+
+
+def dequantize_kernel(variant: Variant, dtype: torch.dtype) -> Kernel:
+    """Return the function of kernels/dequantize.cu for a variant and the dtype of its result."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise InputError(f"expected float16 or bfloat16, received {dtype}")
+    macros = (*variant.code_macros, ("BF16", int(dtype == torch.bfloat16)))
+    return Kernel("dequantize", "dequantize", macros)
 
 
 def attend_reference(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
+from moved import moved
 from torch import Tensor
 
 from kvqtool.codebook import Codebook, as_half, normalfloat_levels, round_range
-from kvqtool.codec import decode, encode
-from kvqtool.fused import ExactTokens, LayerTables, PackedContext, Variant, groups_of
-from kvqtool.pages import PageSide, build_pages, folds_levels, key_table, level_table
+from kvqtool.codec import channel_affine, decode, encode
+from kvqtool.fused import ExactTokens, LayerTables, PackedContext
+from kvqtool.pages import PageSide, build_pages, key_table, level_table
 from kvqtool.side import QuantSpec
 from kvqtool.slabs import angle_table, frequency_table
-from kvqtool.spec import parse_spec
+from kvqtool.spec import KvSpec, parse_spec
+from kvqtool.variant import Variant, groups_of, variant_of
 
 
 @dataclass(frozen=True)
@@ -85,25 +87,13 @@ def build(case: Case) -> Built:
         return (normal(*wide)).to(dtype), (normal(*wide) * 0.3).to(dtype)
 
     sinks, window = exact(case.sinks), exact(case.window)
-    order = torch.arange(case.head_dim)
-    sides = (
-        PageSide(rows[0], books[0], spec.key, case.num_kv_heads, case.head_dim, order),
-        PageSide(rows[1], books[1], spec.value, case.num_kv_heads, case.head_dim, None),
-    )
-    tables = LayerTables(
-        key_table(books[0], spec.key, order, case.num_kv_heads),
-        level_table(*sides),
-        angle_table(inv_freq),
-        frequency_table(inv_freq),
-        order.to(torch.int16),
-        case.head_dim**-0.5,
-        case.softcap,
-    )
+    sides, tables = sides_and_tables(spec, rows, books, torch.arange(case.head_dim), inv_freq)
+    tables = replace(tables, scale=case.head_dim**-0.5, softcap=case.softcap)
     state = torch.zeros(batch, 8, dtype=torch.int32)
     state[:, 0] = torch.tensor(case.lengths)
     state[:, 1], state[:, 2] = case.sinks, case.window
     state[:, 3], state[:, 4] = case.position, case.first_seen
-    variant = variant_of(case)
+    variant = variant_of_case(case)
     parts = []
     for b, length in enumerate(case.lengths):
         ks = [sinks[0][b, :, : case.sinks].double(), key[b, :, case.first_seen : length]]
@@ -115,20 +105,37 @@ def build(case: Case) -> Built:
     return Built(query, context, tables, variant, torch.stack(parts), float(value.abs().max()))
 
 
-def variant_of(case: Case) -> Variant:
+def variant_of_case(case: Case) -> Variant:
     """Return the kernel a case is for."""
-    spec = parse_spec(case.spec)
-    return Variant(
-        case.head_dim,
-        spec.key.bits,
-        spec.value.bits,
-        folds_levels(spec.key),
-        spec.key.pre_rope,
-        bool(spec.key.outlier_fraction or spec.value.outlier_fraction),
-        groups_of(case.num_kv_heads * case.group, case.num_kv_heads),
-        case.softcap is not None,
-        case.bfloat16,
+    group = groups_of(case.num_kv_heads * case.group, case.num_kv_heads)
+    softcap = case.softcap is not None
+    return variant_of(
+        parse_spec(case.spec), case.head_dim, group, softcap=softcap, bfloat16=case.bfloat16
     )
+
+
+def sides_and_tables(
+    spec: KvSpec,
+    rows: tuple[dict[str, Tensor], dict[str, Tensor]],
+    books: tuple[Codebook, Codebook],
+    order: Tensor,
+    inv_freq: Tensor,
+) -> tuple[tuple[PageSide, PageSide], LayerTables]:
+    """Return what builds pages of canonical rows, and the tables, of scale 1, that read them."""
+    heads = len(channel_affine(books[0])[0]) // len(order)
+    sides = (
+        PageSide(rows[0], books[0], spec.key, heads, len(order), order),
+        PageSide(rows[1], books[1], spec.value, heads, len(order), None),
+    )
+    tables = LayerTables(
+        key_table(books[0], spec.key, order, heads),
+        level_table(*sides),
+        angle_table(inv_freq),
+        frequency_table(inv_freq),
+        order.to(torch.int16),
+        1.0,
+    )
+    return sides, tables
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
@@ -154,16 +161,7 @@ def codebook(spec: QuantSpec, states: Tensor) -> Codebook:
 
 def on_device(built: Built, device: str) -> Built:
     """Return the case with its inputs on a device; the answer stays where it is."""
-
-    def move(value: object) -> object:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        if is_dataclass(value) and not isinstance(value, type | Variant):
-            return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
-        return value
-
-    moved = {name: move(getattr(built, name)) for name in ("query", "context", "tables")}
-    return replace(built, **moved)
+    return replace(moved(built, device), expected=built.expected)
 
 
 # Every width, codebook, head size, group and kind of token, at lengths around every boundary.

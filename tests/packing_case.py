@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from attention_case import codebook
+from attention_case import codebook, sides_and_tables
 from torch import Tensor
 
 from kvqtool.appending import GrowingPages, append, new_pages
 from kvqtool.codec import encode
 from kvqtool.cuda import Launcher
-from kvqtool.fused import LayerTables, Variant
+from kvqtool.fused import LayerTables
 from kvqtool.packing import CodeTables, code_tables
 from kvqtool.page_memory import STARTS
-from kvqtool.pages import Pages, PageSide, build_pages, folds_levels, key_table, level_table
+from kvqtool.pages import Pages, build_pages
 from kvqtool.rope import Rotation
-from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import parse_spec
+from kvqtool.variant import Variant, variant_of
 
 
 @dataclass(frozen=True)
@@ -86,28 +86,8 @@ def build_pack(case: PackCase) -> BuiltPack:
     flat = [part.reshape(case.tokens * case.batch, -1) for part in rows]
     books = codebook(spec.key, flat[0]), codebook(spec.value, flat[1])
     encoded = encode(flat[0], books[0], spec.key), encode(flat[1], books[1], spec.value)
-    sides = (
-        PageSide(encoded[0], books[0], spec.key, case.num_kv_heads, case.head_dim, order),
-        PageSide(encoded[1], books[1], spec.value, case.num_kv_heads, case.head_dim, None),
-    )
-    tables = LayerTables(
-        key_table(books[0], spec.key, order, case.num_kv_heads),
-        level_table(*sides),
-        angle_table(inv_freq),
-        frequency_table(inv_freq),
-        order.to(torch.int16),
-        1.0,
-    )
-    variant = Variant(
-        case.head_dim,
-        spec.key.bits,
-        spec.value.bits,
-        folds_levels(spec.key),
-        spec.key.pre_rope,
-        bool(spec.key.outlier_fraction),
-        1,
-        bfloat16=case.bfloat16,
-    )
+    sides, tables = sides_and_tables(spec, encoded, books, order, inv_freq)
+    variant = variant_of(spec, case.head_dim, 1, bfloat16=case.bfloat16)
     code = code_tables(spec, books, case.num_kv_heads * case.head_dim)
     turns = torch.stack([cos, sin], dim=-1).contiguous()
     expected = build_pages(*sides, case.batch)

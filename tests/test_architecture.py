@@ -46,6 +46,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "bundle_parts",
         "bundle",
         "cuda",
+        "variant",
+        "arguments",
         "fused",
         "packing",
         "appending",

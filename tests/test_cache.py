@@ -11,7 +11,8 @@ from transformers import DynamicCache
 from kvqtool.attach import Session, attach
 from kvqtool.bundle import Bundle, uncalibrated_bundle
 from kvqtool.cache import KvqCache
-from kvqtool.memory import Outliers, planned_bytes
+from kvqtool.layers import CacheModel
+from kvqtool.memory import Outliers
 from kvqtool.models import LoadedModel
 from kvqtool.probe import probe
 from kvqtool.spec import parse_spec
@@ -188,11 +189,9 @@ class TestUsage:
     def test_bytes_are_those_the_planner_says(self, filled: KvqCache) -> None:
         """methods.md 7.14: the planner equals the allocated cache, given its outliers."""
         outliers = [Outliers(*(body.outliers for body in store.bodies)) for store in filled.stores]
-        layers = tuple(store.geometry for store in filled.stores)
-        planned = planned_bytes(filled.bundle.spec, layers, 2, 131, outliers, "float32")
-        # The planner counts positions, which a cache of keys after RoPE does not keep.
-        without = 0 if filled.angles else 256 * 2 * 4
-        assert filled.nbytes == planned - without
+        layers = tuple(filled.seam.cache_layers.values())
+        cached = CacheModel(layers, filled.bundle.spec, 2, "float32")
+        assert filled.nbytes == cached.bytes_given(131, outliers)
 
     def test_figures_follow_from_bytes_and_shapes(self, filled: KvqCache) -> None:
         usage, spec = measure(filled), filled.bundle.spec

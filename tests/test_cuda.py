@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_case import Case, build
 
 from kvqtool.cuda import Kernel, kernel_folder, load_kernel, run_on_gpu, source_text, unavailable
 from kvqtool.errors import InputError, RunError
-from kvqtool.fused import Variant, attend, new_workspace
+from kvqtool.variant import Variant
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,11 +55,17 @@ def test_an_unknown_head_size_or_width_is_refused() -> None:
         Variant(128, 8, 4, False, True, True, 1)
 
 
-def test_a_query_of_another_shape_is_refused() -> None:
-    built = build(Case("nuq4-1%", (20,)))
-    workspace = new_workspace(built.variant, built.query, 2, blocks=1)
-    arguments = (built.context, built.tables, built.variant, workspace)
-    with pytest.raises(InputError, match=r"expected a contiguous torch.float16 query of 128"):
-        attend(built.query.float(), *arguments)
-    with pytest.raises(InputError, match="state row for each of 2 sequences"):
-        attend(built.query.repeat(2, 1, 1), *arguments)
+@pytest.mark.parametrize(("needed", "refused"), [(166_000, True), (160_000, False)])
+def test_a_gpu_with_less_shared_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, needed: int, refused: bool
+) -> None:
+    runtime = SimpleNamespace(
+        deviceGetAttribute=lambda attribute, device: {97: 164_000}[attribute],
+        CUDARuntimeError=RuntimeError,
+    )
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    reason = unavailable(torch.device("cuda", 0), needed)
+    wanted = "the kernel needs 166000 bytes of shared memory, this GPU has 164000"
+    assert reason == (wanted if refused else None)

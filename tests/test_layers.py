@@ -18,7 +18,7 @@ from kvqtool.cache import KvqCache
 from kvqtool.config import parse_config
 from kvqtool.errors import InputError
 from kvqtool.layers import Angles, CacheLayer, CacheModel
-from kvqtool.memory import LayerGeometry, Outliers, planned_bytes, position_buffer
+from kvqtool.memory import LayerGeometry, Outliers, layer_buffers, position_buffer
 from kvqtool.probe import probe
 from kvqtool.seam import Seam
 from kvqtool.spec import parse_spec
@@ -66,12 +66,7 @@ def filled(name: str, spec: str, lengths: tuple[int, ...]) -> KvqCache:
 def packed_bytes(cached: CacheModel, held: KvqCache, length: int) -> int:
     """Return the plan for packed layers and angles, given each layer's outliers."""
     counts = [Outliers(*(body.outliers for body in store.bodies)) for store in held.stores]
-    layers = [layer for layer in cached.layers if layer.is_packed]
-    sizes = [
-        sum(cached.layer_bytes(layer, length, count).values())
-        for layer, count in zip(layers, counts, strict=True)
-    ]
-    return sum(sizes) + sum(angles.nbytes(cached.batch, length) for angles in cached.angles)
+    return cached.bytes_given(length, counts)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *ADDED])
@@ -119,7 +114,9 @@ def test_layers_of_one_kind_are_the_memory_table() -> None:
     spec = parse_spec("nuq3-1%-sink1")
     cached = CacheModel(layers, spec, 2, "float16")
     counts = [layer.outliers(spec, 199 * 2, bound=False) for layer in layers]
-    expected = planned_bytes(spec, (geometry,) * 2, 2, 200, counts, "float16")
+    tables = [layer_buffers(spec, geometry, 2, 200, count, "float16") for count in counts]
+    expected = sum(buffer.nbytes for table in tables for buffer in table.values())
+    expected += position_buffer(2, 200).nbytes
     assert cached.nbytes(200) == sum(cached.breakdown(200).values()) == expected
     assert cached.fp16_bytes(200) == 2 * 2 * 2 * 384 * 200
 

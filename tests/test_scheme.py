@@ -62,7 +62,7 @@ def test_layers_of_a_mixed_bundle_are_planned_by_their_own_specs(tmp_path: Path)
     assert mixed.spec == "nuq4-sink1@mixed"
     assert mixed.cache_bytes - positions == shares[0] + 3 * shares[1]
     bare = plans(shape, [plain_scheme(scheme.spec)], [1000], work)[0]
-    assert any("@mixed keeps within" in line for line in bare.assumptions)
+    assert any("together keep within" in line for line in bare.assumptions)
 
 
 def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from kvqtool.plan import MemoryPlan, make_load, plans
 from kvqtool.questions import best_spec
 from kvqtool.scheme import Scheme, bundle_scheme, plain_scheme
 from kvqtool.shape import ModelShape, known_models, read_shape
-from kvqtool.spec import parse_spec
+from kvqtool.spec import PRESETS, parse_spec
 
 if TYPE_CHECKING:
     from kvqtool.measure import Comparison
@@ -33,7 +33,7 @@ Examples:
   kvqtool memory-plan llama-3.1-8b --gpu h100 --prefill-chunk 2048
   kvqtool memory-plan builtin --spec fp --spec nuq3-1% --context 131072 --gpu-memory 80GiB --json
 """
-SPECS: Final = ("fp", "nuq4-1%-sink1", "nuq3-1%-sink1", "nuq2-1%-sink1")
+SPECS: Final = ("fp", *PRESETS)
 _NESTED: Final = ("breakdown", "terms", "ranks", "assumptions")
 _SHOWN: Final = (
     *("spec", "context", "effective_bits", "cache_bytes", "weights_bytes", "prefill_peak_bytes"),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any
-
 import pytest
 import torch
+from moved import moved
 from packing_case import PackCase, append_all, build_pack, same_lists
 
 from kvqtool.cuda import run_on_gpu
-from kvqtool.pages import Pages
 
 pytestmark = pytest.mark.gpu
 CASES = (
@@ -20,20 +17,11 @@ CASES = (
 )
 
 
-def moved(tables: Any) -> Any:
-    """Return a dataclass with its tensors on the GPU."""
-    values = {f.name: getattr(tables, f.name) for f in fields(tables)}
-    return replace(tables, **{k: v.cuda() for k, v in values.items() if hasattr(v, "cuda")})
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_token_by_token_equals_all_at_once(case: PackCase) -> None:
     built = build_pack(case)
-    states = built.states[0].cuda(), built.states[1].cuda()
-    tables = {"code": moved(built.code), "tables": moved(built.tables)}
-    on_gpu = replace(built, states=states, turns=built.turns.cuda(), **tables)
-    growing = append_all(on_gpu, run_on_gpu, room=(8192, 8192))  # any slab's outliers fit
-    pages = Pages(*(tensor.cpu() for tensor in vars(growing.pages).values()))
+    growing = append_all(moved(built, "cuda"), run_on_gpu, room=(8192, 8192))  # any slab's fit
+    pages = moved(growing.pages, "cpu")
     assert not growing.dropped.any()
     assert torch.equal(pages.slabs, built.expected.slabs)
     assert torch.equal(pages.ranges, built.expected.ranges)

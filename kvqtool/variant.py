@@ -1,0 +1,187 @@
+"""Which variant of the kernels a scheme takes: what kernels/*.cu are specialised for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from kvqtool.cuda import Macros
+from kvqtool.errors import InputError
+from kvqtool.memory import SLAB_TOKENS
+from kvqtool.pages import folds_levels
+from kvqtool.spec import KvSpec
+
+SHARED_LIMIT: Final = 232_448  # what a block may have on compute capability 9.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the kernel is specialised for; the macros of kernels/attend.cu.
+
+    Args:
+        head_dim: 64, 96, 128 or 256.
+        key_bits: 2, 3, 4, or 16 for fp16 pages.
+        value_bits: likewise.
+        channel_levels: a codebook per key channel.
+        rotated: keys lie before RoPE.
+        outliers: slabs have lists of outliers.
+        group: query heads a warp takes at once: 1, 2, 4 or 8.
+        softcap: scores are capped.
+        bfloat16: query, output and exact tokens are bfloat16, not float16.
+        most_warps: warps of a block where shared memory has room for them.
+        lut_keys: 3-bit keys are looked up in shared memory, in pairs, not picked from registers.
+        lut_values: 3-bit values in pairs, 2-bit values four at once, likewise.
+        unrolled: a slab's keys are straight code, not a loop.
+    """
+
+    head_dim: int
+    key_bits: int
+    value_bits: int
+    channel_levels: bool
+    rotated: bool
+    outliers: bool
+    group: int
+    softcap: bool = False
+    bfloat16: bool = False
+    most_warps: int = 16
+    lut_keys: bool = False
+    lut_values: bool = False
+    unrolled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in (64, 96, 128, 256):
+            raise InputError(
+                f"fused attention knows head sizes 64, 96, 128, 256; not {self.head_dim}"
+            )
+        for bits in (self.key_bits, self.value_bits):
+            if bits not in (2, 3, 4, 16):
+                raise InputError(f"fused attention knows 2, 3 and 4 bits; not {bits}")
+        if self.group not in (1, 2, 4, 8):
+            raise InputError(f"a warp takes 1, 2, 4 or 8 query heads at once; not {self.group}")
+        if self.warps < 1:
+            raise InputError(
+                f"{self.key_bits}-bit keys and {self.value_bits}-bit values of {self.head_dim} "
+                f"channels leave no shared memory for a warp; use the torch path"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Tensor-core steps of a head."""
+        return self.head_dim // 16
+
+    @property
+    def states(self) -> torch.dtype:
+        """Dtype of queries, outputs and exact tokens."""
+        return torch.bfloat16 if self.bfloat16 else torch.float16
+
+    @property
+    def slab_words(self) -> int:
+        """Words of a slab, its keys and its values."""
+        return SLAB_TOKENS * self.head_dim * (self.key_bits + self.value_bits) // 32
+
+    @property
+    def depth(self) -> int:
+        """Chunks in a warp's ring, a divisor of a slab's chunks."""
+        return next(depth for depth in (4, 3, 2) if sum(self._chunks) % depth == 0)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block: as many as shared memory has room for."""
+        room = SHARED_LIMIT - self._common_bytes - 64
+        by_registers = 12 if self.head_dim == 256 else 16
+        return min(self.most_warps, by_registers, room // self._corner_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self._common_bytes + 64 + self.warps * self._corner_bytes
+
+    @property
+    def macros(self) -> Macros:
+        """The macros, in a fixed order."""
+        return (
+            ("HEAD_DIM", self.head_dim),
+            ("KEY_BITS", self.key_bits),
+            ("VALUE_BITS", self.value_bits),
+            ("CHANNEL_LEVELS", int(self.channel_levels)),
+            ("ROTATED", int(self.rotated)),
+            ("OUTLIERS", int(self.outliers)),
+            ("GROUP", self.group),
+            ("SOFTCAP", int(self.softcap)),
+            ("BF16", int(self.bfloat16)),
+            ("WARPS", self.warps),
+            ("DEPTH", self.depth),
+            ("SHARED_BYTES", self.shared_bytes),
+            ("LUT_KEYS", int(self.lut_keys)),
+            ("LUT_VALUES", int(self.lut_values)),
+            ("UNROLLED", int(self.unrolled)),
+        )
+
+    @property
+    def code_macros(self) -> Macros:
+        """The macros that say what a code is, without the dtype of states."""
+        wanted = ("HEAD_DIM", "KEY_BITS", "VALUE_BITS", "CHANNEL_LEVELS", "ROTATED", "OUTLIERS")
+        return tuple((k, v) for k, v in self.macros if k in wanted)
+
+    @property
+    def _chunks(self) -> tuple[int, int]:
+        """Chunks of a slab's keys and of its values."""
+        key, value = (self.steps // (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
+        return key, value
+
+    @property
+    def _tables(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
+        """Bits of keys and values that shared tables may serve, and whether they shall."""
+        key_bits = 0 if self.channel_levels else self.key_bits
+        return (key_bits, self.lut_keys), (self.value_bits, self.lut_values)
+
+    @property
+    def _common_bytes(self) -> int:
+        pairs = [b == 4 or (b == 3 and lut) for b, lut in self._tables]
+        rows = 256 if 4 in (self.key_bits, self.value_bits) else 128
+        stride = 128 if self.channel_levels and self.key_bits == 4 else 256
+        lut = rows * stride if any(pairs) else 0
+        lut += 65_536 if self.value_bits == 2 and self.lut_values else 0
+        angles = 4096 * self.steps if self.rotated else 0
+        per_channel = {2: 8, 3: 128, 4: 512, 16: 0}[self.key_bits]
+        head = self.head_dim * per_channel if self.channel_levels else 64 * self.steps
+        query = self.group * self.head_dim * 4
+        order = 6 * self.head_dim  # and frequencies
+        return lut + angles + head + query + self.most_warps * self.group * 12 + order
+
+    @property
+    def _corner_bytes(self) -> int:
+        slot = max(128 * b * (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
+        side = 256 + (896 if self.outliers else 0)
+        mix = self.head_dim * self.group * (2 + 4)
+        if self.outliers:
+            mix += 256 if self.group == 1 else 272 * self.group
+        sides = 1 if self.depth - 1 <= self._chunks[1] else 2
+        return self.depth * slot + sides * side + mix
+
+
+def variant_of(
+    spec: KvSpec, head_dim: int, group: int, *, softcap: bool = False, bfloat16: bool = False
+) -> Variant:
+    """Return the variant of a scheme."""
+    return Variant(
+        head_dim,
+        spec.key.bits,
+        spec.value.bits,
+        folds_levels(spec.key),
+        spec.key.pre_rope,
+        bool(spec.key.outlier_fraction or spec.value.outlier_fraction),
+        group,
+        softcap,
+        bfloat16,
+    )
+
+
+def groups_of(num_heads: int, num_kv_heads: int) -> int:
+    """Return the query heads that a warp takes at once: the least of 1, 2, 4, 8 that holds a KV
+    head's, or 8.
+    """
+    share = num_heads // num_kv_heads
+    return next((size for size in (1, 2, 4) if share <= size), 8)
