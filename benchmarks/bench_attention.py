@@ -190,7 +190,7 @@ def _fp16(shape: Shape) -> Iterator[Contender]:
 
 
 def packed_variant(shape: Shape, text: str, given: str = "") -> Variant:
-    """Return the kernel of a spec; `given` sets fields of it, as in most_warps=12,lut_keys=1."""
+    """Return the kernel of a spec; `given` sets fields of it, as in most_warps=12,value_table=0."""
     group = groups_of(shape.num_heads, shape.num_kv_heads)
     variant = variant_of(parse_spec(text), HEAD_DIM, group)
     fields = dict(part.split("=") for part in given.split(",") if part)

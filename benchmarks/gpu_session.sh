@@ -7,12 +7,12 @@ cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=$PWD PYTHONWARNINGS=ignore KVQTOOL_REQUIRE_GPU=1
 OUT=${OUT:-gpu-out} COMMIT=${1:-unknown} PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
-ALSO=(--also most_warps=12 --also lut_values=1 --also lut_keys=1,lut_values=1 --also unrolled=1)
+ALSO=(--also most_warps=12 --also value_table=0)
 
 echo "== compile"
-timeout 60 "$PYTHON" benchmarks/warm_kernels.py "${ALSO[@]}" 2>&1 | tail -5
+timeout 120 "$PYTHON" benchmarks/warm_kernels.py "${ALSO[@]}" 2>&1 | tail -5
 echo "== tests"
-timeout 60 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu 2>&1 | tee "$OUT/tests.txt" | grep -E "^FAILED|passed|failed" | tail -20
+timeout 60 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark tests/gpu 2>&1 | tee "$OUT/tests.txt" | grep -E "^FAILED|passed|failed" | tail -20
 echo "== attention"
 timeout 60 "$PYTHON" benchmarks/bench_attention.py --quick --commit "$COMMIT" --output "$OUT/attention.json" 2>&1 | grep -E " us |rror"
 echo "== which settings are faster"
@@ -35,5 +35,5 @@ for shape in "nuq4-1% 1,32,32,131072" "nuq2-1% 4,32,8,131072" "nuq4-1% 1,32,8,40
 done
 echo "== sanitizer"
 for tool in memcheck racecheck; do
-    timeout 60 compute-sanitizer --tool $tool "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_packing.py 2>&1 | tail -4
+    timeout 60 compute-sanitizer --tool $tool "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark tests/gpu/test_packing.py 2>&1 | tail -4
 done

@@ -15,7 +15,7 @@
 constexpr u32 THREADS = WARPS * 32;
 
 // A token's range and cuts, found by a whole block. `bins` are 768 zeros.
-DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32* bins, u16 (&cut)[4]) {
+DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32* bins, Cuts& cuts) {
     u32 warp = thread_index() / 32, lane = thread_index() % 32;
     u32* shared = bins + 768;  // least, tie, greatest, tie; lowest and highest of the rest
     if (thread_index() == 0) shared[4] = 0xffff, shared[5] = 0;
@@ -46,11 +46,11 @@ DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32* bins, u1
         }
     }
     sync_block();
-    KVQ_UNROLL for (int i = 0; i < 4; i++) cut[i] = (u16)shared[i];
+    cuts = per_tail ? Cuts{item_of(shared[0], shared[1]), item_of(shared[2], shared[3])} : NO_CUTS;
     u32 low = 0xffff, high = 0;
     for (u32 i = thread_index(); i < channels; i += THREADS) {
         u32 key = keys[i];
-        if (per_tail && is_cut(cut, key, i)) continue;
+        if (is_cut(cuts, item_of(key, i))) continue;
         low = smaller(low, key), high = larger(high, key);
     }
     KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) {
@@ -125,7 +125,7 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& 
 
 // The two codes of a token's values that one lane of a step holds.
 DEVICE void append_values(const float* middles, const Decode& decode, const Lists& lists,
-                          const Target& target, const u16* staged, u32 range, const u16* cut,
+                          const Target& target, const u16* staged, const ValueRow& value,
                           u32 task) {
     u32 in_slab = target.in_slab, step = task / 8, lane = task % 8 * 4 + in_slab % 8 / 2;
     u32 n[2], codes[2];
@@ -133,11 +133,11 @@ DEVICE void append_values(const float* middles, const Decode& decode, const List
         u32 row, at;
         n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 4 + i * 2 + in_slab % 2;
         value_place(n[i], step, lane, row, at);
-        Element found = value_element(middles, staged[at], range, inverse_scale(range), cut,
-                                      target.head * HEAD_DIM + at);
+        Element found =
+            value_element(middles, staged[at], value, target.head * HEAD_DIM + at);
         codes[i] = found.code;
         if (!found.is_outlier) continue;
-        float dense = value_dense(decode, range, found.code);
+        float dense = value_dense(decode, value.range, found.code);
         add_outlier(lists, target.list, 1, delta_word(found.state, dense, at << 8 | row << 2));
     }
     u8* words = target.words + STEPS * step_bytes(KEY_BITS);
@@ -187,11 +187,11 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     // The first two warps rank values meanwhile.
     u32 task = thread_index() - 64;
     if (task < STEPS * 4) append_keys(code, decode, lists, target, staged, task);
-    u16 cut[4];
-    u32 range = find_range(keys, channels, per_tail, bins, cut);
+    Cuts cuts;
+    u32 range = find_range(keys, channels, per_tail, bins, cuts);
     if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
     if (thread_index() < STEPS * 8) {
-        append_values(middles + 16, decode, lists, target, staged + HEAD_DIM, range, cut,
-                      thread_index());
+        ValueRow row{range, inverse_scale(range), cuts};
+        append_values(middles + 16, decode, lists, target, staged + HEAD_DIM, row, thread_index());
     }
 }

@@ -24,12 +24,6 @@
 // `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
 #include "attend_slab.cuh"
 
-#if UNROLLED
-#define KVQ_KEYS KVQ_UNROLL
-#else
-#define KVQ_KEYS KVQ_ROLLED
-#endif
-
 constexpr u32 THREADS = WARPS * 32;
 constexpr u32 SLAB = KEY_SLAB + VALUE_SLAB;
 constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS == 16 ? 1 : 2);
@@ -49,7 +43,7 @@ constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
 constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
-constexpr u32 CORNER_QUERY = DEPTH * SLOT + SIDES * SIDE,
+constexpr u32 CORNER_SIDE = DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
               CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
@@ -75,10 +69,10 @@ struct Segment {
     u32 first_slab, slabs, sink_units, units, start;  // start: among the units of all segments
 };
 
-// A slab's number among all, and the sizes of its lists in words.
+// A slab's number among all, its half page's number among all, and its lists of outliers: first quad
+// and number of quads of the keys', then of the values'.
 struct Slab {
-    u32 index, ranges, key_words, value_words;
-    bool sorted;
+    u32 index, ranges, lists[4];
 };
 
 DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
@@ -122,37 +116,64 @@ DEVICE Segment find_segment(const Cache& cache, u32 unit) {
     return segment;
 }
 
-DEVICE Slab find_slab(const Cache& cache, const Segment& segment, u32 number) {
+// What a warp reads: slabs `number` to `last` of a segment, chunk by chunk through its ring.
+struct Stream {
+    u8* corner;
+    u32 lane, number, last;
+    u32 parity;  // which of the two side buffers this slab has
+    u32 first;   // lane i knows slab first + i
+    Slab known;
+    Slab slab;                      // the slab that is read
+    const u8 *words, *next_words;  // this lane's share of it, and of the next one; null past the last
+};
+
+DEVICE u8* side_of(const Stream& stream, u32 which) {
+    return stream.corner + CORNER_SIDE + which % SIDES * SIDE;
+}
+
+// Let every lane find out about one of the next 32 slabs.
+DEVICE void look_ahead(const Cache& cache, const Segment& segment, Stream& stream) {
+    stream.first = stream.number;
+    u32 number = smaller(stream.number + stream.lane, stream.last);
     u32 page = cache.page_table[segment.sequence * cache.max_pages + number / 2];
-    Slab slab;
+    Slab& slab = stream.known;
     slab.index = (page * cache.num_kv_heads + segment.kv_head) * 2 + number % 2;
     slab.ranges = page * 2 + number % 2;
-    slab.key_words = slab.value_words = 0, slab.sorted = false;
-    if constexpr (OUTLIERS) {
-        const u32* lists = cache.outlier_index + 4 * (u64)slab.index;
-        slab.key_words = lists[1] * 4;
-        slab.value_words = (lists[3] & ~SORTED) * 4, slab.sorted = lists[3] & SORTED;
+    const u32* lists = cache.outlier_index + 4 * (u64)slab.index;
+    KVQ_UNROLL for (int i = 0; i < 4; i++) slab.lists[i] = OUTLIERS ? lists[i] : 0;
+}
+
+// Take what a lane knows of a slab.
+DEVICE Slab known_slab(const Stream& stream, u32 number) {
+    Slab slab;
+    u32 lane = number - stream.first;
+    slab.index = from_lane(stream.known.index, lane);
+    slab.ranges = from_lane(stream.known.ranges, lane);
+    KVQ_UNROLL for (int i = 0; i < 4; i++) {
+        slab.lists[i] = OUTLIERS ? from_lane(stream.known.lists[i], lane) : 0;
     }
     return slab;
 }
 
-// Where a slab's outliers of keys (0) or values (1) begin.
-DEVICE const u32* outliers_at(const Cache& cache, const Slab& slab, u32 side) {
-    return cache.outlier_words + (u64)cache.outlier_index[4 * (u64)slab.index + 2 * side] * 4;
+DEVICE const u8* words_of(const Cache& cache, const Stream& stream, u32 index) {
+    return cache.slabs + (u64)index * SLAB + 16 * stream.lane;
 }
 
-// A warp's stream of chunks through its ring. `words` and `next_words` are where this lane's share
-// of this slab and of the next one begin; null where there is none.
-struct Stream {
-    u32 lane;
-    u8 *ring, *side;  // this lane's place in the first slot, and the side buffers
-    const u8 *words, *next_words;
-    Slab slab, next;
-    u32 parity;  // which of the two side buffers `slab` has
-};
+// Make `number` the slab that is read.
+DEVICE void turn_to(const Cache& cache, const Segment& segment, Stream& stream) {
+    if (stream.number + 1 - stream.first >= 32) look_ahead(cache, segment, stream);
+    stream.slab = known_slab(stream, stream.number);
+    u32 next = from_lane(stream.known.index, stream.number + 1 - stream.first);
+    stream.words = words_of(cache, stream, stream.slab.index);
+    stream.next_words = stream.number < stream.last ? words_of(cache, stream, next) : nullptr;
+}
 
-DEVICE u8* side_of(const Stream& stream, u32 which) {
-    return stream.side + which % SIDES * SIDE;
+// Where outliers of keys (0) or values (1) begin, and their words.
+DEVICE const u32* outliers_at(const Cache& cache, const Slab& slab, u32 side) {
+    return cache.outlier_words + (u64)slab.lists[2 * side] * 4;
+}
+DEVICE u32 outlier_words(const Slab& slab, u32 side) {
+    return (slab.lists[2 * side + 1] & ~SORTED) * 4;
 }
 
 // Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.
@@ -162,55 +183,58 @@ DEVICE void send_side(const Cache& cache, u32 lane, const Slab& slab, u8* to) {
     }
     if constexpr (OUTLIERS) {
         KVQ_UNROLL for (u32 side = 0; side < 2; side++) {
-            u32 words = smaller(side ? slab.value_words : slab.key_words, LISTED);
             const u32* from = outliers_at(cache, slab, side) + 4 * lane;
-            if (4 * lane < words) copy16(to + 256 + side * LISTED * 4 + 16 * lane, from);
+            if (4 * lane < smaller(outlier_words(slab, side), LISTED))
+                copy16(to + 256 + side * LISTED * 4 + 16 * lane, from);
         }
     }
 }
 
-// Send chunk `number` of the slab, or of the next one past its end.
-DEVICE void send(const Cache& cache, Stream& stream, u32 number) {
+// Send chunk `number` of the slab, or past its end of the next one; both are known when compiling,
+// so that a chunk is a few copies from one pointer.
+DEVICE void send(const Cache& cache, const Stream& stream, u32 number) {
     bool beyond = number >= CHUNKS;
     const u8* words = beyond ? stream.next_words : stream.words;
     if (words) {
-        u32 chunk = beyond ? number - CHUNKS : number, size = KEY_CHUNK;
-        words += chunk * KEY_CHUNK;
-        if (KEY_CHUNK != VALUE_CHUNK && chunk >= KEY_CHUNKS) {
-            size = VALUE_CHUNK;
-            words += (long long)(chunk - KEY_CHUNKS) * ((int)VALUE_CHUNK - (int)KEY_CHUNK);
-        }
-        u8* to = stream.ring + number % DEPTH * SLOT;
+        u32 chunk = beyond ? number - CHUNKS : number;
+        bool is_key = chunk < KEY_CHUNKS;
+        u32 size = is_key ? KEY_CHUNK : VALUE_CHUNK;
+        words += is_key ? chunk * KEY_CHUNK : KEY_SLAB + (chunk - KEY_CHUNKS) * VALUE_CHUNK;
+        u8* to = stream.corner + number % DEPTH * SLOT + 16 * stream.lane;
         KVQ_UNROLL for (u32 i = 0; i < SLOT; i += 512) {
-            if (i + 16 * stream.lane < size) copy16(to + i, words + i);
+            if (i + 512 <= size || i + 16 * stream.lane < size) copy16(to + i, words + i);
         }
         if (chunk == 0) {
-            if (beyond) {
-                send_side(cache, stream.lane, stream.next, side_of(stream, stream.parity + 1));
-            } else {
-                send_side(cache, stream.lane, stream.slab, side_of(stream, stream.parity));
-            }
+            Slab slab = beyond ? known_slab(stream, stream.number + 1) : stream.slab;
+            send_side(cache, stream.lane, slab, side_of(stream, stream.parity + beyond));
         }
     }
     copies_sent();
 }
 
 // Wait for chunk `number` of the slab, send the one that takes the place of its predecessor.
-DEVICE const u8* take(const Cache& cache, Stream& stream, u32 number) {
+DEVICE const u8* take(const Cache& cache, const Stream& stream, u32 number) {
     await_copies<DEPTH - 2>();
     sync_warp();
     send(cache, stream, number + DEPTH - 1);
-    return stream.ring - 16 * stream.lane + number % DEPTH * SLOT;
+    return stream.corner + number % DEPTH * SLOT;
+}
+
+// Begin to read slabs [first, stop) of a segment.
+DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream, u32 first, u32 stop) {
+    stream.number = segment.first_slab + first, stream.last = segment.first_slab + stop - 1;
+    if (first >= stop) return;
+    look_ahead(cache, segment, stream);
+    turn_to(cache, segment, stream);
+    sync_warp();
+    KVQ_UNROLL for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
 }
 
 // The list of a slab's outliers: the first LISTED in shared memory, the rest where they are.
 struct List {
-    const u32* near;
-    const Cache& cache;
-    const Slab& slab;
-    u32 side;
+    const u32 *near, *all;
     DEVICE u32 operator()(u32 i) const {
-        return i < LISTED ? near[i] : outliers_at(cache, slab, side)[i];
+        return i < LISTED ? near[i] : all[i];
     }
 };
 
@@ -244,9 +268,10 @@ DEVICE void cap_scores(float (&score)[4][4], float cap) {
     }
 }
 
-DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 number, u32 first,
-                        u32 last, float cap) {
+DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u32 first, u32 last,
+                        float cap) {
     const Slab& slab = stream.slab;
+    u32 number = stream.number;
     const u8* side = side_of(stream, stream.parity);
     float score[4][4] = {};
     const u8* words = take(cache, stream, 0);
@@ -254,17 +279,20 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
         int* sparse = (int*)warp.sparse;
         for (u32 i = warp.lane; i < SPARSE_ROW * GROUP; i += 32) sparse[i] = 0;
         sync_warp();
-        List list{(const u32*)(side + 256), cache, slab, 0};
-        key_outliers(warp, list, slab.key_words, number % 2 * 4);
+        List list{(const u32*)(side + 256), outliers_at(cache, slab, 0)};
+        key_outliers(warp, list, outlier_words(slab, 0), number % 2 * 4);
         sync_warp();
-        KVQ_UNROLL for (int i = 0; i < 16; i++) {
-            u32 token = 16 * (i / 4) + i % 4 / 2 * 8 + warp.row, head = 2 * warp.column + i % 2;
-            if (head < GROUP)
-                score[i / 4][i % 4] = (float)sparse[head * SPARSE_ROW + token] / SPARSE_ONE;
+        if (2 * warp.column < GROUP) {
+            const int* row = sparse + 2 * warp.column * SPARSE_ROW + warp.row;
+            KVQ_UNROLL for (int i = 0; i < 16; i++) {
+                if (i % 2 < GROUP)
+                    score[i / 4][i % 4] =
+                        (float)row[i % 2 * SPARSE_ROW + 8 * (i / 2)] * (1.0f / SPARSE_ONE);
+            }
         }
     }
     constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
-    KVQ_KEYS for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
+    KVQ_UNROLL for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
         if (chunk) words = take(cache, stream, chunk);
         KVQ_UNROLL for (u32 s = 0; s < steps; s++) {
             key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4,
@@ -277,8 +305,8 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 numb
     soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
     if constexpr (OUTLIERS) {
         sync_warp();
-        List list{(const u32*)(side + 256) + LISTED, cache, slab, 1};
-        value_outliers(warp, list, slab.value_words, slab.sorted);
+        List list{(const u32*)(side + 256) + LISTED, outliers_at(cache, slab, 1)};
+        value_outliers(warp, list, outlier_words(slab, 1), slab.lists[3] & SORTED);
     }
     constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);
     KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {

@@ -49,22 +49,23 @@ DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
     }
     constexpr u32 count = 1u << (KEY_BITS == 16 ? 0 : KEY_BITS);
     const u16* levels = table + head * HEAD_DIM * count;
-    constexpr u32 entries = KEY_BITS == 2 ? 1 : count * count;
-    KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM / 2 * entries; i += THREADS) {
-        u32 pair = i / entries, half = pair & 1, column = pair >> 1 & 3, step = pair >> 3;
-        const u16* even = levels + (8 * step + 2 * column + half * (HEAD_DIM / 2)) * count;
-        const u16* odd = even + count;
-        if constexpr (KEY_BITS == 2) {
+    if constexpr (KEY_BITS == 2) {
+        KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM / 2; i += THREADS) {
+            u32 half = i & 1, column = i >> 1 & 3, step = i >> 3;
+            const u16* even = levels + (8 * step + 2 * column + half * (HEAD_DIM / 2)) * count;
             u32* to = (u32*)(at + (step * 4 + column) * 32) + 4 * half;
             ByteTable<2> a, b;
-            a.load(even), b.load(odd);
+            a.load(even), b.load(even + count);
             to[0] = a.low[0], to[1] = b.low[0], to[2] = a.high[0], to[3] = b.high[0];
-        } else {
-            u32 x = i % count, y = i / count % count, value = even[x] | (u32)odd[y] << 16;
-            u32 to = KEY_BITS == 4 ? pair * 1024 + y * 64 + x * 4
-                                   : (step * 2 + column / 2) * 1024 + half * 512 + column % 2 * 32 +
-                                         y * 64 + x * 4;
-            *(u32*)(at + to) = value;
+        }
+        return;
+    }
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < HEAD_TABLE / 16; i += THREADS) {
+        u32 row = i / 16, half = i / 8 % 2, code = row % count, odd = row / count % 2;
+        u32 channel = 8 * (row / count / 2) + odd + half * (HEAD_DIM / 2);
+        KVQ_UNROLL for (u32 column = 0; column < 4; column++) {
+            u32 level = levels[(channel + 2 * column) * count + code];
+            ((u32*)(at + 16 * i))[column] = odd ? level << 16 : level;
         }
     }
 }
@@ -79,38 +80,24 @@ DEVICE void fill_query(const Cache& cache, const Segment& segment, const u16* qu
     }
 }
 
-// Units [first, last) of a segment, by one warp.
-DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment, u8* corner,
+// Units [first, last) of a segment, by one warp, whose stream has begun.
+DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment, Stream& stream,
                          const float* query, u32 first, u32 last, float cap) {
     const int* state = cache.state + 8 * segment.sequence;
-    u32 stop = smaller(last, segment.slabs);
-    if (first < stop) {
-        u32 number = segment.first_slab + first, final = segment.first_slab + stop - 1;
-        Stream stream;
-        stream.lane = warp.lane, stream.parity = 0;
-        stream.ring = corner + 16 * warp.lane, stream.side = corner + DEPTH * SLOT;
-        stream.slab = find_slab(cache, segment, number);
-        stream.words = cache.slabs + (u64)stream.slab.index * SLAB + 16 * warp.lane,
-        stream.next_words = nullptr;
-        KVQ_ROLLED for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
+    if (first < segment.slabs) {
         u32 turned_page = ~0u, seen = (u32)state[4], packed = (u32)state[0];
-        KVQ_ROLLED for (; number <= final; number++) {
-            stream.next_words = nullptr;
-            if (number < final) {
-                stream.next = find_slab(cache, segment, number + 1);
-                stream.next_words = cache.slabs + (u64)stream.next.index * SLAB + 16 * warp.lane;
-            }
+        KVQ_ROLLED for (;;) {
+            u32 number = stream.number, before = number * 64;
             if (number / 2 != turned_page && (ROTATED || turned_page == ~0u)) {
                 turned_page = number / 2;
                 turn_query(warp, query, state[3] + (int)turned_page * 128);
             }
-            u32 before = number * 64;
-            packed_slab(warp, cache, stream, number, seen > before ? seen - before : 0,
+            packed_slab(warp, cache, stream, seen > before ? seen - before : 0,
                         smaller(packed - before, 64), cap);
-            stream.slab = stream.next, stream.words = stream.next_words;
             stream.parity ^= 1;
+            if (stream.number++ == stream.last) break;
+            turn_to(cache, segment, stream);
         }
-        await_copies<0>();
     }
     if (last <= segment.slabs) return;
     turn_query(warp, query, 0);
@@ -214,7 +201,6 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 Exact{window_key, window_value, window_capacity}};
     u64 total = total_units(cache), blocks = smaller(block_count(), (u32)total);
     if (block_index() >= blocks) return;  // more blocks than units
-    fill_tables(Tables{key_table, levels, angles}, cache, shared);
 
     u32 number = thread_index() / 32;
     u8* corner = shared + CORNER_AT + number * CORNER;
@@ -230,11 +216,18 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
         warp.value_levels.load(levels + 16);
 
+    Stream stream;
+    stream.corner = corner, stream.lane = warp.lane, stream.parity = 0;
+    bool ready = false;
+
     u32 unit = (u32)(total * block_index() / blocks);
     u32 end = (u32)(total * (block_index() + 1) / blocks);
     while (unit < end) {
         Segment segment = find_segment(cache, unit);
         u32 from = unit - segment.start, count = smaller(end - unit, segment.units - from);
+        u32 begins = from + count * number / WARPS, ends = from + count * (number + 1) / WARPS;
+        begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
+        if (!ready) fill_tables(Tables{key_table, levels, angles}, cache, shared), ready = true;
         sync_block();
         fill_query(cache, segment, query, scale, shared_query);
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
@@ -244,8 +237,8 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         }
         KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
         sync_block();
-        attend_units(warp, cache, segment, corner, shared_query, from + count * number / WARPS,
-                     from + count * (number + 1) / WARPS, cap);
+        if (begins < ends)
+            attend_units(warp, cache, segment, stream, shared_query, begins, ends, cap);
         leave_result(warp, join + number * GROUP * 3);
         sync_block();
 

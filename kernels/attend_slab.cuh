@@ -1,8 +1,9 @@
 // One slab of packed keys and values through the tensor cores, by one warp.
 //
 // Macros: HEAD_DIM, KEY_BITS, VALUE_BITS (2, 3, 4; 16 stands for fp16 states), CHANNEL_LEVELS (a
-// codebook per key channel), LUT_KEYS, LUT_VALUES, ROTATED (keys were stored before RoPE),
-// OUTLIERS, GROUP (query heads of a KV head, 1 2 4 8), SOFTCAP.
+// codebook per key channel), VALUE_TABLE (2- and 3-bit values are looked up in shared memory),
+// ROTATED (keys were stored before RoPE), OUTLIERS, GROUP (query heads of a KV head, 1 2 4 8),
+// SOFTCAP.
 //
 // Tokens are rows of the score fragments, query heads their columns: lane 4r + c holds tokens r and
 // r + 8 of each tile for heads 2c and 2c + 1. Scores are base-2 logarithms. A value token's scale
@@ -13,9 +14,9 @@
 constexpr u32 KEY_SLAB = STEPS * step_bytes(KEY_BITS), VALUE_SLAB = STEPS * step_bytes(VALUE_BITS);
 // Which codes are looked up in shared memory: pairs in the halves of a row of LUT_STRIDE bytes
 // (keys first), 2-bit values four at once. The others are picked from registers.
-constexpr bool KEY_PAIRS = !CHANNEL_LEVELS && (KEY_BITS == 4 || (KEY_BITS == 3 && LUT_KEYS));
-constexpr bool VALUE_PAIRS = VALUE_BITS == 4 || (VALUE_BITS == 3 && LUT_VALUES);
-constexpr bool VALUE_QUADS = VALUE_BITS == 2 && LUT_VALUES;
+constexpr bool KEY_PAIRS = !CHANNEL_LEVELS && KEY_BITS == 4;
+constexpr bool VALUE_PAIRS = VALUE_BITS == 4 || (VALUE_BITS == 3 && VALUE_TABLE);
+constexpr bool VALUE_QUADS = VALUE_BITS == 2 && VALUE_TABLE;
 constexpr int LUT_STRIDE = CHANNEL_LEVELS && KEY_BITS == 4 ? 128 : 256;
 constexpr int VALUE_HALF = LUT_STRIDE == 256 ? 128 : 0;
 constexpr u32 PAIRS = KEY_BITS == 4 || VALUE_BITS == 4 ? 256 : 128;
@@ -26,7 +27,7 @@ constexpr u32 ANGLE_BYTES = ROTATED ? 8 * STEPS * 512 : 0;
 constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                            : !CHANNEL_LEVELS ? STEPS * 64
                            : KEY_BITS == 4   ? HEAD_DIM * 512
-                           : KEY_BITS == 3   ? HEAD_DIM * 128
+                           : KEY_BITS == 3   ? HEAD_DIM * 256
                                              : STEPS * 128;
 constexpr float FAR_BELOW = -1e30f;
 constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
@@ -69,18 +70,17 @@ DEVICE void key_levels(const Warp& warp, u32 step, u32 tile, u32 (&k)[4]) {
         } else {
             look_up_bytes<KEY_BITS == 3 ? 3 : 2>(warp.key_levels, tile, k);
         }
-    } else if constexpr (KEY_BITS == 4) {
-        const u8* table = warp.head_table + (step * 4 + warp.column) * 2048;
+    } else if constexpr (KEY_BITS > 2) {
+        // A table a channel, a copy for each lane: even channels' levels in the low half of a word,
+        // odd ones' in the high half, partners 128 bytes further.
+        constexpr u32 odd_at = 256 << KEY_BITS;
+        const u8* table = warp.head_table + step * 2 * odd_at;
+        u32 even = tile & 0x0f0f0f0f, odd = tile >> 4 & 0x0f0f0f0f;
         KVQ_UNROLL for (int a = 0; a < 4; a++) {
-            u32 at = (a ? tile >> (8 * a - 2) : tile << 2) & 0x3fc;
-            k[a] = *(const u32*)(table + (a / 2) * 1024 + at);
-        }
-    } else if constexpr (KEY_BITS == 3) {
-        const u8* table =
-            warp.head_table + (step * 2 + warp.column / 2) * 1024 + warp.column % 2 * 32;
-        KVQ_UNROLL for (int a = 0; a < 4; a++) {
-            u32 at = (a ? tile >> (8 * a - 2) : tile << 2) & 0x1dc;
-            k[a] = *(const u32*)(table + (a / 2) * 512 + at);
+            u32 x = pick_bytes(even, 4 * warp.lane, 0x5504 | a << 4);
+            u32 y = pick_bytes(odd, 4 * warp.lane, 0x5504 | a << 4);
+            k[a] = *(const u32*)(table + a / 2 * 128 + x) |
+                   *(const u32*)(table + odd_at + a / 2 * 128 + y);
         }
     } else {
         const u32* table = (const u32*)(warp.head_table + (step * 4 + warp.column) * 32);
@@ -226,15 +226,19 @@ DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool 
     }
     u32 shift = warp.lane % 4 * 8, i = list(warp.lane / 4) >> shift & 255;
     u32 end = warp.lane == 31 ? count : list((warp.lane + 1) / 4) >> (shift + 8) % 32 & 255;
-    KVQ_ROLLED for (; i < end; i++) {
-        u32 word = list(i);
-        if (!word) continue;
-        float delta = h2_high(word);
-        Heads weight = *(const Heads*)(warp.sparse + (word >> 2 & 63) * GROUP);
-        Heads* at = (Heads*)(warp.mix + (word >> 8 & 255) * GROUP);
-        Heads sum = *at;
-        KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weight.of[h] * delta;
-        *at = sum;
+    KVQ_ROLLED for (; i < end; i += 2) {  // two at a time, so that two loads are under way
+        u32 words[2] = {list(i), i + 1 < end ? list(i + 1) : 0};
+        Heads weights[2];
+        KVQ_UNROLL for (int k = 0; k < 2; k++)
+            weights[k] = *(const Heads*)(warp.sparse + (words[k] >> 2 & 63) * GROUP);
+        KVQ_UNROLL for (int k = 0; k < 2; k++) {
+            if (!words[k]) continue;
+            float delta = h2_high(words[k]);
+            Heads* at = (Heads*)(warp.mix + (words[k] >> 8 & 255) * GROUP);
+            Heads sum = *at;
+            KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weights[k].of[h] * delta;
+            *at = sum;
+        }
     }
 }
 

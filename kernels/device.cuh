@@ -64,6 +64,12 @@ DEVICE u32 sum_below(u32 value, u32 distance) {
 DEVICE u32 vote(bool value) {
     return __ballot_sync(0xffffffffu, value);
 }
+DEVICE u32 least_of_warp(u32 value) {
+    return __reduce_min_sync(0xffffffffu, value);
+}
+DEVICE u32 greatest_of_warp(u32 value) {
+    return __reduce_max_sync(0xffffffffu, value);
+}
 DEVICE u32 count_bits(u32 value) {
     return __popc(value);
 }
@@ -158,6 +164,12 @@ DEVICE float add_exact(float a, float b) {
 }
 DEVICE float div_exact(float a, float b) {
     return __fdiv_rn(a, b);
+}
+DEVICE float fma_exact(float a, float b, float c) {
+    return __fmaf_rn(a, b, c);
+}
+DEVICE float reciprocal_exact(float a) {
+    return __frcp_rn(a);
 }
 
 // c += a b for a 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.

@@ -8,7 +8,7 @@
 // `states`  (batch, num_kv_heads, tokens, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
 // `turns`   (tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
 // `ranges`  (pages, 128) half2: scale and offset
-// `cuts`    (batch, tokens) x {least exact key, tie channel, greatest exact key, tie channel} u16
+// `cuts`    (batch, tokens) Cuts
 // `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; SORTED lists of
 //           values begin with 32 bytes, where each reading lane's words are
 // Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS.
@@ -41,84 +41,149 @@ survey_keys(const u16* key, const int* page_table, const float* lower, const flo
     if (lane == 0 && total) add_global(counts + 2 * list, total);
 }
 
+constexpr u32 LISTED = 128;  // candidates for outliers of a tail
+
+// A warp's scratch: a token's values in order, and either candidates of both tails or bins.
+struct Scratch {
+    u32* words;  // 1024
+    u16* keys;
+};
+
+// What a token's outliers are: the cuts, and the least and the greatest item between them. `listed`
+// are the candidates of each tail in the scratch.
+struct Found {
+    Cuts cuts, rest;
+    u32 listed[2];
+};
+
+// The `rank`-th least of a tail's candidates and the one after it; candidates of the upper tail
+// are complemented.
+DEVICE void rank_items(const u32* items, u32 count, u32 rank, u32 lane, u32& cut, u32& next) {
+    u32 mine[LISTED / 32];
+    KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++)
+        mine[k] = lane + 32 * k < count ? items[lane + 32 * k] : ~0u;
+    KVQ_ROLLED for (u32 n = 0; n <= rank; n++) {
+        u32 least = ~0u;
+        KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++) least = smaller(least, mine[k]);
+        cut = next, next = least_of_warp(least);
+        KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++) mine[k] = mine[k] == next ? ~0u : mine[k];
+    }
+}
+
+// Find a token's outliers where few elements can be some: those up to the `per_tail`-th of the
+// lanes' least items, and likewise at the other end. False where there are too many candidates, or
+// none is left between the cuts.
+DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane,
+                           u32 lane_least, u32 lane_greatest, Found& found) {
+    if (per_tail > 32) return false;
+    u32 low_end = 0, high_end = 0;
+    KVQ_ROLLED for (u32 n = 0; n < per_tail; n++) {
+        low_end = least_of_warp(lane_least), high_end = greatest_of_warp(lane_greatest);
+        if (lane_least == low_end) lane_least = ~0u;
+        if (lane_greatest == high_end) lane_greatest = 0;
+    }
+    u32(&listed)[2] = found.listed;
+    listed[0] = listed[1] = 0;
+    KVQ_UNROLL_4 for (u32 base = 0; base < channels / 2; base += 32) {
+        u32 i = smaller(base + lane, channels / 2 - 1), pair = ((const u32*)scratch.keys)[i];
+        bool exists = base + lane < channels / 2;
+        u32 items[2] = {item_of(pair & 0xffff, 2 * i), item_of(pair >> 16, 2 * i + 1)};
+        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+            u32 tail = k / 2, item = items[k % 2];
+            bool mine = exists && (tail ? item >= high_end : item <= low_end);
+            u32 all = vote(mine);
+            if (!all) continue;
+            u32 at = listed[tail] + count_bits(all & ((1u << lane) - 1));
+            if (mine && at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
+            listed[tail] += count_bits(all);
+        }
+    }
+    sync_warp();
+    if (listed[0] > LISTED || listed[1] > LISTED) return false;
+    if (listed[0] == per_tail || listed[1] == per_tail) return false;
+    u32 low = 0, next_low = 0, high = 0, next_high = 0;
+    rank_items(scratch.words, listed[0], per_tail, lane, low, next_low);
+    rank_items(scratch.words + LISTED, listed[1], per_tail, lane, high, next_high);
+    found.cuts = Cuts{low, ~high}, found.rest = Cuts{next_low, ~next_high};
+    return next_low < ~high && ~next_high > low;
+}
+
+// The cuts of any token, by two histograms a tail: of the upper bytes, then of the lower bytes
+// within a bin, and then a count of channels among equals.
+DEVICE Cuts rank_all(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane) {
+    u32* bins = scratch.words;
+    const u16* keys = scratch.keys;
+    sync_warp();
+    KVQ_UNROLL_4 for (u32 i = lane; i < 1024; i += 32) bins[i] = 0;
+    sync_warp();
+    for (u32 i = lane; i < channels; i += 32) add_shared((int*)bins + (keys[i] >> 8), 1);
+    sync_warp();
+    u32 low_left = per_tail, high_left = per_tail;
+    u32 low_bin = rank_bin<false>(bins, lane, low_left);
+    u32 high_bin = rank_bin<true>(bins, lane, high_left);
+    for (u32 i = lane; i < channels; i += 32) {
+        if (keys[i] >> 8 == low_bin) add_shared((int*)bins + 512 + (keys[i] & 255), 1);
+        if (keys[i] >> 8 == high_bin) add_shared((int*)bins + 768 + (keys[i] & 255), 1);
+    }
+    sync_warp();
+    u32 low = low_bin << 8 | rank_bin<false>(bins + 512, lane, low_left);
+    u32 high = high_bin << 8 | rank_bin<true>(bins + 768, lane, high_left);
+    return Cuts{item_of(low, tie_channel<false>(keys, channels, lane, low, low_left)),
+                item_of(high, tie_channel<true>(keys, channels, lane, high, high_left))};
+}
+
 // Grid: tokens of all sequences, a warp each. The `per_tail` least and greatest elements of a token
-// over all KV heads are outliers, lower channels first among equals; the range is that of the rest.
-// Two histograms find the cuts: of the upper bytes, then of the lower bytes within a bin.
+// over all KV heads are outliers, lower channels first among the least that are equal, higher ones
+// among the greatest; the range is that of the rest.
 KERNEL(WARPS * 32)
-survey_values(const u16* value, const int* page_table, u32* ranges, u16* cuts, u32* counts,
+survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, u32* counts,
               u32 batch, u32 num_kv_heads, u32 tokens, u32 max_pages, u32 per_tail) {
     u32 lane = thread_index() % 32, warp = thread_index() / 32, channels = num_kv_heads * HEAD_DIM;
     u32 number = block_index() * WARPS + warp, sequence = number / tokens, token = number % tokens;
     if (number >= batch * tokens) return;
-    u32* bins = (u32*)(shared_memory() + warp * (channels * 2 + 4096));
-    u16* keys = (u16*)(bins + 1024);
-    KVQ_UNROLL_4 for (u32 i = lane; i < 1024; i += 32) bins[i] = 0;
-    u32 lane_least = 0xffff, lane_greatest = 0;
+    u32* words = (u32*)(shared_memory() + warp * (channels * 2 + 4096));
+    Scratch scratch{words, (u16*)(words + 1024)};
+    u32 least = ~0u, greatest = 0;  // of this lane
+    const u16* row = value + ((u64)sequence * num_kv_heads * tokens + token) * HEAD_DIM;
     KVQ_UNROLL_4 for (u32 i = lane; i < channels / 2; i += 32) {
         u32 head = 2 * i / HEAD_DIM, at = 2 * i % HEAD_DIM;
-        u64 row = ((u64)sequence * num_kv_heads + head) * tokens + token;
-        u32 pair = *(const u32*)(value + row * HEAD_DIM + at);
+        u32 pair = *(const u32*)(row + (u64)head * tokens * HEAD_DIM + at);
         u32 low = order_key((u16)pair), high = order_key((u16)(pair >> 16));
-        ((u32*)keys)[i] = low | high << 16;
-        lane_least = smaller(lane_least, smaller(low, high));
-        lane_greatest = larger(lane_greatest, larger(low, high));
+        ((u32*)scratch.keys)[i] = low | high << 16;
+        u32 first = item_of(low, 2 * i), second = item_of(high, 2 * i + 1);
+        least = smaller(least, smaller(first, second));
+        greatest = larger(greatest, larger(first, second));
     }
     sync_warp();
-    u32 least = 0, greatest = 0xffff, least_tie = 0, greatest_tie = ~0u;  // of the exact elements
-    bool has_exact = per_tail != 0;
-    if (has_exact) {
-        // 32 elements, the least of each lane, lie at or below the greatest of them: few elements
-        // can be among the `per_tail` least, and likewise at the other end.
-        KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) {
-            lane_least = larger(lane_least, exchange(lane_least, mask));
-            lane_greatest = smaller(lane_greatest, exchange(lane_greatest, mask));
+    u32 page = page_table[sequence * max_pages + token / 128];
+    u32* count = counts + ((u64)page * num_kv_heads * 2 + token / 64 % 2) * 2 + 1;
+    Found found{NO_CUTS, Cuts{least_of_warp(least), greatest_of_warp(greatest)}, {0, 0}};
+    bool few = per_tail &&
+               few_candidates(scratch, channels, per_tail, lane, least, greatest, found);
+    if (few) {
+        KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
+            for (u32 i = lane; i < found.listed[tail]; i += 32) {
+                u32 item = scratch.words[tail * LISTED + i];
+                if (item <= (tail ? ~found.cuts.high : found.cuts.low))
+                    add_global(count + ((tail ? ~item : item) & 0xffff) / HEAD_DIM * 4, 1);
+            }
         }
-        u32 ceiling = per_tail > 32 ? 0xffff : lane_least,
-            floor = per_tail > 32 ? 0 : lane_greatest;
-        KVQ_UNROLL_4 for (u32 i = lane; i < channels; i += 32) {
-            u32 key = keys[i];
-            if (key <= ceiling) add_shared((int*)bins + (key >> 8), 1);
-            if (key >= floor) add_shared((int*)bins + 256 + (key >> 8), 1);
+    } else if (per_tail) {
+        found.cuts = rank_all(scratch, channels, per_tail, lane);
+        u32 low = ~0u, high = 0;
+        for (u32 i = lane; i < channels; i += 32) {
+            u32 item = item_of(scratch.keys[i], i);
+            if (is_cut(found.cuts, item)) {
+                add_global(count + i / HEAD_DIM * 4, 1);
+            } else {
+                low = smaller(low, item), high = larger(high, item);
+            }
         }
-        sync_warp();
-        u32 low_left = per_tail, high_left = per_tail;
-        u32 low_bin = rank_bin<false>(bins, lane, low_left);
-        u32 high_bin = rank_bin<true>(bins + 256, lane, high_left);
-        KVQ_UNROLL_4 for (u32 i = lane; i < channels; i += 32) {
-            u32 key = keys[i];
-            if (key >> 8 == low_bin) add_shared((int*)bins + 512 + (key & 255), 1);
-            if (key >> 8 == high_bin) add_shared((int*)bins + 768 + (key & 255), 1);
-        }
-        sync_warp();
-        u32 low = rank_bin<false>(bins + 512, lane, low_left);
-        u32 high = rank_bin<true>(bins + 768, lane, high_left);
-        least = low_bin << 8 | low, greatest = high_bin << 8 | high;
-        least_tie = bins[512 + low] == low_left
-                        ? 0xffff
-                        : tie_channel<false>(keys, channels, lane, least, low_left);
-        greatest_tie = bins[768 + high] == high_left
-                           ? 0
-                           : tie_channel<true>(keys, channels, lane, greatest, high_left);
-    }
-    u16 cut[4] = {(u16)least, (u16)least_tie, (u16)greatest, (u16)greatest_tie};
-    u32 low = 0xffff, high = 0;
-    KVQ_UNROLL_4 for (u32 i = lane; i < channels; i += 32) {
-        u32 key = keys[i];
-        if (has_exact && is_cut(cut, key, i)) {
-            u32 slab = token / 64, page = page_table[sequence * max_pages + slab / 2];
-            add_global(counts + ((page * num_kv_heads + i / HEAD_DIM) * 2 + slab % 2) * 2 + 1, 1);
-        } else {
-            low = smaller(low, key), high = larger(high, key);
-        }
-    }
-    KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) {
-        low = smaller(low, exchange(low, mask));
-        high = larger(high, exchange(high, mask));
+        found.rest = Cuts{least_of_warp(low), greatest_of_warp(high)};
     }
     if (lane != 0) return;
-    u32 page = page_table[sequence * max_pages + token / 128];
-    ranges[page * 128 + token % 128] = range_of(low, high);
-    for (u32 i = 0; i < 4; i++) cuts[(u64)number * 4 + i] = cut[i];
+    ranges[page * 128 + token % 128] = range_of(found.rest.low >> 16, found.rest.high >> 16);
+    cuts[number] = found.cuts;
 }
 
 // Grid: (sequence, KV head, slab). A warp writes one step of the keys and one of the values.
@@ -126,12 +191,13 @@ KERNEL(STEPS * 32)
 pack_slabs(const u16* key, const u16* value, const int* page_table, const float* lower,
            const float* upper, const float* offset, const float* inverse, const float* key_middles,
            const float* value_middles, const u16* order, const float* turns, const u16* levels,
-           const u16* key_levels, const u32* ranges, const u16* cuts, const u32* index, u8* slabs,
+           const u16* key_levels, const u32* ranges, const Cuts* cuts, const u32* index, u8* slabs,
            u32* outlier_words, u32 num_kv_heads, u32 tokens, u32 max_pages) {
     u16* staged = (u16*)shared_memory();
     u16* staged_value = staged + 64 * ROW;
     float* middles = (float*)(staged_value + 64 * ROW);  // of keys, of values
-    u32* counts = (u32*)(middles + 32);
+    ValueRow* rows = (ValueRow*)(middles + 32);
+    u32* counts = (u32*)(rows + 64);
     u32* cursors = counts + STEPS;  // where each lane's outliers of values go
     for (u32 i = thread_index(); i < 32; i += STEPS * 32) {
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
@@ -145,11 +211,14 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     Decode decode{levels, key_levels, (const u32*)key_levels};
     stage(key, place, num_kv_heads, tokens, staged);
     stage(value, place, num_kv_heads, tokens, staged_value);
-    sync_block();
     u32 parity = place.slab % 2;
+    for (u32 i = thread_index(); i < place.tokens; i += STEPS * 32) {
+        u32 range = ranges[place.page * 128 + parity * 64 + i];
+        rows[i] = ValueRow{range, inverse_scale(range),
+                           cuts[(u64)place.sequence * tokens + place.slab * 64 + i]};
+    }
+    sync_block();
     u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + parity;
-    const u32* range = ranges + place.page * 128 + parity * 64;
-    const u16* cut = cuts + ((u64)place.sequence * tokens + place.slab * 64) * 4;
     u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
     u32 key_flags = 0, value_flags = 0, tiles[4] = {0, 0, 0, 0};
     KeyChannel channels[2][2];
@@ -176,12 +245,12 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
         KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
             u32 e = n % 2, i = n / 2 * 4 + e, token = t * 16 + n / 2 * 8 + lane % 4 * 2 + e;
             if (token >= place.tokens) continue;
-            float inverse = inverse_scale(range[token]);
+            ValueRow row = rows[token];
             KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
                 u32 at = 16 * step + 8 * upper + lane / 4;
                 Element found =
-                    value_element(middles + 16, staged_value[token * ROW + at], range[token],
-                                  inverse, cut + 4 * token, head_channel + at);
+                    value_element(middles + 16, staged_value[token * ROW + at], row,
+                                  head_channel + at);
                 word |= found.code << 4 * (i + 2 * upper);
                 value_flags |= (u32)found.is_outlier << (8 * t + i + 2 * upper);
             }
@@ -240,10 +309,10 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
         u32 token, at, n = lowest_bit(left);
         value_place(n, step, lane, token, at);
         Element found =
-            value_element(middles + 16, staged_value[token * ROW + at], range[token],
-                          inverse_scale(range[token]), cut + 4 * token, head_channel + at);
+            value_element(middles + 16, staged_value[token * ROW + at], rows[token],
+                          head_channel + at);
         u32 slot = take_shared(cursors + at % 32, 1);
-        words[slot] = delta_word(found.state, value_dense(decode, range[token], found.code),
+        words[slot] = delta_word(found.state, value_dense(decode, rows[token].range, found.code),
                                  at << 8 | token << 2);
     }
 }

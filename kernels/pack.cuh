@@ -99,6 +99,14 @@ DEVICE Element key_element(const KeyChannel& channel, float x) {
                    OUTLIERS && (x < channel.lower || x > channel.upper)};
 }
 
+// a / b from 1 / b, rounded as IEEE division is: the second correction is Markstein's, of a quotient
+// that the first one has brought within a unit of the last place.
+DEVICE float divide(float a, float b, float inverse) {
+    float quotient = mul_exact(a, inverse);
+    quotient = fma_exact(fma_exact(-b, quotient, a), inverse, quotient);
+    return fma_exact(fma_exact(-b, quotient, a), inverse, quotient);
+}
+
 struct alignas(8) Turn {
     float cosine, sine;
 };
@@ -114,7 +122,8 @@ DEVICE void key_pair(const KeyCode& code, const KeyChannel (&channels)[2], const
             add_exact(mul_exact(turn.cosine, turn.cosine), mul_exact(turn.sine, turn.sine));
         float low = add_exact(mul_exact(x, turn.cosine), mul_exact(y, turn.sine));
         float high = add_exact(mul_exact(y, turn.cosine), -mul_exact(x, turn.sine));
-        x = div_exact(low, norm), y = div_exact(high, norm);
+        float inverse = reciprocal_exact(norm);
+        x = divide(low, norm, inverse), y = divide(high, norm, inverse);
     }
     found[0] = key_element(channels[0], x), found[1] = key_element(channels[1], y);
 }
@@ -138,9 +147,20 @@ DEVICE u16 key_bits(u32 key) {
     return (u16)(key & 0x8000 ? key ^ 0x8000 : 0xffff ^ key);
 }
 
-DEVICE bool is_cut(const u16* cuts, u32 key, u32 channel) {
-    return key < cuts[0] || (key == cuts[0] && channel <= cuts[1]) || key > cuts[2] ||
-           (key == cuts[2] && channel >= cuts[3]);
+// A value in the order of outliers: by size, then by channel. The `per_tail` least items and the
+// greatest are outliers.
+DEVICE u32 item_of(u32 key, u32 channel) {
+    return key << 16 | channel;
+}
+
+// The greatest of the least items that are outliers, and the least of the greatest.
+struct alignas(8) Cuts {
+    u32 low, high;
+};
+constexpr Cuts NO_CUTS{0, ~0u};  // finite values lie between
+
+DEVICE bool is_cut(const Cuts& cuts, u32 item) {
+    return item <= cuts.low || item >= cuts.high;
 }
 
 DEVICE float inverse_scale(u32 range) {
@@ -148,11 +168,17 @@ DEVICE float inverse_scale(u32 range) {
     return scale > 0.0f ? div_exact(1.0f, scale) : 0.0f;
 }
 
-DEVICE Element value_element(const float* middles, u16 bits, u32 range, float inverse,
-                             const u16* cuts, u32 channel) {
-    float state = state_value(bits), u = mul_exact(add_exact(state, -h2_high(range)), inverse);
+// What encoding a token's values takes.
+struct alignas(16) ValueRow {
+    u32 range;
+    float inverse;
+    Cuts cuts;
+};
+
+DEVICE Element value_element(const float* middles, u16 bits, const ValueRow& row, u32 channel) {
+    float state = state_value(bits), u = mul_exact(add_exact(state, -h2_high(row.range)), row.inverse);
     return Element{state, nearest<VALUE_BITS>(u, middles),
-                   OUTLIERS && is_cut(cuts, order_key(bits), channel)};
+                   OUTLIERS && is_cut(row.cuts, item_of(order_key(bits), channel))};
 }
 
 // Within what a half can say.

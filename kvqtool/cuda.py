@@ -142,10 +142,21 @@ def run_on_gpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[
     function = load_kernel(kernel, shape[2], device.index)
     import cupy
 
-    stream = torch.cuda.current_stream(device)
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+    stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(device).cuda_stream))
+    with cupy.cuda.Device(device.index), stream:
         passed = tuple(_passed(argument) for argument in arguments)
         function((shape[0],), (shape[1],), passed, shared_mem=shape[2])
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A stream of torch's by the CUDA stream protocol, which CuPy takes."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the protocol's version and the stream."""
+        return 0, self.pointer
 
 
 def _passed(argument: Argument) -> np.generic:

@@ -121,7 +121,7 @@ def pack(
     table = torch.arange(blocks * batch, dtype=torch.int32, device=device)
     table = table.view(blocks, batch).T.contiguous()
     ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
-    cuts = torch.empty(batch, tokens, 4, dtype=torch.int16, device=device)
+    cuts = torch.empty(batch, tokens, 2, dtype=torch.int32, device=device)
     counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
     kernels, grids = pack_kernels(variant), _grids(key.shape, variant)
     shape: list[Argument] = [heads, tokens, blocks]
@@ -191,12 +191,12 @@ def _grids(shape: torch.Size, variant: Variant) -> dict[str, tuple[int, int, int
     values and counts.
     """
     batch, heads, tokens, head_dim = shape
-    staged = SLAB_TOKENS * (head_dim + 8) * 2
+    rows = 2 * SLAB_TOKENS * (head_dim + 8) * 2 + SLAB_TOKENS * 16  # states, what a token has
     slabs = batch * heads * -(-tokens // SLAB_TOKENS)
     values = -(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * heads * head_dim + 4096)
     return {
         "survey_values": values,
-        "slabs": (slabs, 32 * variant.steps, 2 * staged + 4 * (64 + variant.steps)),
+        "slabs": (slabs, 32 * variant.steps, rows + 4 * (64 + variant.steps)),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -14,6 +14,9 @@ from kvqtool.pages import folds_levels
 from kvqtool.spec import KvSpec
 
 SHARED_LIMIT: Final = 232_448  # what a block may have on compute capability 9.0
+# With up to 12 warps a thread has 168 registers, with up to 16 it has 128.
+FEW_WARPS: Final = 12
+MOST_WARPS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,7 @@ class Variant:
         softcap: scores are capped.
         bfloat16: query, output and exact tokens are bfloat16, not float16.
         most_warps: warps of a block where shared memory has room for them.
-        lut_keys: 3-bit keys are looked up in shared memory, in pairs, not picked from registers.
-        lut_values: 3-bit values in pairs, 2-bit values four at once, likewise.
-        unrolled: a slab's keys are straight code, not a loop.
+        value_table: values of 2 and 3 bits are looked up in shared memory, not in registers.
     """
 
     head_dim: int
@@ -45,10 +46,8 @@ class Variant:
     group: int
     softcap: bool = False
     bfloat16: bool = False
-    most_warps: int = 16
-    lut_keys: bool = False
-    lut_values: bool = False
-    unrolled: bool = False
+    most_warps: int = MOST_WARPS
+    value_table: bool = True
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -90,7 +89,7 @@ class Variant:
     def warps(self) -> int:
         """Warps of a block: as many as shared memory has room for."""
         room = SHARED_LIMIT - self._common_bytes - 64
-        by_registers = 12 if self.head_dim == 256 else 16
+        by_registers = FEW_WARPS if self.head_dim == 256 else MOST_WARPS
         return min(self.most_warps, by_registers, room // self._corner_bytes)
 
     @property
@@ -114,9 +113,7 @@ class Variant:
             ("WARPS", self.warps),
             ("DEPTH", self.depth),
             ("SHARED_BYTES", self.shared_bytes),
-            ("LUT_KEYS", int(self.lut_keys)),
-            ("LUT_VALUES", int(self.lut_values)),
-            ("UNROLLED", int(self.unrolled)),
+            ("VALUE_TABLE", int(self.value_table)),
         )
 
     @property
@@ -132,20 +129,15 @@ class Variant:
         return key, value
 
     @property
-    def _tables(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
-        """Bits of keys and values that shared tables may serve, and whether they shall."""
-        key_bits = 0 if self.channel_levels else self.key_bits
-        return (key_bits, self.lut_keys), (self.value_bits, self.lut_values)
-
-    @property
     def _common_bytes(self) -> int:
-        pairs = [b == 4 or (b == 3 and lut) for b, lut in self._tables]
+        has_pairs = self.value_bits == 4 or (self.value_bits == 3 and self.value_table)
+        has_pairs |= self.key_bits == 4 and not self.channel_levels
         rows = 256 if 4 in (self.key_bits, self.value_bits) else 128
         stride = 128 if self.channel_levels and self.key_bits == 4 else 256
-        lut = rows * stride if any(pairs) else 0
-        lut += 65_536 if self.value_bits == 2 and self.lut_values else 0
+        lut = rows * stride if has_pairs else 0
+        lut += 65_536 if self.value_bits == 2 and self.value_table else 0
         angles = 4096 * self.steps if self.rotated else 0
-        per_channel = {2: 8, 3: 128, 4: 512, 16: 0}[self.key_bits]
+        per_channel = {2: 8, 3: 256, 4: 512, 16: 0}[self.key_bits]
         head = self.head_dim * per_channel if self.channel_levels else 64 * self.steps
         query = self.group * self.head_dim * 4
         order = 6 * self.head_dim  # and frequencies
@@ -165,8 +157,11 @@ class Variant:
 def variant_of(
     spec: KvSpec, head_dim: int, group: int, *, softcap: bool = False, bfloat16: bool = False
 ) -> Variant:
-    """Return the variant of a scheme."""
-    return Variant(
+    """Return the variant of a scheme, with the settings that were fastest where they were tried
+    (docs/kernels.md): tables for values where they cost no warp, and registers rather than a few
+    warps more.
+    """
+    variant = Variant(
         head_dim,
         spec.key.bits,
         spec.value.bits,
@@ -177,6 +172,9 @@ def variant_of(
         softcap,
         bfloat16,
     )
+    plain = replace(variant, value_table=False)
+    chosen = variant if variant.warps == plain.warps else plain
+    return replace(chosen, most_warps=FEW_WARPS) if chosen.warps < MOST_WARPS else chosen
 
 
 def groups_of(num_heads: int, num_kv_heads: int) -> int:

@@ -166,6 +166,14 @@ inline u32 sum_below(u32 value, u32 distance) {
     u32* all = shim::gather(value);
     return shim::lane() < distance ? value : all[shim::lane() - distance];
 }
+inline u32 least_of_warp(u32 value) {
+    u32 *all = shim::gather(value), least = all[0];
+    for (u32 i = 1; i < 32; i++) least = all[i] < least ? all[i] : least;
+    return least;
+}
+inline u32 greatest_of_warp(u32 value) {
+    return ~least_of_warp(~value);
+}
 inline u32 count_bits(u32 value) {
     return __builtin_popcount(value);
 }
@@ -180,6 +188,12 @@ inline float add_exact(float a, float b) {
 }
 inline float div_exact(float a, float b) {
     return a / b;
+}
+inline float fma_exact(float a, float b, float c) {
+    return std::fmaf(a, b, c);
+}
+inline float reciprocal_exact(float a) {
+    return 1.0f / a;
 }
 inline u32 pick_bytes(u32 low, u32 high, u32 selector) {
     u64 bytes = (u64)high << 32 | low;
