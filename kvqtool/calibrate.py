@@ -97,7 +97,7 @@ def observe(
     losses = LossCollector(specs, ranges, heads)
     journal = Journal(
         partial,
-        _fingerprint(loaded, windows, specs) | describe_run(loaded, windows, seed),
+        fingerprint(loaded, windows, specs, seed),
         {"ranges": ranges, "losses": losses},
     )
     with loaded.ranks.together():
@@ -162,14 +162,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def _fingerprint(loaded: LoadedModel, windows: Windows, specs: Sequence[KvSpec]) -> dict[str, Any]:
-    """Return what statistics depend on beside `describe_run`, as it comes back from a file."""
-    return {
+def fingerprint(
+    loaded: LoadedModel, windows: Windows, specs: Sequence[KvSpec], seed: int
+) -> dict[str, Any]:
+    """Return all that statistics depend on, as it comes back from a file."""
+    return describe_run(loaded, windows, seed) | {
         "model": loaded.identity.as_json(),
         "specs": [str(spec) for spec in specs],
-        "windows_sha256": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+        "windows_sha256": digest(windows),
         "process": f"{loaded.ranks.rank} of {loaded.ranks.world_size}",
     }
+
+
+def digest(windows: Windows) -> str:
+    """Return the SHA-256 of windows' tokens."""
+    return hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()
 
 
 def _layer_devices(loaded: LoadedModel) -> dict[int, torch.device]:
@@ -202,6 +209,7 @@ def _feed(
             progress(phase, number, len(share))
             run.run(windows.ids[share[number]])
             journal.step(name)
+        journal.finish()
     progress(phase, len(share), len(share))
     collector.merge(loaded.ranks)
 

@@ -13,16 +13,17 @@ from typing import Any, Final
 
 from kvqtool.allocate import Place, Specs, allocate, options, variants
 from kvqtool.bundle import Bundle
-from kvqtool.calibrate import describe_run, ground_of, observe
+from kvqtool.calibrate import describe_run, digest, fingerprint, ground_of, observe
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
 from kvqtool.fit import Fitter
 from kvqtool.models import LoadedModel
 from kvqtool.partial import Partial
-from kvqtool.perplexity import PplResult, evaluate
+from kvqtool.perplexity import evaluate
 from kvqtool.progress import Progress, silent
 from kvqtool.side import METHOD_BITS
 from kvqtool.spec import SIDES, KvSpec
+from kvqtool.trials import Measured, TrialJournal
 
 # A limit on loss is aimed at with this much to spare, for text that was not measured.
 MARGIN: Final = 0.12
@@ -91,16 +92,21 @@ def spend(
             limit.
         seed: what the windows were drawn with, for the record.
         progress: told of every window and every measurement.
-        partial: where to keep the statistics in the meantime, as in `calibrate`.
+        partial: where to keep statistics and measurements in the meantime, as in `calibrate`.
+            Measurements of another limit are taken up too: they hold for any.
 
     Raises:
+        BundleError: when `partial` is of another run.
         InputError: when the scheme cannot be allocated, or the limit cannot be kept.
     """
     mixed, budget = replace(goal[0], mixed=True, target_bits=None), goal[1]
-    fitter = observe(
-        loaded, texts[0], variants(mixed), seed=seed, progress=progress, partial=partial
-    )
-    search = _Search(loaded, texts, (replace(mixed, mixed=False), budget), fitter, progress)
+    kept = partial and replace(partial, at_end=True)
+    seen = variants(mixed)
+    fitter = observe(loaded, texts[0], seen, seed=seed, progress=progress, partial=kept)
+    run = fingerprint(loaded, texts[0], seen, seed) | {"held_out_sha256": digest(texts[1])}
+    journal = TrialJournal(kept, run, loaded.ranks)
+    goal = replace(mixed, mixed=False), budget
+    search = _Search(loaded, texts, goal, (fitter, journal), progress)
     search.prepare()
     chosen = search.by_bits() if budget.target_bits is not None else search.by_loss()
     progress("measuring schemes", len(search.trials), len(search.trials))
@@ -116,10 +122,11 @@ class _Search:
         loaded: LoadedModel,
         texts: tuple[Windows, Windows],
         goal: tuple[KvSpec, Budget],
-        fitter: Fitter,
+        known: tuple[Fitter, TrialJournal],
         progress: Progress,
     ) -> None:
-        self.loaded, self.texts, self.fitter, self.progress = loaded, texts, fitter, progress
+        self.loaded, self.texts, self.progress = loaded, texts, progress
+        self.fitter, self.journal = known
         self.scheme, self.budget = goal
         self.trials: list[Trial] = []
         self._factors: dict[tuple[str, int], float] = {
@@ -240,13 +247,20 @@ class _Search:
                 return trial
         return self._note(kind, specs, self._run(specs))
 
-    def _run(self, specs: Specs) -> PplResult:
+    def _run(self, specs: Specs) -> Measured:
         self.progress("measuring schemes", len(self.trials), MEASUREMENTS)
+        known = self.journal.find(specs)
+        if known:
+            return known
         bundle = self.bundle(specs, {"calibrated": True})
-        (result,) = evaluate(self.loaded, self.texts[1], [bundle])
+        (found,) = evaluate(self.loaded, self.texts[1], [bundle])
+        result = Measured(
+            found.kld_mean, found.ppl_ratio, found.ppl_ratio_stderr, found.cache_bytes
+        )
+        self.journal.add(specs, result)
         return result
 
-    def _note(self, kind: str, specs: Specs, result: PplResult) -> Trial:
+    def _note(self, kind: str, specs: Specs, result: Measured) -> Trial:
         bits = self.ground.bits(specs)
         trial = Trial(kind, bits, result.kld_mean, result.ppl_ratio, result.ppl_ratio_stderr, specs)
         self.trials.append(trial)

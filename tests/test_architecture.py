@@ -76,6 +76,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "collect",
         "fit",
         "partial",
+        "trials",
         "calibrate",
         "perplexity",
         "allocate",
