@@ -176,6 +176,8 @@ class _Search:
         self._bisect(low, high)
         self._tuned(self._least().bits)
         self._bisect(max(self._least().bits - 0.5, low), self._least().bits)
+        for specs in self._uniform(self._least().bits)[:2]:
+            self._measure("uniform", specs)
         return self._least()
 
     def _least(self) -> Trial:
