@@ -20,6 +20,7 @@ from typing import Any
 
 from bench_quality import commit, machine
 
+from kvqtool.budget import Budget
 from kvqtool.bundle import Bundle
 from kvqtool.calibrate import calibrate
 from kvqtool.data import Windows, calibration_windows, evaluation_windows, load_text
@@ -27,7 +28,7 @@ from kvqtool.files import atomic_output, check_output
 from kvqtool.models import LoadedModel, load_model
 from kvqtool.partial import Partial
 from kvqtool.perplexity import evaluate
-from kvqtool.search import Budget, spend
+from kvqtool.search import spend
 from kvqtool.spec import DEFAULT_SPEC, parse_spec
 
 # As `kvqtool calibrate` draws them.

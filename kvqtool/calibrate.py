@@ -62,8 +62,20 @@ def calibrate(
         InputError: when the model or its shapes do not fit a spec.
         RunError: when activations are not finite.
     """
-    seen = [each for spec in specs for each in (variants(spec) if spec.mixed else [spec])]
-    fitter = observe(loaded, windows, seen, seed=seed, progress=progress, partial=partial)
+    fitter = observe(loaded, windows, specs, seed=seed, progress=progress, partial=partial)
+    return fit(loaded, windows, specs, fitter, seed=seed, progress=progress)
+
+
+def fit(
+    loaded: LoadedModel,
+    windows: Windows,
+    specs: Sequence[KvSpec],
+    fitter: Fitter,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Bundle]:
+    """Do the rest of `calibrate` with what `observe` has returned for the specs."""
     provenance, identity = describe_run(loaded, windows, seed), loaded.identity.as_json()
     bundles = []
     for number, spec in enumerate(specs):
@@ -88,13 +100,14 @@ def observe(
     partial: Partial | None = None,
 ) -> Fitter:
     """Run both passes over the text, and return what fits the codebooks of any of the specs, at any
-    width; see `calibrate`.
+    width; of a mixed one, also at any of its outlier shares. See `calibrate`.
     """
-    for spec in specs:
+    seen = _forms(specs)
+    for spec in seen:
         _check_shapes(spec, loaded.seam)
-    ranges = RangeCollector(specs)
+    ranges = RangeCollector(seen)
     heads = {layer.index: layer.geometry.num_kv_heads for layer in loaded.seam.packed}
-    losses = LossCollector(specs, ranges, heads)
+    losses = LossCollector(seen, ranges, heads)
     journal = Journal(
         partial,
         fingerprint(loaded, windows, specs, seed),
@@ -168,10 +181,15 @@ def fingerprint(
     """Return all that statistics depend on, as it comes back from a file."""
     return describe_run(loaded, windows, seed) | {
         "model": loaded.identity.as_json(),
-        "specs": [str(spec) for spec in specs],
+        "specs": [str(spec) for spec in _forms(specs)],
         "windows_sha256": digest(windows),
         "process": f"{loaded.ranks.rank} of {loaded.ranks.world_size}",
     }
+
+
+def _forms(specs: Sequence[KvSpec]) -> list[KvSpec]:
+    """Return the specs, and for a mixed one all that it may choose from."""
+    return [each for spec in specs for each in (variants(spec) if spec.mixed else [spec])]
 
 
 def digest(windows: Windows) -> str:

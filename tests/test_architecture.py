@@ -77,6 +77,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fit",
         "partial",
         "trials",
+        "budget",
+        "findings",
         "calibrate",
         "perplexity",
         "allocate",
