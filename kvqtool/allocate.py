@@ -25,7 +25,8 @@ from kvqtool.spec import SIDES, KvSpec
 # third histogram of every key channel.
 _SHARES: Final = {"key": (0, 1), "value": (0, 1, 2)}
 # The widest codebooks that predictions are computed for: every bit beyond quarters the loss.
-_FITTED: Final = 4
+_FITTED_BITS: Final = 4
+FITTED: Final = 1 << _FITTED_BITS
 Specs = dict[int, KvSpec]
 Place = tuple[int, str]  # a layer, and its keys or its values
 
@@ -80,6 +81,14 @@ class Ground:
         """Return effective bits a number at the context, everything included."""
         return 8 * self.nbytes(specs) / self.elements
 
+    def uniform(self, widths: tuple[int, int]) -> Specs:
+        """Return the scheme for all layers, keys and values of some widths."""
+        key, value = (
+            replace(self.scheme.side(side), bits=bits)
+            for side, bits in zip(SIDES, widths, strict=True)
+        )
+        return dict.fromkeys(self.layers, replace(self.scheme, key=key, value=value))
+
     def side_bytes(self, quant: QuantSpec, place: Place) -> int:
         """Return the bytes of one side of one layer's packed body."""
         index, side = place
@@ -122,16 +131,27 @@ def options(ground: Ground, fitter: Fitter, positions: int) -> dict[Place, list[
     ]
     losses = fitter.predict(
         [(ground.scheme.with_side(place[1], quant), place[1], place[0]) for place, quant in jobs],
-        1 << _FITTED,
+        FITTED,
     )
     found: dict[Place, list[Option]] = {place: [] for place, _ in jobs}
     for (place, quant), by_levels in zip(jobs, losses, strict=True):
         for bits in METHOD_BITS[quant.method]:
             form = replace(quant, bits=bits)
-            known = min(bits, _FITTED)
-            loss = by_levels[(1 << known) - 1] / 4.0 ** (bits - known) / (2 * positions)
+            loss = loss_of(by_levels, bits, positions)
             found[place].append(Option(form, ground.side_bytes(form, place), loss))
     return {place: _worthwhile(each) for place, each in found.items()}
+
+
+def loss_of(errors: Sequence[float], bits: int, positions: int) -> float:
+    """Return the predicted loss of a width in nats a position.
+
+    Args:
+        errors: by number of levels, as `Fitter.predict` returns them for FITTED levels.
+        bits: of a code.
+        positions: tokens that calibration saw.
+    """
+    known = min(bits, _FITTED_BITS)
+    return errors[(1 << known) - 1] / 4.0 ** (bits - known) / (2 * positions)
 
 
 def allocate(

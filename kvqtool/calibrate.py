@@ -62,8 +62,20 @@ def calibrate(
         InputError: when the model or its shapes do not fit a spec.
         RunError: when activations are not finite.
     """
-    seen = [each for spec in specs for each in (variants(spec) if spec.mixed else [spec])]
-    fitter = observe(loaded, windows, seen, seed=seed, progress=progress, partial=partial)
+    fitter = observe(loaded, windows, specs, seed=seed, progress=progress, partial=partial)
+    return fit(loaded, windows, specs, fitter, seed=seed, progress=progress)
+
+
+def fit(
+    loaded: LoadedModel,
+    windows: Windows,
+    specs: Sequence[KvSpec],
+    fitter: Fitter,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Bundle]:
+    """Do the rest of `calibrate` with what `observe` has returned for the specs."""
     provenance, identity = describe_run(loaded, windows, seed), loaded.identity.as_json()
     bundles = []
     for number, spec in enumerate(specs):
@@ -88,16 +100,17 @@ def observe(
     partial: Partial | None = None,
 ) -> Fitter:
     """Run both passes over the text, and return what fits the codebooks of any of the specs, at any
-    width; see `calibrate`.
+    width; of a mixed one, also at any of its outlier shares. See `calibrate`.
     """
-    for spec in specs:
+    seen = _forms(specs)
+    for spec in seen:
         _check_shapes(spec, loaded.seam)
-    ranges = RangeCollector(specs)
+    ranges = RangeCollector(seen)
     heads = {layer.index: layer.geometry.num_kv_heads for layer in loaded.seam.packed}
-    losses = LossCollector(specs, ranges, heads)
+    losses = LossCollector(seen, ranges, heads)
     journal = Journal(
         partial,
-        _fingerprint(loaded, windows, specs) | describe_run(loaded, windows, seed),
+        fingerprint(loaded, windows, specs, seed),
         {"ranges": ranges, "losses": losses},
     )
     with loaded.ranks.together():
@@ -162,14 +175,26 @@ def versions() -> dict[str, str]:
     }
 
 
-def _fingerprint(loaded: LoadedModel, windows: Windows, specs: Sequence[KvSpec]) -> dict[str, Any]:
-    """Return what statistics depend on beside `describe_run`, as it comes back from a file."""
-    return {
+def fingerprint(
+    loaded: LoadedModel, windows: Windows, specs: Sequence[KvSpec], seed: int
+) -> dict[str, Any]:
+    """Return all that statistics depend on, as it comes back from a file."""
+    return describe_run(loaded, windows, seed) | {
         "model": loaded.identity.as_json(),
-        "specs": [str(spec) for spec in specs],
-        "windows_sha256": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+        "specs": [str(spec) for spec in _forms(specs)],
+        "windows_sha256": digest(windows),
         "process": f"{loaded.ranks.rank} of {loaded.ranks.world_size}",
     }
+
+
+def _forms(specs: Sequence[KvSpec]) -> list[KvSpec]:
+    """Return the specs, and for a mixed one all that it may choose from."""
+    return [each for spec in specs for each in (variants(spec) if spec.mixed else [spec])]
+
+
+def digest(windows: Windows) -> str:
+    """Return the SHA-256 of windows' tokens."""
+    return hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()
 
 
 def _layer_devices(loaded: LoadedModel) -> dict[int, torch.device]:
@@ -202,6 +227,7 @@ def _feed(
             progress(phase, number, len(share))
             run.run(windows.ids[share[number]])
             journal.step(name)
+        journal.finish()
     progress(phase, len(share), len(share))
     collector.merge(loaded.ranks)
 

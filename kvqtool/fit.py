@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvqtool.codebook import Codebook, least_errors
+from kvqtool.codebook import Codebook, FloatArray, least_errors
 from kvqtool.collect import LossCollector, RangeCollector, View, view_of
 from kvqtool.methods import get_method
 from kvqtool.spec import SIDES, KvSpec
@@ -52,6 +52,15 @@ class Fitter:
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(lambda one: self._predict(one, most), wanted))
+
+    def counts(self, spec: KvSpec, side: str, layer: int, bins: int) -> FloatArray:
+        """Return how many normalised values of one side of a layer calibration counted in equal
+        bins over [-1, 1], all channels together, (bins,); outliers are left out.
+        """
+        histogram = self._losses.histogram(spec, side, layer)
+        assert histogram is not None, "only fitted levels have a histogram"
+        counted: FloatArray = histogram.coarse(bins).counted()[1].sum(0)
+        return counted
 
     def _predict(self, wanted: tuple[KvSpec, str, int], most: int) -> Sequence[float]:
         spec, side, layer = wanted

@@ -20,6 +20,7 @@ from kvqtool.ranks import Ranks
 
 KIND: Final = "kvqtool-partial"
 VERSION: Final = 1
+_TRIALS: Final = ".trials.safetensors"
 _AFTER_OUTPUT: Final = re.compile(r"\.partial(?:-\d+-of-(\d+))?\.safetensors")
 
 
@@ -32,16 +33,24 @@ class Partial:
         resume: whether to go on from the file, if it is there.
         every_windows: windows after which it is written again.
         every_seconds: or seconds, whichever comes first.
+        at_end: whether it is written when a pass is done, too: what follows takes long.
     """
 
     path: Path
     resume: bool = False
     every_windows: int = 32
     every_seconds: float = 60.0
+    at_end: bool = False
+
+    @property
+    def trials_path(self) -> Path:
+        """Where a search keeps what it has measured."""
+        return self.path.with_name(self.path.name.removesuffix(".safetensors") + _TRIALS)
 
     def remove(self) -> None:
-        """Remove the file: what it was kept for is done."""
+        """Remove the files: what they were kept for is done."""
         self.path.unlink(missing_ok=True)
+        self.trials_path.unlink(missing_ok=True)
 
 
 def partial_path(output: Path, ranks: Ranks) -> Path:
@@ -96,13 +105,7 @@ class Journal:
             return
         path = self._partial.path
         metadata, tensors = load_container(path, KIND, VERSION)
-        for key in sorted(self._run.keys() | metadata["run"].keys()):
-            there, here = metadata["run"].get(key), self._run.get(key)
-            if there != here:
-                raise BundleError(
-                    f"{path} is of another calibration ({key}: {_short(there)} there, "
-                    f"{_short(here)} here); repeat that one, or start over without --resume"
-                )
+        check_run(path, metadata["run"], self._run)
         self.done = metadata["done"]
         for name, collector in self.collectors.items():
             states: dict[str, dict[str, Tensor]] = {}
@@ -123,6 +126,11 @@ class Journal:
         ):
             self._save(partial.path)
 
+    def finish(self) -> None:
+        """Write the file at the end of a pass, where that is wanted and it is not up to date."""
+        if self._partial is not None and self._partial.at_end and self._unsaved:
+            self._save(self._partial.path)
+
     def _save(self, path: Path) -> None:
         tensors = {
             f"{name}/{sketch}/{part}": tensor
@@ -133,6 +141,25 @@ class Journal:
         metadata = {"run": self._run, "done": self.done}
         save_container(path, KIND, VERSION, (metadata, tensors), force=True)
         self._unsaved, self._saved_at = 0, time.monotonic()
+
+
+def check_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse what another run has left.
+
+    Args:
+        path: the file it was left in.
+        there: what that run's work depended on.
+        here: what this run's does.
+
+    Raises:
+        BundleError: naming the first difference, both values, and the remedy.
+    """
+    for key in sorted(here.keys() | there.keys()):
+        if there.get(key) != here.get(key):
+            raise BundleError(
+                f"{path} is of another calibration ({key}: {_short(there.get(key))} there, "
+                f"{_short(here.get(key))} here); repeat that one, or start over without --resume"
+            )
 
 
 def _short(value: Any) -> str:

@@ -8,69 +8,31 @@ bundles.
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Final
 
-from kvqtool.allocate import Place, Specs, allocate, options, variants
+from kvqtool.allocate import Place, Specs, allocate, options
+from kvqtool.budget import MARGIN, Budget, Trial
 from kvqtool.bundle import Bundle
-from kvqtool.calibrate import describe_run, ground_of, observe
+from kvqtool.calibrate import describe_run, digest, fingerprint, ground_of, observe
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
 from kvqtool.fit import Fitter
 from kvqtool.models import LoadedModel
 from kvqtool.partial import Partial
-from kvqtool.perplexity import PplResult, evaluate
+from kvqtool.perplexity import evaluate
 from kvqtool.progress import Progress, silent
 from kvqtool.side import METHOD_BITS
 from kvqtool.spec import SIDES, KvSpec
+from kvqtool.trials import Measured, TrialJournal
 
-# A limit on loss is aimed at with this much to spare, for text that was not measured.
-MARGIN: Final = 0.12
 # Keys may have this many more outliers on other text than on the held-out windows.
 _MORE_OUTLIERS: Final = 1.05
 _BISECTIONS: Final = 7
 _FACTORS: Final = (2.0, 0.5)
 _DEPTHS: Final = 3  # parts of the stack whose predictions are corrected apart
+_RECORDED: Final = (2, 3, 4)  # widths that uniform schemes are measured at, for the record
 MEASUREMENTS: Final = 40  # at most
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may be spent: one of the three limits.
-
-    Args:
-        target_bits: effective bits a number, never exceeded at the context.
-        max_kld: mean Kullback-Leibler divergence, nats.
-        max_ppl_ratio: perplexity over the exact one.
-        at_context: tokens that bits are counted at.
-    """
-
-    target_bits: float | None = None
-    max_kld: float | None = None
-    max_ppl_ratio: float | None = None
-    at_context: int = 8192
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One scheme that was measured on the held-out windows."""
-
-    kind: str
-    bits: float
-    kld_mean: float
-    ppl_ratio: float
-    ppl_ratio_stderr: float | None
-    specs: Specs
-
-    def excess(self, budget: Budget) -> float:
-        """Return by how much the loss exceeds a limit on it, margin included; 0 or less keeps
-        it.
-        """
-        if budget.max_kld is not None:
-            return self.kld_mean - (1 - MARGIN) * budget.max_kld
-        assert budget.max_ppl_ratio is not None
-        limit = 1 + (1 - MARGIN) * (budget.max_ppl_ratio - 1)
-        return self.ppl_ratio + 2 * (self.ppl_ratio_stderr or 0.0) - limit
 
 
 def spend(
@@ -91,21 +53,63 @@ def spend(
             limit.
         seed: what the windows were drawn with, for the record.
         progress: told of every window and every measurement.
-        partial: where to keep the statistics in the meantime, as in `calibrate`.
+        partial: where to keep statistics and measurements in the meantime, as in `calibrate`.
+            Measurements of another limit are taken up too: they hold for any.
 
     Raises:
+        BundleError: when `partial` is of another run.
         InputError: when the scheme cannot be allocated, or the limit cannot be kept.
     """
+    fitter = observe_for(loaded, texts[0], goal[0], seed=seed, progress=progress, partial=partial)
+    return search(loaded, texts, goal, (fitter, partial), seed=seed, progress=progress)
+
+
+def observe_for(
+    loaded: LoadedModel,
+    windows: Windows,
+    scheme: KvSpec,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+    partial: Partial | None = None,
+) -> Fitter:
+    """Do the first half of `spend`: collect what every width and outlier share of a scheme is
+    fitted to, and keep it, for measuring takes long.
+    """
+    mixed = replace(scheme, mixed=True, target_bits=None)
+    kept = partial and replace(partial, at_end=True)
+    return observe(loaded, windows, [mixed], seed=seed, progress=progress, partial=kept)
+
+
+def search(
+    loaded: LoadedModel,
+    texts: tuple[Windows, Windows],
+    goal: tuple[KvSpec, Budget],
+    known: tuple[Fitter, Partial | None],
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Bundle:
+    """Do the second half of `spend`, with what `observe_for` has returned.
+
+    Args:
+        loaded: the model.
+        texts: as in `spend`.
+        goal: as in `spend`.
+        known: the fitter, and where measurements are kept.
+        seed: as in `spend`.
+        progress: told of every measurement.
+    """
     mixed, budget = replace(goal[0], mixed=True, target_bits=None), goal[1]
-    fitter = observe(
-        loaded, texts[0], variants(mixed), seed=seed, progress=progress, partial=partial
-    )
-    search = _Search(loaded, texts, (replace(mixed, mixed=False), budget), fitter, progress)
-    search.prepare()
-    chosen = search.by_bits() if budget.target_bits is not None else search.by_loss()
-    progress("measuring schemes", len(search.trials), len(search.trials))
-    provenance = describe_run(loaded, texts[0], seed) | {"allocation": search.record(chosen)}
-    return search.bundle(chosen.specs, provenance)
+    run = fingerprint(loaded, texts[0], [mixed], seed) | {"held_out_sha256": digest(texts[1])}
+    journal = TrialJournal(known[1], run, loaded.ranks)
+    aim = replace(mixed, mixed=False), budget
+    found = _Search(loaded, texts, aim, (known[0], journal), progress)
+    found.prepare()
+    chosen = found.by_bits() if budget.target_bits is not None else found.by_loss()
+    progress("measuring schemes", len(found.trials), len(found.trials))
+    provenance = describe_run(loaded, texts[0], seed) | {"allocation": found.record(chosen)}
+    return found.bundle(chosen.specs, provenance)
 
 
 class _Search:
@@ -116,10 +120,11 @@ class _Search:
         loaded: LoadedModel,
         texts: tuple[Windows, Windows],
         goal: tuple[KvSpec, Budget],
-        fitter: Fitter,
+        known: tuple[Fitter, TrialJournal],
         progress: Progress,
     ) -> None:
-        self.loaded, self.texts, self.fitter, self.progress = loaded, texts, fitter, progress
+        self.loaded, self.texts, self.progress = loaded, texts, progress
+        self.fitter, self.journal = known
         self.scheme, self.budget = goal
         self.trials: list[Trial] = []
         self._factors: dict[tuple[str, int], float] = {
@@ -143,17 +148,19 @@ class _Search:
         positions = self.texts[0].ids.numel()
         self.choices = options(self.ground, self.fitter, positions)
         self._note("scheme", whole, result)
+        for width in _RECORDED:
+            self._measure("uniform", self.ground.uniform((width, width)))
 
     def by_bits(self) -> Trial:
         """Return the best scheme within the bytes: allocated with corrected predictions, or
         uniform.
         """
-        assert self.budget.target_bits is not None
-        found = [self._tuned(self.budget.target_bits)]
-        found += [
-            self._measure("uniform", specs) for specs in self._uniform(self.budget.target_bits)[:2]
-        ]
-        return min(found, key=lambda trial: trial.kld_mean)
+        target = self.budget.target_bits
+        assert target is not None
+        self._tuned(target)
+        for specs in self._uniform(target)[:2]:
+            self._measure("uniform", specs)
+        return min((t for t in self.trials if t.bits <= target), key=lambda trial: trial.kld_mean)
 
     def by_loss(self) -> Trial:
         """Return the smallest scheme that keeps the limit on the loss."""
@@ -169,6 +176,8 @@ class _Search:
         self._bisect(low, high)
         self._tuned(self._least().bits)
         self._bisect(max(self._least().bits - 0.5, low), self._least().bits)
+        for specs in self._uniform(self._least().bits)[:2]:
+            self._measure("uniform", specs)
         return self._least()
 
     def _least(self) -> Trial:
@@ -224,12 +233,9 @@ class _Search:
     def _uniform(self, bits: float) -> list[Specs]:
         """Return the uniform schemes within the bytes, widest first, even ones before uneven."""
         found = []
-        for pair in itertools.product(METHOD_BITS["nuq"], repeat=2):
-            key, value = (
-                replace(self.scheme.side(side), bits=width)
-                for side, width in zip(SIDES, pair, strict=True)
-            )
-            specs = dict.fromkeys(self.ground.layers, replace(self.scheme, key=key, value=value))
+        widths = METHOD_BITS["nuq"]
+        for pair in itertools.product(widths, widths):
+            specs = self.ground.uniform(pair)
             if self.ground.bits(specs) <= bits:
                 found.append((sum(pair), min(pair), specs))
         return [specs for *_, specs in sorted(found, key=lambda one: one[:2], reverse=True)]
@@ -240,13 +246,20 @@ class _Search:
                 return trial
         return self._note(kind, specs, self._run(specs))
 
-    def _run(self, specs: Specs) -> PplResult:
+    def _run(self, specs: Specs) -> Measured:
         self.progress("measuring schemes", len(self.trials), MEASUREMENTS)
+        known = self.journal.find(specs)
+        if known:
+            return known
         bundle = self.bundle(specs, {"calibrated": True})
-        (result,) = evaluate(self.loaded, self.texts[1], [bundle])
+        (found,) = evaluate(self.loaded, self.texts[1], [bundle])
+        result = Measured(
+            found.kld_mean, found.ppl_ratio, found.ppl_ratio_stderr, found.cache_bytes
+        )
+        self.journal.add(specs, result)
         return result
 
-    def _note(self, kind: str, specs: Specs, result: PplResult) -> Trial:
+    def _note(self, kind: str, specs: Specs, result: Measured) -> Trial:
         bits = self.ground.bits(specs)
         trial = Trial(kind, bits, result.kld_mean, result.ppl_ratio, result.ppl_ratio_stderr, specs)
         self.trials.append(trial)

@@ -13,10 +13,12 @@ from kvqtool.cli import options as opt
 from kvqtool.cli.inputs import (
     Calibration,
     ModelChoice,
+    learn_bundle,
     make_bundle,
     refuse_shared_stdin,
 )
 from kvqtool.cli.output import Output, Table
+from kvqtool.cli.plot_bundle import Picture
 from kvqtool.cli.reports import note_layers
 from kvqtool.errors import InputError
 from kvqtool.files import check_output
@@ -25,6 +27,7 @@ from kvqtool.spec import DEFAULT_SPEC, KvSpec, parse_spec
 
 if TYPE_CHECKING:
     from kvqtool.bundle import Bundle
+    from kvqtool.fit import Fitter
     from kvqtool.models import LoadedModel
     from kvqtool.partial import Partial
 
@@ -71,6 +74,14 @@ def run(
     samples: opt.Samples = opt.SAMPLES,
     seq_len: opt.SeqLen = opt.SEQ_LEN,
     output: opt.RequiredOutput,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw codebooks, sensitivity and the frontier; needs pip install 'kvqtool[plot]'.",
+        ),
+    ] = None,
     force: opt.Force = False,
     resume: Annotated[
         bool,
@@ -99,6 +110,7 @@ def run(
     _refuse_several(limits)
     refuse_shared_stdin(dataset)
     check_output(output, force)
+    picture = None if plot is None else Picture(plot, scheme, force)
     out = Output(NAME, json=json, quiet=quiet)
     choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map)
     loaded = choice.load_shared(out)
@@ -107,14 +119,19 @@ def run(
 
     calibration = Calibration(dataset, samples, seq_len, seed, text_column)
     partial = _partial(output, resume, loaded.ranks, out)
+    fitter = None
     if any(limit is not None for limit in limits.values()):
         limit = target_bits, max_kld, max_ppl_ratio, at_context
-        bundle = _spend(loaded, scheme, limit, (calibration, partial), out)
+        bundle, fitter = _spend(loaded, scheme, limit, (calibration, partial), out)
+    elif scheme.needs_calibration:
+        bundle, fitter = learn_bundle(loaded, scheme, calibration, out, partial)
     else:
-        bundle = make_bundle(loaded, scheme, calibration, out, partial)
+        bundle = make_bundle(loaded, scheme, calibration, out)
     with loaded.ranks.together():
         if loaded.ranks.is_first:
             save_bundle(bundle, output, force=force)
+            if picture and fitter:
+                picture.draw(bundle, fitter)
     partial.remove()
     if not loaded.ranks.is_first:
         return
@@ -127,6 +144,8 @@ def run(
         "layers": layers,
     }
     note_layers(layers, out)
+    if plot is not None:
+        out.note(f"drew {plot}")
     path_line = Table((), [(str(output),)])
     out.result(spec=bundle.spec.name, model=model, result=result, table=path_line)
 
@@ -144,24 +163,21 @@ def _spend(
     limit: tuple[float | None, float | None, float | None, int],
     how: tuple[Calibration, Partial],
     out: Output,
-) -> Bundle:
-    """Calibrate a bundle that keeps a budget."""
-    from kvqtool.search import Budget, spend
+) -> tuple[Bundle, Fitter]:
+    """Calibrate a bundle that keeps a budget; also return what it was fitted with."""
+    from kvqtool.budget import Budget
+    from kvqtool.search import observe_for, search
 
     calibration, partial = how
-    windows = calibration.windows(loaded, out)
-    held_out = replace(calibration, samples=_HELD_OUT, seed=calibration.seed + _HELD_OUT_SEED)
+    windows, seed = calibration.windows(loaded, out), calibration.seed
+    held_out = replace(calibration, samples=_HELD_OUT, seed=seed + _HELD_OUT_SEED)
     texts = windows, held_out.windows(loaded, out)
+    goal = scheme, Budget(*limit)
     out.note(f"spending a budget on {scheme.name}, measured on {_HELD_OUT} more windows")
     with out.progress() as progress:
-        return spend(
-            loaded,
-            texts,
-            (scheme, Budget(*limit)),
-            seed=calibration.seed,
-            progress=progress,
-            partial=partial,
-        )
+        fitter = observe_for(loaded, windows, scheme, seed=seed, progress=progress, partial=partial)
+        known = fitter, partial
+        return search(loaded, texts, goal, known, seed=seed, progress=progress), fitter
 
 
 def _partial(output: Path, resume: bool, ranks: Ranks, out: Output) -> Partial:

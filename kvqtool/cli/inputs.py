@@ -14,6 +14,7 @@ from kvqtool.spec import DEFAULT_SPEC, KvSpec, parse_spec
 if TYPE_CHECKING:
     from kvqtool.bundle import Bundle
     from kvqtool.data import Windows
+    from kvqtool.fit import Fitter
     from kvqtool.models import LoadedModel
     from kvqtool.partial import Partial
 
@@ -128,21 +129,31 @@ def make_bundle(
     partial: Partial | None = None,
 ) -> Bundle:
     """Calibrate a spec on its text, or return a plain bundle for a spec that needs none."""
-    if not spec.needs_calibration:
-        from kvqtool.bundle import uncalibrated_bundle
+    if spec.needs_calibration:
+        return learn_bundle(loaded, spec, calibration, out, partial)[0]
+    from kvqtool.bundle import uncalibrated_bundle
 
-        packed = [layer.index for layer in loaded.seam.packed]
-        return uncalibrated_bundle(spec, loaded.identity.as_json(), packed)
-    from kvqtool.calibrate import calibrate
+    packed = [layer.index for layer in loaded.seam.packed]
+    return uncalibrated_bundle(spec, loaded.identity.as_json(), packed)
 
-    windows = calibration.windows(loaded, out)
+
+def learn_bundle(
+    loaded: LoadedModel,
+    spec: KvSpec,
+    calibration: Calibration,
+    out: Output,
+    partial: Partial | None = None,
+) -> tuple[Bundle, Fitter]:
+    """Calibrate a spec on its text; also return what it was fitted with."""
+    from kvqtool.calibrate import fit, observe
+
+    windows, seed = calibration.windows(loaded, out), calibration.seed
     count, seq_len = windows.ids.shape
     out.note(f"calibrating {spec.name} on {count} windows of {seq_len} from {windows.source.name}")
     with out.progress() as progress:
-        (bundle,) = calibrate(
-            loaded, windows, [spec], seed=calibration.seed, progress=progress, partial=partial
-        )
-    return bundle
+        fitter = observe(loaded, windows, [spec], seed=seed, progress=progress, partial=partial)
+        (bundle,) = fit(loaded, windows, [spec], fitter, seed=seed, progress=progress)
+    return bundle, fitter
 
 
 def refuse_shared_stdin(*datasets: str | None) -> None:

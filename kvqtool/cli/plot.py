@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvqtool.errors import InputError
-from kvqtool.files import atomic_output
+from kvqtool.cli.picture import new_figure, save_figure
 from kvqtool.load import Workload
 from kvqtool.memory import capacity
 from kvqtool.plan import MemoryPlan, make_load
@@ -37,7 +36,7 @@ def draw_plan(
     Raises:
         InputError: when matplotlib is missing or cannot write such a file.
     """
-    figure = _figure()
+    figure = new_figure(path, (8, 5), force=force)
     axes: Any = figure.add_subplot()
     shape, schemes, work = asked
     longest = max(row.context for row in rows)
@@ -61,22 +60,7 @@ def draw_plan(
     )
     axes.legend()
     axes.grid(alpha=0.3)
-    kind = path.suffix.removeprefix(".") or "png"
-    if kind not in figure.canvas.get_supported_filetypes():
-        known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
-        raise InputError(f"--plot {path}: {kind!r} is no picture; end it in one of: {known}")
-    with atomic_output(path, force=force) as part:
-        figure.savefig(part, format=kind, dpi=150)
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            "--plot needs matplotlib; install it: pip install 'kvqtool[plot]'"
-        ) from None
-    return Figure(figsize=(8, 5), layout="constrained")
+    save_figure(figure, path, force=force)
 
 
 def _lengths(longest: int) -> list[int]:

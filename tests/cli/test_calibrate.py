@@ -61,6 +61,61 @@ def test_a_spec_without_codebooks_needs_no_text(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "no budget was asked for, nothing was measured"),
+        (("--target-bits", 3.2), "chosen: 3."),
+        (("--spec", "nuq2-nofisher"), "calibrated without gradients"),
+    ],
+)
+def test_a_calibration_is_drawn(
+    run: Run, tmp_path: Path, options: tuple[object, ...], says: str
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    path = tmp_path / "b.svg"
+    done = run("calibrate", "builtin", *SMALL, *options, "-o", tmp_path / "b", "--plot", path)
+    assert done.exit_code == 0, done.stderr
+    assert f"drew {path}" in done.stderr
+    assert says in path.read_text()
+    assert {each.name for each in tmp_path.iterdir()} == {"b", "b.svg"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--plot", "b.txt"), "'txt' is no picture; end it in one of:"),
+        (("--plot", "b.png", "--spec", "int4"), "int4 has no fitted codebooks to draw; use a nuq"),
+        (("--plot", "none/b.png"), "output folder none is missing"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_work(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    says: str,
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    done = run("calibrate", "builtin", "-o", "b", *options)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert "sketching" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_needs_matplotlib_and_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run("calibrate", "builtin", "-o", tmp_path / "b", "--plot", tmp_path / "b.png")
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: --plot needs matplotlib; install it: pip install 'kvqtool[plot]'\n"
+    )
+
+
+@pytest.mark.parametrize(
     ("number", "code", "says"),
     [(signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "")],
 )
