@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,8 +13,10 @@ from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.errors import InputError
 from kvqtool.forward import layers_of
+from kvqtool.models import LoadedModel
 from kvqtool.probe import call_arguments, hooked, probe, rotary_tables
-from kvqtool.seam import Seam
+from kvqtool.read_path import READ_PATHS, Place, ReadPath, unreadable
+from kvqtool.seam import LayerSeam, Seam
 from kvqtool.spec import KvSpec
 
 if TYPE_CHECKING:
@@ -24,10 +26,25 @@ if TYPE_CHECKING:
 class Session:
     """A model whose attention layers feed compressed caches; made by `attach`."""
 
-    def __init__(self, model: PreTrainedModel, seam: Seam) -> None:
-        """Keep the model and what the probe learned of it."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        seam: Seam,
+        read_path: str = "materialise",
+        obstacle: str | None = None,
+    ) -> None:
+        """Keep the model and what the probe learned of it.
+
+        Args:
+            model: the model.
+            seam: its layers.
+            read_path: how caches shall be read, one of `READ_PATHS`.
+            obstacle: why kernels cannot attend for this model, or None where they can.
+        """
         self.model = model
         self.seam = seam
+        self.read_path = read_path
+        self.obstacle = obstacle
 
     def new_cache(self, bundle: Bundle, *, prefill: str = "exact") -> KvqCache:
         """Return an empty cache for one batch of sequences, to be passed as `past_key_values`.
@@ -47,12 +64,27 @@ class Session:
                 f"{bundle.spec} keeps a recent window; pass the spec to attach(model, "
                 "bundle) to use it"
             )
-        return KvqCache(self.seam, bundle, self.model.config, prefill)
+        paths = {
+            layer.index: ReadPath(layer.index, self.read_path, self.unfused(layer, bundle))
+            for layer in self.seam.packed
+        }
+        return KvqCache(self.seam, bundle, self.model.config, prefill, paths)
+
+    def unfused(self, layer: LayerSeam, bundle: Bundle) -> str | None:
+        """Return why a layer's caches are not read by the fused kernel, or None where they are."""
+        place = place_of(self.model, layer)
+        if self.read_path == "auto" and place.device.type != "cuda":
+            return "no CUDA device"
+        return self.obstacle or unreadable(layer, bundle.spec_of(layer.index), place)
 
 
 @contextmanager
 def attach(
-    model: PreTrainedModel, bundle: Bundle | None = None, *, seam: Seam | None = None
+    model: PreTrainedModel,
+    bundle: Bundle | None = None,
+    *,
+    seam: Seam | None = None,
+    read_path: str = "auto",
 ) -> Iterator[Session]:
     """Let a model feed compressed caches inside a `with` block; everything is put back afterwards.
 
@@ -61,11 +93,16 @@ def attach(
         bundle: what caches of this session will be made with; a spec with a recent window needs it
             here.
         seam: what an earlier `probe` of this model found; None to probe now.
+        read_path: `auto` reads every layer by the fused kernel where that can, which is on CUDA,
+            and through torch elsewhere; `fused` refuses where it cannot, and runs its torch
+            reference on a CPU; `materialise` reads through torch.
 
     Raises:
         InputError: when the model's attention cannot be replaced and the spec's recent window needs
-            that.
+            that; when `read_path` is unknown, or asks for the kernel where that cannot attend.
     """
+    if read_path not in READ_PATHS:
+        raise InputError(f"read path {read_path!r} is unknown; use one of: {', '.join(READ_PATHS)}")
     seam = seam or probe(model)
     layers = {layer.module: layer for layer in seam.packed if layer.rotation is not None}
 
@@ -83,12 +120,25 @@ def attach(
             cache.announce_mask(arguments.get("attention_mask"))
 
     rotated = [module for module in layers if module is not None]
+    wants_fused = read_path == "fused" or (read_path == "auto" and model.device.type == "cuda")
     with (
-        _band_attention(model, bundle.spec if bundle else None),
+        _own_attention(model, bundle.spec if bundle else None, wants_fused) as obstacle,
         hooked(rotated, announce_angles),
         hooked([layers_of(model)], announce_padding),
     ):
-        yield Session(model, seam)
+        yield Session(model, seam, read_path, obstacle)
+
+
+def attached(loaded: LoadedModel, bundle: Bundle | None = None) -> AbstractContextManager[Session]:
+    """Attach a loaded model, probed once, with the read path it was loaded for."""
+    return attach(loaded.model, bundle, seam=loaded.seam, read_path=loaded.read_path)
+
+
+def place_of(model: PreTrainedModel, layer: LayerSeam) -> Place:
+    """Return where a layer of a model runs."""
+    weights = None if layer.module is None else next(layer.module.parameters(), None)
+    device = model.device if weights is None else weights.device
+    return Place(device, model.dtype, model.config.get_text_config().num_attention_heads)
 
 
 def _caches(arguments: dict[str, Any]) -> list[KvqCache]:
@@ -97,24 +147,29 @@ def _caches(arguments: dict[str, Any]) -> list[KvqCache]:
 
 
 @contextmanager
-def _band_attention(model: PreTrainedModel, spec: KvSpec | None) -> Iterator[None]:
-    """Run on the attention function that knows recent windows, for specs that have one.
+def _own_attention(
+    model: PreTrainedModel, spec: KvSpec | None, wants_fused: bool
+) -> Iterator[str | None]:
+    """Run on the attention function that knows recent windows and pages, where that is needed;
+    yield why kernels cannot attend, or None.
 
     Raises:
-        InputError: when the model keeps its own attention; transformers would only log a warning.
+        InputError: when a recent window needs it and the model keeps its own attention;
+            transformers would only log a warning.
     """
-    if spec is None or not spec.residual_length:
-        yield
+    before, has_window = model.config._attn_implementation, bool(spec and spec.residual_length)
+    if not has_window and (not wants_fused or before != "sdpa"):
+        yield None if before == "sdpa" else f"the model runs on {before} attention, not on sdpa"
         return
     register_band_attention()
-    before = model.config._attn_implementation
     model.set_attn_implementation(BAND)
+    is_replaced = model.config._attn_implementation == BAND
+    name = type(model).__name__
     try:
-        if model.config._attn_implementation != BAND:
+        if has_window and not is_replaced:
             raise InputError(
-                f"{type(model).__name__} does not let its attention be replaced; "
-                "use a spec without -r"
+                f"{name} does not let its attention be replaced; use a spec without -r"
             )
-        yield
+        yield None if is_replaced else f"{name} does not let its attention be replaced"
     finally:
         model.set_attn_implementation(before)

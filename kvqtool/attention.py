@@ -1,14 +1,16 @@
 """Attention functions that kvqtool registers with transformers, by explicit call only.
 
-`kvqtool_band` is sdpa, except where a cache hands over keys that some queries see exactly and
-others as packed (the recent window moves along inside a multi-token call): there every query
-attends to what decoding would have stored.
+`kvqtool_band` is sdpa with two exceptions. Where a cache hands over keys that some queries see
+exactly and others as packed (the recent window moves along inside a multi-token call), every query
+attends to what decoding would have stored. Where it hands over a placeholder for keys that lie in
+its pages, the fused kernel attends to them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,10 @@ from kvqtool.errors import RunError
 
 BAND: Final = "kvqtool_band"
 _BAND_ATTRIBUTE: Final = "_kvqtool_band"
+_PACKED_ATTRIBUTE: Final = "_kvqtool_packed"
+_WITNESS_ATTRIBUTE: Final = "_kvqtool_witness"
+# What some models' attention takes beside keys and values, and neither a band nor a kernel knows.
+_UNKNOWN: Final = ("s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,28 @@ class Band:
     key: Tensor
     value: Tensor
     residual_length: int
+
+
+class PackedKeys(Protocol):
+    """Keys that lie in a cache's pages; a placeholder of NaN carries them to attention."""
+
+    def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        """Return attention's output, (batch, 1, num_heads, head_dim), of one query a sequence."""
+
+    def expand(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values themselves, (batch, num_kv_heads, tokens, head_dim)."""
+
+
+def mark_packed(keys: Tensor, packed: PackedKeys) -> None:
+    """Attach what stands for the keys a cache returns."""
+    setattr(keys, _PACKED_ATTRIBUTE, packed)
+
+
+def mark_witness(keys: Tensor, witness: Callable[[str | None], None]) -> None:
+    """Ask to be told when attention is handed this very tensor, and what of its options kernels do
+    not know.
+    """
+    setattr(keys, _WITNESS_ATTRIBUTE, witness)
 
 
 def mark_band(keys: Tensor, band: Band) -> Tensor:
@@ -61,8 +89,8 @@ def band_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, mixing exact and packed scores where the keys carry a band; plain sdpa where they do
-    not.
+    """Attend by kernel where the keys lie in pages, mixing exact and packed scores where they carry
+    a band; plain sdpa otherwise.
 
     Args:
         module: the attention module.
@@ -75,6 +103,15 @@ def band_attention(
     Returns:
         (batch, queries, num_heads, value_dim), and None for the weights.
     """
+    witness = getattr(key, _WITNESS_ATTRIBUTE, None)
+    if witness is not None:
+        witness(next((name for name in _UNKNOWN if options.get(name) is not None), None))
+    packed: PackedKeys | None = getattr(key, _PACKED_ATTRIBUTE, None)
+    if packed is not None:
+        if attention_mask is None or bool(attention_mask.all()):
+            scaling = options.get("scaling") or query.shape[-1] ** -0.5
+            return packed.attend(query, scaling, options.get("softcap")), None
+        key, value = packed.expand()
     band: Band | None = getattr(key, _BAND_ATTRIBUTE, None)
     if band is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

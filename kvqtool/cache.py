@@ -15,6 +15,9 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from kvqtool.bundle import Bundle
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
+from kvqtool.paged import PagedStore
+from kvqtool.read_path import ReadPath, page_form
+from kvqtool.reader import PageReader, SharedTables
 from kvqtool.rope import AngleStore
 from kvqtool.seam import LayerSeam, Seam
 from kvqtool.store import LayerStore
@@ -23,11 +26,21 @@ from kvqtool.store import LayerStore
 class KvqCache(Cache):
     """A compressed cache for one batch of sequences; make it with `Session.new_cache`."""
 
-    def __init__(self, seam: Seam, bundle: Bundle, config: PretrainedConfig, prefill: str) -> None:
-        """Take the stock cache's layers and put a store in place of each one that is packed."""
+    def __init__(
+        self,
+        seam: Seam,
+        bundle: Bundle,
+        config: PretrainedConfig,
+        prefill: str,
+        paths: dict[int, ReadPath],
+    ) -> None:
+        """Take the stock cache's layers and put a store in place of each one that is packed;
+        `paths` says how each of these is read, by index.
+        """
         self.seam = seam
         self.bundle = bundle
         self.prefill = prefill
+        self.shared = SharedTables()
         self.angles = {
             layer.group: _angle_store(layer) for layer in seam.packed if is_rotated(layer, bundle)
         }
@@ -36,11 +49,18 @@ class KvqCache(Cache):
         self._has_begun = False
         layers = DynamicCache(config=config).layers
         for layer in seam.packed:
-            books = bundle.codebooks_of(layer.index)
-            store = LayerStore(bundle.spec_of(layer.index), books, layer)
-            angles = self.angles[layer.group] if is_rotated(layer, bundle) else None
-            layers[layer.index] = KvqLayer(store, angles, prefill)
+            layers[layer.index] = self._new_layer(layer, paths[layer.index])
         super().__init__(layers=layers)
+
+    def _new_layer(self, layer: LayerSeam, path: ReadPath) -> KvqLayer:
+        spec, books = self.bundle.spec_of(layer.index), self.bundle.codebooks_of(layer.index)
+        angles = self.angles[layer.group] if is_rotated(layer, self.bundle) else None
+        if not path.is_fused:
+            return KvqLayer(LayerStore(spec, books, layer), angles, self.prefill, path)
+        form = page_form(layer, spec)
+        reader = PageReader(layer, spec, books, form, self.shared)
+        store = PagedStore(spec, books, layer, form)
+        return KvqLayer(store, angles, self.prefill, path, reader)
 
     def announce(self, layer_idx: int, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
         """Take note of the angles a layer's next states are rotated by; called before the attention
@@ -139,9 +159,14 @@ class KvqCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor the packed layers have allocated, angles included."""
+        """Bytes of every tensor the packed layers have allocated, angles and the kernels' tables
+        included.
+        """
         tensors = [t for store in self.stores for group in store.tensors.values() for t in group]
         tensors += [t for angles in self.angles.values() for t in angles.tensors]
+        readers = [layer.reader for layer in self.layers if isinstance(layer, KvqLayer)]
+        tensors += [t for reader in readers if reader is not None for t in reader.tensors]
+        tensors += self.shared.tensors
         return sum(t.numel() * t.element_size() for t in tensors)
 
 

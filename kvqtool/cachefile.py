@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvqtool.attach import attach
+from kvqtool.attach import attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.container import save_container
@@ -28,7 +28,7 @@ from kvqtool.memory import LayerGeometry
 from kvqtool.models import LoadedModel
 from kvqtool.restore import KIND, VERSION, SavedCache, load_cache, restore_cache
 from kvqtool.spec import SIDES
-from kvqtool.usage import KERNEL, layer_report, measure
+from kvqtool.usage import kernel_of, layer_report, measure
 
 __all__ = [
     "KIND",
@@ -97,7 +97,7 @@ def quantize_text(
         raise InputError(
             f"the document has {len(ids)} tokens, the model takes 1 to {room}; cut it to fit"
         )
-    with attach(loaded.model, bundle, seam=loaded.seam) as session:
+    with attached(loaded, bundle) as session:
         cache = session.new_cache(bundle, prefill=prefill)
         logits = next_logits(loaded.model, ids[None].to(loaded.device), cache)[0]
     extra = {"token_ids": ids, "next_logits": logits}
@@ -129,7 +129,7 @@ def quantize_states(
     started = time.perf_counter()
     bundle.check_model(loaded.identity.as_json())
     tensors = _read_states(states)
-    with attach(loaded.model, bundle, seam=loaded.seam) as session:
+    with attached(loaded, bundle) as session:
         cache = session.new_cache(bundle)
         for layer in session.seam.packed:
             key, value = _states_of(tensors, layer.index, layer.geometry, loaded)
@@ -191,7 +191,7 @@ def _save(
         prefill=cache.prefill,
         device=loaded.device.type,
         dtype=str(loaded.dtype).removeprefix("torch."),
-        kernel=KERNEL,
+        kernel=kernel_of(cache),
         layers=layer_report(cache),
         seconds=time.perf_counter() - started,
     )

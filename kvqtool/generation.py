@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvqtool.attach import attach
+from kvqtool.attach import attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.cachefile import SavedCache, load_cache, restore_cache
 from kvqtool.errors import InputError, RunError
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel
-from kvqtool.usage import KERNEL, layer_report, measure
+from kvqtool.usage import kernel_of, layer_report, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def generate(
     if not ids:
         raise InputError("the prompt has no tokens; give some text")
     _check_room(loaded, len(ids), sampling)
-    with attach(loaded.model, bundle, seam=loaded.seam) as session:
+    with attached(loaded, bundle) as session:
         cache = session.new_cache(bundle, prefill=prefill)
         logits = next_logits(loaded.model, torch.tensor([ids], device=loaded.device), cache)[0]
         return _Run(loaded, cache, sampling, on_text).result(logits, len(ids))
@@ -141,7 +141,7 @@ def resume(
         raise InputError(
             f"cache {path} was made from states and has no next token; give a prompt to go on with"
         )
-    with attach(loaded.model, saved.bundle, seam=loaded.seam) as session:
+    with attached(loaded, saved.bundle) as session:
         cache = restore_cache(session, saved, loaded)
         if ids:
             logits = next_logits(loaded.model, torch.tensor([ids], device=loaded.device), cache)[0]
@@ -213,7 +213,7 @@ class _Run:
             prefill=self.cache.prefill,
             device=self.loaded.device.type,
             dtype=str(self.loaded.dtype).removeprefix("torch."),
-            kernel=KERNEL,
+            kernel=kernel_of(self.cache),
             layers=layer_report(self.cache),
         )
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvqtool.attention import Band, mark_band
+from kvqtool.attention import Band, mark_band, mark_packed, mark_witness
+from kvqtool.fused import PackedContext
+from kvqtool.paged import PagedStore
+from kvqtool.read_path import ReadPath
+from kvqtool.reader import PageReader
 from kvqtool.rope import AngleStore
 from kvqtool.store import LayerStore
 
@@ -23,14 +29,29 @@ class KvqLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, store: LayerStore, angles: AngleStore | None, prefill: str) -> None:
-        """Wrap a store; `angles` is the angle store it shares with other layers, None where keys
-        are not rotated.
+    def __init__(
+        self,
+        store: LayerStore,
+        angles: AngleStore | None,
+        prefill: str,
+        path: ReadPath,
+        reader: PageReader | None = None,
+    ) -> None:
+        """Wrap a store.
+
+        Args:
+            store: the layer's; a `PagedStore` where `reader` reads it from pages.
+            angles: what it shares with other layers; None where keys are not rotated.
+            prefill: `exact` or `decode-exact`.
+            path: how it is read.
+            reader: what reads pages, None where nothing does.
         """
         super().__init__()
         self.store = store
         self.angles = angles
         self.prefill = prefill
+        self.path = path
+        self.reader = reader
         self.sliding_window = store.sliding_window
         self.is_sliding = store.sliding_window is not None
         self.record_past = False
@@ -56,20 +77,56 @@ class KvqLayer(CacheLayerMixin):
         Returns:
             Keys after RoPE and values of all tokens the new ones may see, in the model's dtype.
         """
-        is_prompt = self.store.is_empty
+        is_prompt, tokens = self.store.is_empty, key_states.shape[2]
         window = None if is_prompt else self.store.window
         seen_from = self._first_seen()
         hold = self.record_past and self.store.spec.residual_length > 0
+        self._check_path()
         self.store.append(key_states, value_states, self._read_angles, hold=hold)
         self.is_initialized = True
-        keys, values = key_states, value_states
-        if not (is_prompt and self.prefill == "exact"):
-            keys, values = self.store.read(self._read_angles, seen_from)
-            if self.store.spec.residual_length and key_states.shape[2] > 1:
+        if is_prompt and self.prefill == "exact":
+            keys, values = key_states, value_states
+            self.path.count("exact")
+        else:
+            keys, values = self._read(seen_from, tokens)
+            if self.store.spec.residual_length and tokens > 1:
                 self._mark_band(keys, (key_states, value_states), window)
+        if self.path.is_fused:
+            mark_witness(keys, self.path.witness)
+            self.path.is_offered = True
         if not self.record_past:
             self.store.drop_unseen()
         return keys, values
+
+    def _check_path(self) -> None:
+        """Leave pages for good where something that comes up only now rules them out."""
+        if not isinstance(self.store, PagedStore) or not self.store.uses_pages:
+            return
+        if self.path.is_fused and self.path.is_offered and not self.path.is_witnessed:
+            self.path.refuse("the model's attention is not handed the cache's own keys")
+        if self.path.is_fused and self.store.padding:
+            self.path.refuse("left padding")
+        if self.path.is_fused and self.angles is not None and self.angles.first is None:
+            self.path.refuse("positions that do not go on by one, or have no formula")
+        if not self.path.is_fused:
+            self.store.leave_pages()
+
+    def _read(self, seen_from: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return what `tokens` new tokens attend to: from pages, or decoded by torch."""
+        if not self.path.is_fused:
+            self.path.count("materialise")
+            return self.store.read(self._read_angles, seen_from)
+        assert isinstance(self.store, PagedStore) and self.reader is not None
+        position = None if self.angles is None else self.angles.first
+        context = self.store.context(self._read_angles, position, seen_from)
+        packed = PackedLayer(self.reader, context, self.path)
+        if tokens > 1 or not self.path.is_witnessed:
+            return packed.expand()
+        geometry, window = self.store.geometry, self.store.window[0]
+        shape = self.store.batch, geometry.num_kv_heads, self.store.tokens - seen_from
+        placeholder = window.new_full((1,), math.nan).expand(*shape, geometry.key_dim)
+        mark_packed(placeholder, packed)
+        return placeholder, placeholder
 
     def _mark_band(
         self, keys: Tensor, fresh: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor] | None
@@ -138,6 +195,25 @@ class KvqLayer(CacheLayerMixin):
     def _read_angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         assert self.angles is not None, "only rotated layers ask for angles"
         return self.angles.read(start, stop)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer's tokens as they were at one call, for attention to read."""
+
+    reader: PageReader
+    context: PackedContext
+    path: ReadPath
+
+    def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        """Return the output of one query a sequence, (batch, 1, num_heads, head_dim)."""
+        self.path.count("fused")
+        return self.reader.attend(query, self.context, scaling, softcap)
+
+    def expand(self) -> tuple[Tensor, Tensor]:
+        """Return the keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim)."""
+        self.path.count("dequantize")
+        return self.reader.expand(self.context)
 
 
 def repeated(batch: int, repeats: int) -> Tensor:

@@ -135,7 +135,7 @@ def run_forward(
     vocabulary = load.shape.trunk.vocabulary
     ids = torch.randint(vocabulary, (batch, context + 1), generator=generator).to(device)
     beside = torch.cuda.memory_allocated(device) - weights if device.type == "cuda" else 0
-    with attach(model, bundle, seam=seam) as session:
+    with attach(model, bundle, seam=seam, read_path="materialise") as session:
         cache = session.new_cache(bundle)
         with watch(device) as prefill:
             for start in range(0, context, chunk):

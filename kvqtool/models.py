@@ -55,6 +55,7 @@ class LoadedModel:
         device: where token ids go; with a device map, where its embeddings are.
         dtype: of its weights.
         ranks: which copy this is, when several processes share the work.
+        read_path: how its caches are read, as in `attach`.
     """
 
     identity: ModelIdentity
@@ -63,6 +64,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     ranks: Ranks = ALONE
+    read_path: str = "auto"
 
     @cached_property
     def seam(self) -> Seam:

@@ -8,6 +8,8 @@ a token is appended.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,41 @@ from kvqtool.side import QuantSpec
 # them.
 _JOIN_BELOW = 4096
 SPARSE = ("outlier_values", "outlier_channels")
+
+
+class Body(Protocol):
+    """One side's packed rows, wherever they lie."""
+
+    @property
+    def channels(self) -> int:
+        """C, channels of a row."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each sequence."""
+
+    @property
+    def outliers(self) -> int:
+        """Outliers in all rows."""
+
+    @property
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Every allocated tensor, by buffer."""
+
+    def append(self, rows: dict[str, Tensor]) -> None:
+        """Add encoded rows."""
+
+    def read(self) -> dict[str, Tensor]:
+        """Return all rows in the canonical layout; {} while empty."""
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens."""
+
+    def drop(self, tokens: int) -> None:
+        """Free the first `tokens` tokens, whole pages."""
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep, repeat or reorder sequences."""
 
 
 class PagedBuffer:

@@ -53,6 +53,11 @@ class PageSide:
         """C, channels of a row."""
         return self.num_heads * self.head_dim
 
+    @property
+    def outliers_per_row(self) -> int:
+        """Outliers of every row, where rows do not say how many they have."""
+        return 2 * outliers_per_tail(self.spec, self.channels)
+
 
 @dataclass(frozen=True)
 class Pages:
@@ -220,9 +225,9 @@ def list_sizes(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _outlier_words(side: PageSide, batch: int) -> tuple[Tensor, Tensor]:
     """Return the list each outlier belongs to and its word, both (n,), in canonical order."""
     rows = side.rows
-    row = row_of_outlier(rows, len(rows["words"]), 2 * outliers_per_tail(side.spec, side.channels))
+    row = row_of_outlier(rows, len(rows["words"]), side.outliers_per_row)
     channel = rows["outlier_channels"].long()
-    delta = (rows["outlier_values"].float() - _dense_at(side, row, channel)).half()
+    delta = (rows["outlier_values"].float() - decode_at(side, row, channel)).half()
     token, sequence = row // batch, row % batch
     head, place = channel // side.head_dim, channel % side.head_dim
     block, slab, token = token // PAGE_TOKENS, token % PAGE_TOKENS // SLAB_TOKENS, token % 64
@@ -243,7 +248,7 @@ def _key_place(token: Tensor, place: Tensor, head_dim: int) -> Tensor:
     return (unit * 2 + token % 16 // 8) << 3 | odd << 2 | upper << 1
 
 
-def _dense_at(side: PageSide, row: Tensor, channel: Tensor) -> Tensor:
+def decode_at(side: PageSide, row: Tensor, channel: Tensor) -> Tensor:
     """Return what the kernels decode at (row, channel) without outliers, float32."""
     bits = side.spec.bits
     at = channel * bits

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvqtool.attach import attach
+from kvqtool.attach import attached
 from kvqtool.bundle import Bundle
 from kvqtool.calibrate import versions
 from kvqtool.data import Text
@@ -21,7 +21,7 @@ from kvqtool.errors import InputError
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel
 from kvqtool.progress import Progress, silent
-from kvqtool.usage import KERNEL, layer_report
+from kvqtool.usage import kernel_of, layer_report
 
 OPENING: Final = "A secret number is hidden in this text. Find it and remember it.\n\n"
 NEEDLE: Final = "\n\nThe secret number is {key}. Remember it: {key} is the secret number.\n\n"
@@ -101,7 +101,7 @@ def passkey(
     filler = _ids(loaded, text.text)
     prompts = [(length, trial) for length in hunt.lengths for trial in range(hunt.trials)]
     found = {length: [0, 0] for length in hunt.lengths}
-    with attach(loaded.model, bundle, seam=loaded.seam) as session:
+    with attached(loaded, bundle) as session:
         for done, (length, trial) in enumerate(prompts):
             progress("hiding numbers", done, len(prompts))
             key = hunt.key(length, trial)
@@ -119,7 +119,7 @@ def passkey(
         "dataset_sha256": text.sha256,
         "device": loaded.device.type,
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "kernel": KERNEL,
+        "kernel": kernel_of(packed),
         "versions": versions(),
     }
     report = layer_report(packed)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvqtool.attach import Session, attach
+from kvqtool.attach import Session, attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.calibrate import versions
@@ -32,7 +32,7 @@ from kvqtool.forward import HeadOnly, head_of, hidden_states, position_chunks
 from kvqtool.models import LoadedModel
 from kvqtool.progress import Progress, silent
 from kvqtool.ranks import Ranks
-from kvqtool.usage import KERNEL, CacheUsage, layer_report, measure
+from kvqtool.usage import CacheUsage, kernel_of, layer_report, measure
 
 # Tokens of a batch on a GPU; more would only take memory.
 _TOKENS_AT_ONCE: Final = 16384
@@ -119,7 +119,7 @@ def _score(
     exact = hidden_states(loaded.model, {"input_ids": batch})
     for bundle, tally in runs:
         started = time.perf_counter()
-        with attach(loaded.model, bundle, seam=loaded.seam) as session:
+        with attached(loaded, bundle) as session:
             hidden, first, cache = _run(session, bundle, batch, protocol)
         with head_of(loaded.model) as head:
             for row, number in enumerate(numbers):
@@ -165,7 +165,6 @@ def describe_protocol(loaded: LoadedModel, windows: Windows, protocol: str) -> d
         "python": windows.source.python,
         "device": loaded.device.type,
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "kernel": KERNEL,
         "versions": versions(),
     }
 
@@ -207,6 +206,7 @@ class _Tally:
         self._seconds = torch.zeros(1, dtype=torch.float64)
         self._usage: CacheUsage | None = None
         self._layers: list[dict[str, Any]] = []
+        self._kernel = ""
 
     def score(
         self, head: HeadOnly, states: tuple[Tensor, Tensor], ids: Tensor, at: tuple[int, int]
@@ -245,6 +245,7 @@ class _Tally:
         self._bytes += torch.tensor([usage.cache_bytes, usage.cache_bytes_fp16])
         self._usage = self._usage or usage
         self._layers = self._layers or layer_report(cache)
+        self._kernel = self._kernel or kernel_of(cache)
         self._seconds += seconds
 
     def gather(self, ranks: Ranks) -> None:
@@ -285,7 +286,7 @@ class _Tally:
             paper_bytes=usage.paper_bytes / usage.batch,
             bundle_bytes=bundle.bundle_bytes,
             quantized_share=usage.quantized_share,
-            protocol=protocol,
+            protocol=protocol | {"kernel": self._kernel},
             layers=self._layers,
             seconds=self._seconds.item(),
         )

@@ -155,6 +155,8 @@ class AngleStore:
         self.rotation = rotation
         self.formula = formula
         self.tokens = 0
+        # Position of each sequence's first token, (batch,), while every token is one further.
+        self.first: Tensor | None = None
         self._rows: PagedBuffer | None = None
         self._memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
@@ -181,7 +183,9 @@ class AngleStore:
         if self._rows is None:
             self._rows = PagedBuffer(PAGE_TOKENS)
         if self.formula is not None and positions is not None:
-            self._rows.append(positions.transpose(0, 1).expand(-1, batch).to(torch.int32))
+            rows = positions.transpose(0, 1).expand(-1, batch).to(torch.int32)
+            self._follow(rows)
+            self._rows.append(rows)
         else:
             self._rows.append(torch.stack(fresh, dim=-1))
         self.tokens += fresh[0].shape[0]
@@ -215,7 +219,9 @@ class AngleStore:
         """Keep, repeat or reorder sequences, (new_batch,) int64 indices."""
         self.forget()
         if self._rows is not None:
-            picked = self._rows.read()[:, sequences.to(self._rows.tensors[0].device)]
+            chosen = sequences.to(self._rows.tensors[0].device)
+            picked = self._rows.read()[:, chosen]
+            self.first = None if self.first is None else self.first[chosen]
             self._rows = PagedBuffer(PAGE_TOKENS)
             self._rows.append(picked)
 
@@ -230,6 +236,8 @@ class AngleStore:
         """Fill an empty store with what `canonical` returned of one of that kind."""
         if kind == "table":
             self.formula = None
+        else:
+            self._follow(rows)
         self._rows = PagedBuffer(PAGE_TOKENS)
         self._rows.append(rows)
         self.tokens = len(rows)
@@ -248,10 +256,19 @@ class AngleStore:
             self.rotation.sign * sin.float().expand_as(fresh[1]), fresh[1]
         )
 
+    def _follow(self, rows: Tensor) -> None:
+        """Note whether each sequence's positions, (tokens, batch) int32, go on by one a token."""
+        if not self.tokens:
+            self.first = rows[0].clone()
+        if self.first is not None:
+            ahead = torch.arange(self.tokens, self.tokens + len(rows), device=rows.device)
+            if not torch.equal(rows, (self.first + ahead[:, None]).to(torch.int32)):
+                self.first = None
+
     def _become_table(self) -> None:
         if self._rows is not None and self.tokens:
             table = torch.stack(self.read(0, self.tokens), dim=-1)
             self._rows = PagedBuffer(PAGE_TOKENS)
             self._rows.append(table)
-        self.formula = None
+        self.formula = self.first = None
         self.forget()

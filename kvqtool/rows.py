@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvqtool.errors import RunError
 from kvqtool.side import QuantSpec
 
 Pair = tuple[Tensor, Tensor]
@@ -23,6 +24,14 @@ def from_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
 def stored_dtype(states: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """Give fp its states in the model's dtype; codecs take float32."""
     return states.to(dtype) if spec.method == "fp" else states
+
+
+def check_finite(states: Tensor, layer: int) -> None:
+    """Raise RunError for states of a layer that hold NaN or infinity."""
+    if not torch.isfinite(states).all():
+        raise RunError(
+            f"layer {layer} produced NaN or infinite states; run in float32 or check the model"
+        )
 
 
 def join(left: Pair, right: Pair) -> Pair:

@@ -18,9 +18,9 @@ from kvqtool.errors import RunError
 from kvqtool.hadamard import rotate_heads
 from kvqtool.memory import LayerGeometry, dropped_tokens
 from kvqtool.methods import get_method
-from kvqtool.packed import PackedBody
+from kvqtool.packed import Body, PackedBody
 from kvqtool.padding import keep_padded_sinks, put_padded_sinks
-from kvqtool.rows import Pair, from_rows, join, stored_dtype, to_rows
+from kvqtool.rows import Pair, check_finite, from_rows, join, stored_dtype, to_rows
 from kvqtool.seam import LayerSeam
 from kvqtool.spec import SIDES, KvSpec
 
@@ -56,7 +56,7 @@ class LayerStore:
     def clear(self) -> None:
         """Forget everything."""
         self._exact: dict[str, tuple[Tensor, Tensor]] = {}
-        self._bodies: tuple[PackedBody, PackedBody] | None = None
+        self._bodies: tuple[Body, Body] | None = None
         self.tokens = 0
         self.dropped = 0
         self.padding: tuple[int, ...] = ()
@@ -83,7 +83,7 @@ class LayerStore:
         return self._exact["window"]
 
     @property
-    def bodies(self) -> tuple[PackedBody, PackedBody]:
+    def bodies(self) -> tuple[Body, Body]:
         """The packed keys and values."""
         assert self._bodies is not None, "the layer has stored nothing yet"
         return self._bodies
@@ -119,9 +119,13 @@ class LayerStore:
         """Encode what is past the recent window, but for the last `held` tokens of it."""
         leaving, staying = self._split_window(held)
         if leaving[0].shape[2]:
-            for body, rows in zip(self.bodies, self._encode(leaving, angles), strict=True):
-                body.append(rows)
+            self._add(self._encode(leaving, angles), angles)
             self._exact["window"] = staying[0].clone(), staying[1].clone()
+
+    def _add(self, encoded: tuple[Rows, Rows], angles: Angles) -> None:
+        """Put encoded tokens behind the body."""
+        for body, rows in zip(self.bodies, encoded, strict=True):
+            body.append(rows)
 
     def read(self, angles: Angles, start: int = 0) -> tuple[Tensor, Tensor]:
         """Return the keys (after RoPE) and values of tokens from `start` on, (B, H, tokens, D) in
@@ -189,25 +193,24 @@ class LayerStore:
         """Every allocated tensor, by the buffer names of `memory.layer_buffers`."""
         if self._bodies is None:
             return {}
-        named = {
-            f"{part}.{side}": [t]
-            for part, pair in self._exact.items()
-            for side, t in zip(SIDES, pair, strict=True)
-        }
+        named = {name: [t] for name, t in self._exact_named().items()}
         for side, body in zip(SIDES, self._bodies, strict=True):
             named |= {f"{side}.{name}": tensors for name, tensors in body.tensors.items()}
         return named
 
     def canonical(self) -> dict[str, Tensor]:
         """Return the layer's content in the layout of saved caches, spare room left out."""
-        named = {
+        named = self._exact_named()
+        for side, body in zip(SIDES, self.bodies, strict=True):
+            named |= {f"{side}.{name}": tensor for name, tensor in body.read().items()}
+        return named
+
+    def _exact_named(self) -> dict[str, Tensor]:
+        return {
             f"{part}.{side}": t
             for part, pair in self._exact.items()
             for side, t in zip(SIDES, pair, strict=True)
         }
-        for side, body in zip(SIDES, self.bodies, strict=True):
-            named |= {f"{side}.{name}": tensor for name, tensor in body.read().items()}
-        return named
 
     def restore(
         self,
@@ -242,11 +245,13 @@ class LayerStore:
         none = key[:, :, :0].clone(), value[:, :, :0].clone()
         self._exact = {"sink": none, "window": none}
         self._codebooks = tuple(book.to(key.device) for book in self._codebooks)  # type: ignore[assignment]  # a pair
-        batch = key.shape[0]
-        self._bodies = (
-            PackedBody(self.spec.key, key.shape[1] * key.shape[3], batch),
-            PackedBody(self.spec.value, value.shape[1] * value.shape[3], batch),
-        )
+        channels = [part.shape[1] * part.shape[3] for part in (key, value)]
+        self._bodies = self._new_bodies((channels[0], channels[1]), key.shape[0])
+
+    def _new_bodies(self, channels: tuple[int, int], batch: int) -> tuple[Body, Body]:
+        """Return empty bodies for keys and values of so many channels."""
+        key = PackedBody(self.spec.key, channels[0], batch)
+        return key, PackedBody(self.spec.value, channels[1], batch)
 
     def _split_window(self, held: int = 0) -> tuple[Pair, Pair]:
         """Return the exact states that are past the recent window and `held` more, and the rest."""
@@ -266,11 +271,7 @@ class LayerStore:
         encoded = []
         specs = (self.spec.key, self.spec.value)
         for side, spec, book in zip(states, specs, self._codebooks, strict=True):
-            if not torch.isfinite(side).all():
-                raise RunError(
-                    f"layer {self.layer} produced NaN or infinite states; "
-                    "run in float32 or check the model"
-                )
+            check_finite(side, self.layer)
             flat = side.reshape(tokens * side.shape[1], -1)
             stored = stored_dtype(flat, spec, leaving[0].dtype)
             encoded.append(get_method(spec.method).quantize(stored, book, spec))

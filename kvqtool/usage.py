@@ -13,8 +13,13 @@ from kvqtool.layer import KvqLayer
 from kvqtool.memory import paper_bytes
 from kvqtool.seam import LayerSeam, Seam
 
-# The one path there is until the CUDA kernels: torch decodes the whole cache for stock attention.
-KERNEL: Final = "torch (materialise)"
+# What a call that read a layer one way ran, on CUDA and elsewhere; "materialise" is torch decoding
+# the whole layer for stock attention.
+_KERNELS: Final = {
+    "fused": ("cuda (fused)", "torch (fused reference)"),
+    "dequantize": ("cuda (dequantize)", "torch (dequantize reference)"),
+    "materialise": ("torch (materialise)", "torch (materialise)"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,24 @@ def layer_report(cache: KvqCache) -> list[dict[str, Any]]:
         rotated = layer.is_packed and is_rotated(layer, cache.bundle)
         row["angles"] = cache.angles[layer.group].kind if rotated else None
         row["cache_bytes"] = _layer_bytes(cache, layer)
+        row |= _read_path(cache, layer)
     return rows
+
+
+def kernel_of(cache: KvqCache) -> str:
+    """Return what has read the packed layers so far, with the number of layers where not all were
+    read alike.
+    """
+    layers = [layer for layer in cache.layers if isinstance(layer, KvqLayer)]
+    found = []
+    for way, names in _KERNELS.items():
+        readers = [layer for layer in layers if layer.path.calls[way]]
+        if readers:
+            name = names[0 if readers[0].store.window[0].is_cuda else 1]
+            found.append(
+                name if len(readers) == len(layers) else f"{name} in {len(readers)} layers"
+            )
+    return ", ".join(found) or "none: nothing packed was read"
 
 
 def _layer_row(bundle: Bundle, layer: LayerSeam) -> dict[str, Any]:
@@ -94,7 +116,19 @@ def _layer_row(bundle: Bundle, layer: LayerSeam) -> dict[str, Any]:
         "key_axis": axis if packed and spec.key.method != "fp" else None,
         "key_bits": spec.key.bits if packed else None,
         "value_bits": spec.value.bits if packed else None,
-        "read_path": ("mixed" if spec.residual_length else "materialise") if packed else "stock",
+    }
+
+
+def _read_path(cache: KvqCache, layer: LayerSeam) -> dict[str, Any]:
+    """Return how a layer is read by one token, why, and how many calls read it which way."""
+    held = cache.layers[layer.index]
+    if not isinstance(held, KvqLayer):
+        return {"read_path": "stock", "read_reason": layer.note, "read_calls": None}
+    kind = "mixed" if held.store.spec.residual_length else "materialise"
+    return {
+        "read_path": "fused" if held.path.is_fused else kind,
+        "read_reason": held.path.reason,
+        "read_calls": dict(held.path.calls),
     }
 
 

@@ -39,6 +39,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "packed",
         "slabs",
         "pages",
+        "recover",
+        "page_store",
+        "page_body",
     ),
     (
         "container",
@@ -54,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "reading",
         "ops",
     ),
-    ("rope", "seam", "padding", "rows", "store"),
+    ("rope", "seam", "padding", "rows", "store", "read_path", "paged", "reader"),
     (
         "identity",
         "models",

@@ -52,6 +52,7 @@ def run(
         int, typer.Option("--top-k", min=0, help="Likeliest tokens to draw from; 0 for all.")
     ] = 0,
     prefill: opt.Prefill = "exact",
+    read_path: opt.ReadPath = "auto",
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
@@ -73,7 +74,7 @@ def run(
     if cache is not None and not cache.is_file():
         raise InputError(f"cache {cache} does not exist; write one with: kvqtool quantize-cache")
     out = Output(NAME, json=json, quiet=quiet)
-    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map)
+    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map, read_path)
     loaded = choice.load(out)
     from kvqtool.generation import Sampling, generate, resume
 

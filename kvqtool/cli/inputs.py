@@ -29,6 +29,7 @@ class ModelChoice:
     revision: str | None
     trust_remote_code: bool
     device_map: str | None = None
+    read_path: str = "auto"
 
     def load(self, out: Output) -> LoadedModel:
         """Load the model for a command that runs in one process, and say what it runs on."""
@@ -62,6 +63,7 @@ class ModelChoice:
             device_map=self.device_map,
         )
         loaded.ranks = ranks
+        loaded.read_path = self.read_path
         places = loaded.device if ranks.is_alone else f"{ranks.world_size} x {loaded.device.type}"
         out.note(f"model {self.name} on {places}, {str(loaded.dtype).removeprefix('torch.')}")
         return loaded

@@ -12,6 +12,7 @@ from kvqtool.spec import DEFAULT_SPEC
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
 DeviceMapName = Literal["auto"]
 PrefillName = Literal["exact", "decode-exact"]
+ReadPathName = Literal["auto", "fused", "materialise"]
 SAMPLES: Final = 16
 SEQ_LEN: Final = 2048
 
@@ -76,6 +77,14 @@ Samples = Annotated[int, typer.Option("--samples", min=1, help="Windows to calib
 SeqLen = Annotated[
     int,
     typer.Option("--seq-len", min=2, help="Tokens in a window; capped to the model's context."),
+]
+ReadPath = Annotated[
+    ReadPathName,
+    typer.Option(
+        "--read-path",
+        help="auto: the fused CUDA kernel in every layer it knows, torch in the others; "
+        "fused: the kernel, or an error; materialise: torch.",
+    ),
 ]
 Prefill = Annotated[
     PrefillName,

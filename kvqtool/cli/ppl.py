@@ -93,6 +93,7 @@ def run(
     ] = False,
     output: opt.CopyOutput = None,
     force: opt.Force = False,
+    read_path: opt.ReadPath = "auto",
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
@@ -116,7 +117,7 @@ def run(
         check_output(output, force)
     path = output if read_ranks().is_first else None
     out = Output(NAME, json=json, quiet=quiet, path=path, force=force)
-    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map)
+    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map, read_path)
     loaded = choice.load_shared(out)
     from kvqtool.data import evaluation_windows, load_text
     from kvqtool.perplexity import evaluate

@@ -43,6 +43,7 @@ def run(
     prefill: opt.Prefill = "exact",
     output: opt.RequiredOutput,
     force: opt.Force = False,
+    read_path: opt.ReadPath = "auto",
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
@@ -62,7 +63,7 @@ def run(
     scheme = Scheme.choose(bundle, spec, calibration)
     check_output(output, force)
     out = Output(NAME, json=json, quiet=quiet)
-    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map)
+    choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map, read_path)
     loaded = choice.load(out)
     from kvqtool.cachefile import quantize_states, quantize_text
     from kvqtool.data import load_text

@@ -31,8 +31,16 @@ def _layer_line(layer: dict[str, Any]) -> str:
     axis = f" per {layer['key_axis']}" if layer["key_axis"] else ""
     return (
         f"{layer['kind']}{window}, rotation {layer['rope']}, keys {layer['key_storage']}{axis} "
-        f"{layer['key_bits']} bits, values {layer['value_bits']} bits, read: {layer['read_path']}"
+        f"{layer['key_bits']} bits, values {layer['value_bits']} bits{_read(layer)}"
     )
+
+
+def _read(layer: dict[str, Any]) -> str:
+    """Return how a layer is read and why not by the kernel; nothing where no cache was made."""
+    if "read_path" not in layer:
+        return ""
+    reason = f" ({layer['read_reason']})" if layer["read_reason"] else ""
+    return f", read: {layer['read_path']}{reason}"
 
 
 def _runs(numbers: list[int]) -> str:

@@ -1,0 +1,177 @@
+"""A layer's store whose packed body attention reads straight from pages.
+
+Codes are those of `LayerStore`, bit for bit, and so is what is saved. Tokens that fill no page yet
+are kept decoded as well: kernels read them, at most 127, beside the recent window.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvqtool.codebook import Codebook
+from kvqtool.fused import ExactTokens, PackedContext
+from kvqtool.hadamard import rotate_heads
+from kvqtool.memory import SLAB_TOKENS
+from kvqtool.packed import Body
+from kvqtool.page_body import PageBody
+from kvqtool.page_memory import SLABS
+from kvqtool.pages import Pages, PageSide
+from kvqtool.read_path import PageForm
+from kvqtool.rows import Pair, join
+from kvqtool.seam import LayerSeam
+from kvqtool.spec import KvSpec
+from kvqtool.store import Angles, LayerStore, Rows
+
+_STATE_COLUMNS: Final = 8
+
+
+class PagedStore(LayerStore):
+    """A store that keeps whole pages in their device form while `uses_pages`."""
+
+    def __init__(
+        self,
+        spec: KvSpec,
+        codebooks: tuple[Codebook, Codebook],
+        seam: LayerSeam,
+        form: PageForm,
+    ) -> None:
+        """Start empty; the arguments are those of `LayerStore`, and how keys lie in pages."""
+        self.form = form
+        self.uses_pages = True
+        super().__init__(spec, codebooks, seam)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        super().clear()
+        self._body: PageBody | None = None
+        self._decoded: Pair | None = None
+
+    def leave_pages(self) -> None:
+        """Keep canonical rows only, from now on."""
+        self.uses_pages = False
+        self._decoded = None
+        if self._body is not None:
+            self._body.unload()
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens."""
+        super().truncate(tokens)
+        self._decoded = None
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep, repeat or reorder sequences."""
+        super().select(sequences)
+        self._decoded = None
+        self._fill()
+
+    def restore(self, exact: dict[str, Pair], rows: tuple[Rows, Rows], tokens: int) -> None:
+        """Fill an empty store with what a store of `tokens` tokens held."""
+        super().restore(exact, rows, tokens)
+        self._fill()
+
+    @property
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Every allocated tensor; `decoded` are those of the tokens that fill no page."""
+        named = super().tensors
+        return named | ({"decoded": list(self._decoded)} if self._decoded else {})
+
+    def context(self, angles: Angles, position: Tensor | None, start: int) -> PackedContext:
+        """Return the tokens from `start` on as kernels read them.
+
+        Args:
+            angles: as in `append`.
+            position: (batch,) of each sequence's first token; None where keys are not rotated.
+            start: the first token that is seen.
+        """
+        body = self._pages_of()
+        sink = tuple(self._kernel_form(self._exact["sink"], start))
+        behind = max(start - self.sinks - self.dropped, 0)
+        tail = self._tail(angles)
+        window = tuple(self._kernel_form(tail, behind - body.pages.tokens))
+        pages = body.pages.pages if body.pages.blocks else self._no_pages()
+        state = torch.zeros(self.batch, _STATE_COLUMNS, dtype=torch.int32, device=sink[0].device)
+        state[:, 0], state[:, 1] = body.pages.tokens, sink[0].shape[2]
+        state[:, 2] = window[0].shape[2]
+        if position is not None:
+            state[:, 3] = position + self.sinks + self.dropped
+        state[:, 4] = min(behind, body.pages.tokens)
+        return PackedContext(pages, ExactTokens(*sink, *window), state)
+
+    def _new_bodies(self, channels: tuple[int, int], batch: int) -> tuple[Body, Body]:
+        head_dim = len(self.form.order)
+        orders = self.form.order, None
+        key, value = (
+            PageSide({}, book, spec, width // head_dim, head_dim, order)
+            for book, spec, width, order in zip(
+                self._codebooks, (self.spec.key, self.spec.value), channels, orders, strict=True
+            )
+        )
+        self._body = PageBody((key, value), batch)
+        return self._body.sides
+
+    def _add(self, encoded: tuple[Rows, Rows], angles: Angles) -> None:
+        """Put encoded tokens behind the body, and whole pages into their device form."""
+        body = self._pages_of()
+        before = body.rest[0].tokens
+        super()._add(encoded, angles)
+        if not self.uses_pages:
+            return
+        if self._fill() or (self._decoded is None and before):
+            self._decoded = None
+            return
+        first = self.sinks + self.dropped + body.pages.tokens + before
+        fresh = self._decode(encoded, first, angles)
+        self._decoded = fresh if self._decoded is None else join(self._decoded, fresh)
+
+    def _fill(self) -> bool:
+        filled = self.uses_pages and self._pages_of().fill()
+        if filled:
+            self._decoded = None
+        return filled
+
+    def _tail(self, angles: Angles) -> Pair:
+        """Return what follows the pages as attention sees it: keys after RoPE and values."""
+        body, (leaving, window) = self._pages_of(), self._split_window()
+        first, rest = self.sinks + self.dropped + body.pages.tokens, body.rest
+        if self._decoded is None and rest[0].tokens:
+            self._decoded = self._decode((rest[0].read(), rest[1].read()), first, angles)
+        tail = window if self._decoded is None else join(self._decoded, window)
+        if leaving[0].shape[2]:
+            held = self._decode(self._encode(leaving, angles), first + rest[0].tokens, angles)
+            tail = (
+                join(held, window)
+                if self._decoded is None
+                else join(join(self._decoded, held), window)
+            )
+        return tail
+
+    def _kernel_form(self, states: Pair, start: int) -> Pair:
+        """Return exact states from `start` on in the form in which pages decode: keys unscaled,
+        values rotated.
+        """
+        key, value = (part[:, :, max(start, 0) :] for part in states)
+        if self.form.scaling != 1:
+            key = (key.float() / self.form.scaling).to(key.dtype)
+        if self.spec.value.rotated and value.numel():
+            value = rotate_heads(value.float()).to(value.dtype)
+        return key.contiguous(), value.contiguous()
+
+    def _no_pages(self) -> Pages:
+        heads, head_dim = self.geometry.num_kv_heads, self.geometry.key_dim
+        words = SLAB_TOKENS * head_dim * (self.spec.key.bits + self.spec.value.bits) // 32
+        like = self.window[0]
+        none = like.new_zeros(0, heads, SLABS, words, dtype=torch.int32)
+        return Pages(
+            none,
+            like.new_zeros(0, SLABS * SLAB_TOKENS, 2, dtype=torch.float16),
+            like.new_zeros(0, heads, SLABS, 4, dtype=torch.int32),
+            like.new_zeros(4, dtype=torch.int32),
+            like.new_zeros(self.batch, 0, dtype=torch.int32),
+        )
+
+    def _pages_of(self) -> PageBody:
+        assert self._body is not None, "the layer has stored nothing yet"
+        return self._body

@@ -1,0 +1,166 @@
+"""Read one layer's pages: attend with the fused kernel, or decode all of them for several queries.
+
+On CUDA kernels do both, on a CPU their torch references.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kvqtool.codebook import Codebook
+from kvqtool.fused import LayerTables, PackedContext, Workspace, new_workspace
+from kvqtool.hadamard import rotate_heads
+from kvqtool.ops import call_attend
+from kvqtool.pages import PageSide, key_table, level_table
+from kvqtool.read_path import PageForm, Place, layer_variant
+from kvqtool.reading import decode_pages, dequantize
+from kvqtool.rows import Pair
+from kvqtool.seam import LayerSeam
+from kvqtool.slabs import angle_table, frequency_table
+from kvqtool.spec import KvSpec
+from kvqtool.variant import Variant
+
+
+@dataclass
+class SharedTables:
+    """What the layers of a cache share: angle tables by group, and what launches write beside
+    their results.
+    """
+
+    angles: dict[tuple[int, torch.device], Pair] = field(default_factory=dict)
+    workspaces: dict[tuple[object, ...], Workspace] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every allocated tensor."""
+        made = [t for pair in self.angles.values() for t in pair]
+        return made + [t for w in self.workspaces.values() for t in (w.partials, w.counters)]
+
+
+class PageReader:
+    """What reads one layer's pages; tables are made when states first say where they lie."""
+
+    def __init__(
+        self,
+        layer: LayerSeam,
+        spec: KvSpec,
+        books: tuple[Codebook, Codebook],
+        form: PageForm,
+        shared: SharedTables,
+    ) -> None:
+        """Keep the layer, its codebooks, how its keys lie in pages, and what layers share."""
+        self._layer = layer
+        self._spec = spec
+        self._books = books
+        self._form = form
+        self._shared = shared
+        self._tables: LayerTables | None = None
+
+    def attend(
+        self, query: Tensor, context: PackedContext, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """Attend with one query token a sequence.
+
+        Args:
+            query: (batch, num_heads, 1, head_dim) after RoPE.
+            context: the layer's tokens.
+            scaling: factor on scores.
+            softcap: cap of the scores, or None.
+
+        Returns:
+            (batch, 1, num_heads, head_dim) in the query's dtype.
+        """
+        flat = query[:, :, 0].contiguous()
+        variant = self._variant(flat.shape[1], flat, softcap is not None)
+        tables = replace(
+            self._tables_on(flat.device), scale=scaling * self._form.scaling, softcap=softcap
+        )
+        out = call_attend(flat, context, tables, variant, self._workspace(variant, flat))
+        if self._spec.value.rotated:
+            out = rotate_heads(out.float()).to(out.dtype)
+        return out[:, None]
+
+    def expand(self, context: PackedContext) -> Pair:
+        """Return the keys after RoPE and values that a context holds, (batch, num_kv_heads,
+        tokens, head_dim) in the model's dtype.
+        """
+        exact, first = context.exact, int(context.state[0, 4])
+        keys, values = [exact.sink_key], [exact.sink_value]
+        if len(context.pages.slabs):
+            key, value = self._decode(context, exact.sink_key)
+            keys.append(key[:, :, first:].to(exact.sink_key.dtype))
+            values.append(value[:, :, first:].to(exact.sink_key.dtype))
+        key = torch.cat([*keys, exact.window_key], dim=2)
+        value = torch.cat([*values, exact.window_value], dim=2)
+        if self._form.scaling != 1:
+            key = (key.float() * self._form.scaling).to(key.dtype)
+        if self._spec.value.rotated:
+            value = rotate_heads(value.float()).to(value.dtype)
+        return key, value
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors that this layer has allocated for itself."""
+        return (
+            []
+            if self._tables is None
+            else [self._tables.key_table, self._tables.levels, self._tables.order]
+        )
+
+    def _decode(self, context: PackedContext, states: Tensor) -> Pair:
+        variant = self._variant(states.shape[1], states, has_softcap=False)
+        tables = self._tables_on(states.device)
+        if states.device.type == "cuda":
+            return dequantize(context, tables, variant, states.dtype)
+        return decode_pages(context, tables, variant)
+
+    def _variant(self, num_heads: int, states: Tensor, has_softcap: bool) -> Variant:
+        place = Place(states.device, states.dtype, num_heads)
+        return layer_variant(self._layer, self._spec, place, softcap=has_softcap)
+
+    def _tables_on(self, device: torch.device) -> LayerTables:
+        if self._tables is None or self._tables.order.device != device:
+            self._tables = self._make_tables(device)
+        return self._tables
+
+    def _make_tables(self, device: torch.device) -> LayerTables:
+        geometry, order = self._layer.geometry, self._form.order
+        books = tuple(book.to(device) for book in self._books)
+        sides = (
+            PageSide({}, books[0], self._spec.key, geometry.num_kv_heads, len(order), order),
+            PageSide({}, books[1], self._spec.value, geometry.num_kv_heads, len(order), None),
+        )
+        turns, frequencies = self._angles_on(device)
+        return LayerTables(
+            key_table(books[0], self._spec.key, order, geometry.num_kv_heads),
+            level_table(*sides),
+            turns,
+            frequencies,
+            order.to(device, torch.int16),
+            1.0,
+        )
+
+    def _angles_on(self, device: torch.device) -> Pair:
+        is_rotated = self._form.inv_freq is not None
+        group = self._layer.group if is_rotated else -len(self._form.order)
+        key = group, device
+        if key not in self._shared.angles:
+            inv_freq = self._form.inv_freq
+            if inv_freq is None:
+                inv_freq = torch.zeros(len(self._form.order) // 2, dtype=torch.float64)
+            made = angle_table(inv_freq), frequency_table(inv_freq)
+            self._shared.angles[key] = made[0].to(device), made[1].to(device)
+        return self._shared.angles[key]
+
+    def _workspace(self, variant: Variant, query: Tensor) -> Workspace:
+        heads = self._layer.geometry.num_kv_heads
+        key = query.device, variant.group, variant.head_dim, query.shape, heads
+        if key not in self._shared.workspaces:
+            blocks = 1
+            if query.device.type == "cuda":
+                blocks = torch.cuda.get_device_properties(query.device).multi_processor_count
+            self._shared.workspaces[key] = new_workspace(variant, query, heads, blocks)
+        return self._shared.workspaces[key]
