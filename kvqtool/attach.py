@@ -42,7 +42,7 @@ class Session:
         bundle.check_layers(
             {layer.index: layer.geometry for layer in self.seam.layers if layer.is_packed}
         )
-        if bundle.spec.residual_length and self.model.config._attn_implementation != BAND:
+        if bundle.spec.has_window and self.model.config._attn_implementation != BAND:
             raise InputError(
                 f"{bundle.spec} keeps a recent window; pass the spec to attach(model, "
                 "bundle) to use it"
@@ -103,7 +103,7 @@ def _band_attention(model: PreTrainedModel, spec: KvSpec | None) -> Iterator[Non
     Raises:
         InputError: when the model keeps its own attention; transformers would only log a warning.
     """
-    if spec is None or not spec.residual_length:
+    if spec is None or not spec.has_window:
         yield
         return
     register_band_attention()

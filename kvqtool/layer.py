@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvqtool.attention import Band, mark_band
+from kvqtool.memory import packed_tokens
 from kvqtool.rope import AngleStore
 from kvqtool.store import LayerStore
 
@@ -59,30 +60,38 @@ class KvqLayer(CacheLayerMixin):
         is_prompt = self.store.is_empty
         window = None if is_prompt else self.store.window
         seen_from = self._first_seen()
-        hold = self.record_past and self.store.spec.residual_length > 0
+        hold = self.record_past and self.store.spec.has_window
         self.store.append(key_states, value_states, self._read_angles, hold=hold)
         self.is_initialized = True
         keys, values = key_states, value_states
         if not (is_prompt and self.prefill == "exact"):
             keys, values = self.store.read(self._read_angles, seen_from)
-            if self.store.spec.residual_length and key_states.shape[2] > 1:
-                self._mark_band(keys, (key_states, value_states), window)
+            if self.store.spec.has_window and key_states.shape[2] > 1:
+                self._mark_band((keys, seen_from), (key_states, value_states), window)
         if not self.record_past:
             self.store.drop_unseen()
         return keys, values
 
     def _mark_band(
-        self, keys: Tensor, fresh: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor] | None
+        self,
+        shown: tuple[Tensor, int],
+        fresh: tuple[Tensor, Tensor],
+        window: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Tell attention which of the keys each new query still sees exactly."""
-        tail = fresh
+        (keys, seen_from), tail, spec = shown, fresh, self.store.spec
         if window is not None:
             pairs = zip(window, fresh, strict=True)
             key, value = (
                 torch.cat([old, new], dim=2)[:, :, -keys.shape[2] :] for old, new in pairs
             )
             tail = key, value
-        mark_band(keys, Band(*tail, self.store.spec.residual_length))
+        before = self.store.tokens - fresh[0].shape[2]
+        exact_from = [
+            spec.sink_tokens + packed_tokens(spec, tokens - spec.sink_tokens) - seen_from
+            for tokens in range(before + 1, self.store.tokens + 1)
+        ]
+        mark_band(keys, Band(*tail, torch.tensor(exact_from)))
 
     def _first_seen(self) -> int:
         """Return the first token that the next query sees."""

@@ -94,7 +94,7 @@ def _layer_row(bundle: Bundle, layer: LayerSeam) -> dict[str, Any]:
         "key_axis": axis if packed and spec.key.method != "fp" else None,
         "key_bits": spec.key.bits if packed else None,
         "value_bits": spec.value.bits if packed else None,
-        "read_path": ("mixed" if spec.residual_length else "materialise") if packed else "stock",
+        "read_path": ("mixed" if spec.has_window else "materialise") if packed else "stock",
     }
 
 
