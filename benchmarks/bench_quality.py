@@ -74,6 +74,29 @@ SETS: dict[str, list[str]] = {
         "nuq2-1%-sink1-r128",
     ],
 }
+# The codecs others use, each at the grouping that its authors name or that suits heads of 64.
+RIVALS = [
+    *(f"int{b}-sink1" for b in _WIDTHS),
+    *(f"int{b}-1%-sink1" for b in _WIDTHS),
+    *(f"nf{b}-sink1" for b in _WIDTHS),
+    *(f"int{b}-g64-sink1" for b in _WIDTHS),
+    *(f"kivi{b}-g32" for b in _WIDTHS),
+    *(f"kivi{b}-g64" for b in _WIDTHS),
+    "kivi2-g32-r128",
+    *(f"had{b}-g64" for b in _WIDTHS),
+    *(f"had{b}-g64-postrope" for b in _WIDTHS),
+    *(f"tq{b}-g64" for b in _WIDTHS),
+]
+SETS["rivals"] = RIVALS
+SETS["frontier"] = [
+    *SETS["presets"],
+    *(f"{spec}-pc" for spec in _NUQ),
+    *(f"{spec}-comp" for spec in _NUQ),
+    *(f"{spec}-qnorm" for spec in _NUQ),
+    *(f"nuq{b}-sink1" for b in _WIDTHS),
+    *(f"kvq3@{bits}" for bits in ("3.0", "2.75", "2.6")),
+    *RIVALS,
+]
 # Schemes that share one run of the baseline; results are saved group by group.
 _GROUP = 14
 _COLUMNS = {

@@ -59,7 +59,7 @@ class Session:
         bundle.check_layers(
             {layer.index: layer.geometry for layer in self.seam.layers if layer.is_packed}
         )
-        if bundle.spec.residual_length and self.model.config._attn_implementation != BAND:
+        if bundle.spec.has_window and self.model.config._attn_implementation != BAND:
             raise InputError(
                 f"{bundle.spec} keeps a recent window; pass the spec to attach(model, "
                 "bundle) to use it"
@@ -157,7 +157,7 @@ def _own_attention(
         InputError: when a recent window needs it and the model keeps its own attention;
             transformers would only log a warning.
     """
-    before, has_window = model.config._attn_implementation, bool(spec and spec.residual_length)
+    before, has_window = model.config._attn_implementation, bool(spec and spec.has_window)
     if not has_window and (not wants_fused or before != "sdpa"):
         yield None if before == "sdpa" else f"the model runs on {before} attention, not on sdpa"
         return

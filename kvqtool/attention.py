@@ -35,12 +35,12 @@ class Band:
     Args:
         key: (batch, num_kv_heads, tail, head_dim) exact keys of the last `tail` tokens, after RoPE.
         value: likewise the values.
-        residual_length: R; a query at position p sees keys at positions > p - R exactly.
+        exact_from: (queries,) int64, the first of the call's keys that each query sees exactly.
     """
 
     key: Tensor
     value: Tensor
-    residual_length: int
+    exact_from: Tensor
 
 
 class PackedKeys(Protocol):
@@ -128,7 +128,7 @@ def band_attention(
 def _mixed_attention(
     query: Tensor, packed: tuple[Tensor, Tensor], band: Band, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """S = where(age < R, q.K_exact, q.K_packed); one softmax; P_exact V_exact + P_packed
+    """S = where(exact, q.K_exact, q.K_packed); one softmax; P_exact V_exact + P_packed
     V_packed.
     """
     key, value = packed
@@ -142,7 +142,8 @@ def _mixed_attention(
 
     position = torch.arange(tokens - queries, tokens, device=query.device)[:, None]
     age = position - torch.arange(tokens, device=query.device)
-    recent = (age < band.residual_length)[:, tokens - tail :]
+    places = torch.arange(tokens - tail, tokens, device=query.device)
+    recent = places >= band.exact_from.to(query.device)[:, None]
     score = scores(key)
     score[..., tokens - tail :] = torch.where(recent, scores(band.key), score[..., tokens - tail :])
     seen = (age >= 0)[None, None] if mask is None else mask

@@ -1,15 +1,48 @@
-"""Hadamard rotation of value heads: every channel of a head becomes a mixture of all of them, so
-that none stands out and a token's outliers cost it little (QuaRot, arXiv 2404.00456, for values).
+"""Hadamard rotation of heads: every channel of a head becomes a mixture of all of them, so
+that none stands out and a token's outliers cost it little (QuaRot, arXiv 2404.00456).
 
 The rotation is symmetric and orthogonal: it is its own inverse.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
 from torch import Tensor
+
+from kvqtool.side import NORMED, QuantSpec
+
+
+def turn(states: Tensor, spec: QuantSpec) -> Tensor:
+    """Rotate heads as a side's scheme asks.
+
+    Args:
+        states: (..., head_dim) float32, keys or values.
+        spec: the side's scheme.
+
+    Returns:
+        The same shape; the states themselves where the scheme does not rotate.
+    """
+    if not spec.rotated:
+        return states
+    return rotate_heads(states * _signs(states) if spec.method == NORMED else states)
+
+
+def turn_back(states: Tensor, spec: QuantSpec) -> Tensor:
+    """Undo `turn`, to within rounding."""
+    if not spec.rotated:
+        return states
+    turned = rotate_heads(states)
+    return turned * _signs(states) if spec.method == NORMED else turned
+
+
+def _signs(states: Tensor) -> Tensor:
+    """Return (head_dim,) signs drawn once and for all: the bits of a hash of the width."""
+    head_dim = states.shape[-1]
+    digest = hashlib.shake_256(f"kvqtool signs {head_dim}".encode()).digest(head_dim)
+    return torch.tensor([1.0 - 2.0 * (byte & 1) for byte in digest], device=states.device)
 
 
 def rotate_heads(states: Tensor) -> Tensor:

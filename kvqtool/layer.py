@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvqtool.attention import Band, mark_band, mark_packed, mark_witness
 from kvqtool.fused import PackedContext
+from kvqtool.memory import packed_tokens
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import ReadPath
 from kvqtool.reader import PageReader
@@ -80,7 +81,7 @@ class KvqLayer(CacheLayerMixin):
         is_prompt, tokens = self.store.is_empty, key_states.shape[2]
         window = None if is_prompt else self.store.window
         seen_from = self._first_seen()
-        hold = self.record_past and self.store.spec.residual_length > 0
+        hold = self.record_past and self.store.spec.has_window
         self._check_path()
         self.store.append(key_states, value_states, self._read_angles, hold=hold)
         self.is_initialized = True
@@ -89,8 +90,8 @@ class KvqLayer(CacheLayerMixin):
             self.path.count("exact")
         else:
             keys, values = self._read(seen_from, tokens)
-            if self.store.spec.residual_length and tokens > 1:
-                self._mark_band(keys, (key_states, value_states), window)
+            if self.store.spec.has_window and tokens > 1:
+                self._mark_band((keys, seen_from), (key_states, value_states), window)
         if self.path.is_fused:
             mark_witness(keys, self.path.witness)
             self.path.is_offered = True
@@ -129,17 +130,25 @@ class KvqLayer(CacheLayerMixin):
         return placeholder, placeholder
 
     def _mark_band(
-        self, keys: Tensor, fresh: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor] | None
+        self,
+        shown: tuple[Tensor, int],
+        fresh: tuple[Tensor, Tensor],
+        window: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Tell attention which of the keys each new query still sees exactly."""
-        tail = fresh
+        (keys, seen_from), tail, spec = shown, fresh, self.store.spec
         if window is not None:
             pairs = zip(window, fresh, strict=True)
             key, value = (
                 torch.cat([old, new], dim=2)[:, :, -keys.shape[2] :] for old, new in pairs
             )
             tail = key, value
-        mark_band(keys, Band(*tail, self.store.spec.residual_length))
+        before = self.store.tokens - fresh[0].shape[2]
+        exact_from = [
+            spec.sink_tokens + packed_tokens(spec, tokens - spec.sink_tokens) - seen_from
+            for tokens in range(before + 1, self.store.tokens + 1)
+        ]
+        mark_band(keys, Band(*tail, torch.tensor(exact_from)))
 
     def _first_seen(self) -> int:
         """Return the first token that the next query sees."""

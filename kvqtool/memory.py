@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Final
 
 from kvqtool.errors import InputError
-from kvqtool.side import EXACT, QuantSpec
+from kvqtool.side import EXACT, NORMED, QuantSpec
 from kvqtool.spec import KvSpec
 
 PAGE_TOKENS: Final = 128
@@ -100,12 +100,12 @@ def outliers_per_tail(spec: QuantSpec, channels: int) -> int:
 
 
 def groups_per_token(spec: QuantSpec, channels: int) -> int:
-    """Return the number of (scale, offset) pairs a token brings; 0 where calibration fixed the
-    ranges.
+    """Return the number of (scale, offset) pairs, or of norms, a token brings; 0 where calibration
+    fixed the ranges.
 
     Example: 192 channels, int4-g64 -> 3 pairs; nuq3 values -> 1 pair; nuq3 keys -> 0.
     """
-    if spec.method == EXACT or spec.per_channel:
+    if spec.method == EXACT or spec.per_channel or spec.token_group:
         return 0
     size = spec.group_size or channels
     if channels % size:
@@ -140,7 +140,11 @@ def body_buffers(
         return {"states": Buffer(dtype, (rows, channels))}
     buffers = {"words": Buffer("int32", (rows, words_per_token(spec, channels)))}
     groups = groups_per_token(spec, channels)
-    if groups:
+    if spec.token_group:
+        buffers["group_ranges"] = Buffer("float16", (rows // spec.token_group, channels, 2))
+    if groups and spec.method == NORMED:
+        buffers["norms"] = Buffer("float16", (rows, groups))
+    elif groups:
         buffers["ranges"] = Buffer("float16", (rows, groups, 2))
     if spec.outlier_fraction:
         if spec.per_channel:
@@ -188,10 +192,18 @@ def part_buffers(
 
 
 def split_tokens(spec: KvSpec, tokens: int) -> tuple[int, int, int]:
-    """Return how many of `tokens` are sinks, in the packed body, and in the recent window."""
+    """Return how many of `tokens` are sinks, in the packed body, and in the recent window, which
+    also holds a group of tokens that is not yet whole.
+    """
     sink = min(spec.sink_tokens, tokens)
-    window = min(spec.residual_length, tokens - sink)
-    return sink, tokens - sink - window, window
+    body = packed_tokens(spec, tokens - sink)
+    return sink, body, tokens - sink - body
+
+
+def packed_tokens(spec: KvSpec, tokens: int) -> int:
+    """Return how many of the tokens behind the sinks are packed."""
+    past = max(tokens - spec.residual_length, 0)
+    return past - past % (spec.key.token_group or 1)
 
 
 def dropped_tokens(spec: KvSpec, tokens: int, window: int | None) -> int:
@@ -260,7 +272,10 @@ def paper_bits(spec: QuantSpec, channels: int) -> float:
     """
     if spec.method == EXACT:
         return 16.0
-    bits = spec.bits + 32 * groups_per_token(spec, channels) / channels
+    if spec.token_group:
+        return spec.bits + 32 / spec.token_group
+    each = 16 if spec.method == NORMED else 32
+    bits = spec.bits + each * groups_per_token(spec, channels) / channels
     return bits + (32 * spec.outlier_fraction + 32 / channels if spec.outlier_fraction else 0.0)
 
 

@@ -21,6 +21,7 @@ from kvqtool.side import QuantSpec
 # them.
 _JOIN_BELOW = 4096
 SPARSE = ("outlier_values", "outlier_channels")
+GROUPS = "group_ranges"  # a row for every group of tokens of a sequence
 
 
 class Body(Protocol):
@@ -151,6 +152,9 @@ class RunBuffer:
 class PackedBody:
     """The packed rows of one side of one layer; encoding and decoding are the codec's, this keeps
     the bytes.
+
+    Where groups of tokens share ranges, a group's rows of one sequence lie together: row = (group *
+    batch + sequence) * group size + token of the group.
     """
 
     def __init__(self, spec: QuantSpec, channels: int, batch: int) -> None:
@@ -165,7 +169,9 @@ class PackedBody:
         self.tokens = 0
         names = body_buffers(self.spec, self.channels, 0, 0, "float32")
         self._buffers: dict[str, PagedBuffer | RunBuffer] = {
-            name: RunBuffer() if name in SPARSE else PagedBuffer(PAGE_TOKENS * batch)
+            name: RunBuffer()
+            if name in SPARSE
+            else PagedBuffer(PAGE_TOKENS * batch // self._tokens_of(name))
             for name in names
         }
 
@@ -190,7 +196,7 @@ class PackedBody:
         rows = tokens * self.batch
         kept = self._outliers_of(self.read(), rows)
         for name, buffer in self._buffers.items():
-            buffer.truncate(kept if name in SPARSE else rows)
+            buffer.truncate(kept if name in SPARSE else rows // self._tokens_of(name))
         self.tokens = tokens
 
     def drop(self, tokens: int) -> None:
@@ -198,7 +204,7 @@ class PackedBody:
         rows = tokens * self.batch
         freed = self._outliers_of(self.read(), rows)
         for name, buffer in self._buffers.items():
-            buffer.drop(freed if name in SPARSE else rows)
+            buffer.drop(freed if name in SPARSE else rows // self._tokens_of(name))
         self.tokens -= tokens
 
     def select(self, sequences: Tensor) -> None:
@@ -209,9 +215,13 @@ class PackedBody:
             self.clear(len(sequences))
             return
         stored = self.read()
-        token = torch.arange(self.tokens, device=sequences.device)[:, None] * self.batch
-        rows = (token + sequences).flatten()
-        picked = gather_rows(stored, rows, 2 * outliers_per_tail(self.spec, self.channels))
+        size = self.spec.token_group or 1
+        group = torch.arange(self.tokens // size, device=sequences.device)[:, None] * self.batch
+        groups = (group + sequences).flatten()
+        ranges = {name: stored.pop(name)[groups] for name in (GROUPS,) if name in stored}
+        rows = (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+        per_row = 2 * outliers_per_tail(self.spec, self.channels)
+        picked = gather_rows(stored, rows, per_row) | ranges
         self.clear(len(sequences))
         self.append(picked)
 
@@ -225,6 +235,10 @@ class PackedBody:
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every allocated tensor, by buffer."""
         return {name: buffer.tensors for name, buffer in self._buffers.items()}
+
+    def _tokens_of(self, name: str) -> int:
+        """Return the tokens of a sequence that a row of a buffer is for."""
+        return (self.spec.token_group or 1) if name == GROUPS else 1
 
     def _outliers_of(self, stored: dict[str, Tensor], rows: int) -> int:
         """Count the outliers of the first `rows` rows."""

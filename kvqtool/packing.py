@@ -20,7 +20,7 @@ from kvqtool.fused import LayerTables, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, folds_levels, list_sizes
-from kvqtool.side import EXACT
+from kvqtool.side import EXACT, GROUPED, ROTATING
 from kvqtool.spec import KvSpec
 from kvqtool.variant import Variant
 
@@ -76,6 +76,8 @@ def unsupported(spec: KvSpec) -> str | None:
     """Return what of a scheme the packing kernels do not know, or None."""
     key, value = spec.key, spec.value
     known = {
+        f"{key.method} codes": key.method not in (GROUPED, *ROTATING),
+        f"{value.method} codes": value.method not in (GROUPED, *ROTATING),
         "states that are not codes": key.method != EXACT and value.method != EXACT,
         "codes of 8 bits": max(key.bits, value.bits) <= 4,
         "keys with a range per token": key.per_channel,

@@ -210,8 +210,10 @@ def _rows_of(
             raise _wrong(f"{prefix}.{name}", rows[name], f"{buffer.dtype} {buffer.shape}")
         if rows[name].is_floating_point() and not torch.isfinite(rows[name]).all():
             raise BundleError(f"saved cache holds {prefix}.{name} that is no number; make it again")
-    if "ranges" in rows and (rows["ranges"][..., 0] < 0).any():
-        raise BundleError(f"saved cache holds {prefix}.ranges below zero; make it again")
+    for name in ("ranges", "group_ranges", "norms"):
+        sizes = rows[name] if name in rows else torch.zeros(1, 1)
+        if ((sizes if name == "norms" else sizes[..., 0]) < 0).any():
+            raise BundleError(f"saved cache holds {prefix}.{name} below zero; make it again")
     if "outlier_values" in rows and not _outliers_fit(rows, body, channels, per_row):
         raise BundleError(
             f"saved cache holds {prefix} outliers that do not lie in {body} rows of {channels} "

@@ -16,6 +16,23 @@ def to_rows(states: Tensor) -> Tensor:
     return states.permute(2, 0, 1, 3).float()
 
 
+def by_group(states: Tensor, size: int | None) -> Tensor:
+    """(T, B, C) -> (T * B, C) in the order of `PackedBody`: by token, or by group of `size` tokens
+    and then by sequence.
+    """
+    tokens, batch, channels = states.shape
+    size = size or 1
+    grouped = states.reshape(tokens // size, size, batch, channels).transpose(1, 2)
+    return grouped.reshape(tokens * batch, channels)
+
+
+def by_token(rows: Tensor, batch: int, size: int | None) -> Tensor:
+    """(T * B, C) -> (T, B, C): the inverse of `by_group`."""
+    channels, size = rows.shape[1], size or 1
+    grouped = rows.view(len(rows) // (batch * size), batch, size, channels)
+    return grouped.transpose(1, 2).reshape(-1, batch, channels)
+
+
 def from_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
     """(T, B, H, D) -> (B, H, T, D) in the model's dtype."""
     return states.permute(1, 2, 0, 3).to(dtype)

@@ -19,6 +19,7 @@ from kvqtool.memory import (
     body_buffers,
     dropped_tokens,
     groups_per_token,
+    split_tokens,
 )
 from kvqtool.side import EXACT, QuantSpec
 from kvqtool.spec import KvSpec
@@ -159,7 +160,7 @@ def attention_scratch(layer: CacheLayer, step: Step) -> int:
         return repeated + step.num_heads * scores * step.score_bytes
     if not step.has_mask(layer):
         return 0
-    if step.cache.spec.residual_length and layer.is_packed:
+    if step.cache.spec.has_window and layer.is_packed:
         ages = ITEM_BYTES["int64"] * step.fresh * seen
         tail = _window_bytes(layer, step) + step.item * step.fresh * layer.geometry.elements
         return step.num_heads * scores * (2 * _FLOAT + step.item) + ages + tail
@@ -175,7 +176,7 @@ def _stored(layer: CacheLayer, step: Step) -> int:
 
 def _window_bytes(layer: CacheLayer, step: Step) -> int:
     """Return the bytes of the recent window as it was before the call, which a call holds on to."""
-    window = min(step.cache.spec.residual_length, step.tokens - step.fresh)
+    window = split_tokens(step.cache.spec, step.tokens - step.fresh)[2]
     return step.item * step.cache.batch * window * layer.geometry.elements
 
 

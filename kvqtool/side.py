@@ -11,8 +11,19 @@ METHOD_BITS: Final[dict[str, tuple[int, ...]]] = {
     "nuq": (2, 3, 4, 8),
     "int": (2, 3, 4, 8),
     "nf": (2, 3, 4),
+    "kivi": (2, 3, 4, 8),
+    "had": (2, 3, 4, 8),
+    "tq": (2, 3, 4),
 }
 EXACT: Final = "fp"
+GROUPED: Final = "kivi"  # the method whose keys share ranges in groups of tokens
+NORMED: Final = "tq"  # the method that keeps a norm where others keep scale and offset
+ROTATING: Final = ("had", NORMED)  # methods that rotate the heads of keys and of values
+GROUPING: Final = (
+    "int",
+    GROUPED,
+    *ROTATING,
+)  # methods with groups of channels
 WEIGHTINGS: Final = ("fisher-scale", "fisher", "none")
 
 
@@ -21,11 +32,11 @@ class QuantSpec:
     """How one side (keys or values) of the cache is stored.
 
     Args:
-        method: `nuq`, `int`, `nf`, or `fp` (stored exactly, in the model's dtype).
+        method: `nuq`, `int`, `nf`, `kivi`, `had`, `tq`, or `fp` (exact, in the model's dtype).
         bits: stored bits per code; 16 stands for `fp`.
         outlier_fraction: share of elements kept exactly, both tails together (0.01 is 1 %).
-        group_size: channels of one token that share a scale and an offset (`int` only); None for
-            the side's default.
+        group_size: channels of one token that share a scale and an offset, or a norm (`tq`);
+            None for the side's default.
         outlier_cap: most outliers a token may keep on a side with offline thresholds; None for no
             limit.
         moment_match: KVQuant's Q-Norm; decoded levels are shifted so that mean and deviation are
@@ -37,7 +48,9 @@ class QuantSpec:
             alone, nothing.
         channel_levels: a codebook per key channel instead of one per layer.
         compensated: rounding is compensated: each channel makes up for the errors of those before.
-        rotated: values are stored rotated by a Hadamard matrix per head.
+        rotated: heads are stored rotated by a Hadamard matrix: values where asked for, keys and
+            values by ROTATING methods.
+        token_group: tokens of one key channel that share a scale and an offset (`kivi`).
     """
 
     method: str
@@ -52,6 +65,7 @@ class QuantSpec:
     channel_levels: bool = False
     compensated: bool = False
     rotated: bool = False
+    token_group: int | None = None
 
     def __post_init__(self) -> None:
         known = METHOD_BITS.get(self.method, (16,) if self.method == EXACT else ())
@@ -67,6 +81,7 @@ class QuantSpec:
                 f"unknown weighting {self.weighting!r}; use one of: {', '.join(WEIGHTINGS)}"
             )
         self._check_groups()
+        self._check_online()
         if self.method == EXACT and (
             self.outlier_fraction
             or self.moment_match
@@ -99,9 +114,9 @@ class QuantSpec:
             )
 
     def _check_groups(self) -> None:
-        if self.group_size is not None and (self.method != "int" or self.group_size < 8):
+        if self.group_size is not None and (self.method not in GROUPING or self.group_size < 8):
             raise SpecError(
-                f"-g{self.group_size}: groups of 8 or more channels are for int methods; "
+                f"-g{self.group_size}: groups of 8 or more channels are for int, kivi, had and tq; "
                 "drop -g or use int"
             )
         if self.group_size is not None and self.per_channel:
@@ -114,6 +129,27 @@ class QuantSpec:
                 f"-g{self.group_size}: rounding is compensated within a head, "
                 "whose channels must share a range; drop -g or -comp"
             )
+
+    def _check_online(self) -> None:
+        """Check the methods that find all they need in the states as they come."""
+        name, size = f"{self.method}{self.bits}", self.token_group or self.group_size
+        if self.method in (GROUPED, *ROTATING) and (
+            self.per_channel
+            or self.outlier_fraction
+            or self.compensated
+            or self.rotated != (self.method in ROTATING)
+        ):
+            raise SpecError(
+                f"{name} finds its ranges as tokens come; outliers, pertoken, comp and vrot do not "
+                "apply to it"
+            )
+        if self.method == GROUPED and (size is None or 128 % size):
+            raise SpecError(
+                f"{name} shares ranges in groups that divide 128 tokens; name their size, as in "
+                f"{name}-g32-r128"
+            )
+        if self.token_group is not None and self.method != GROUPED:
+            raise SpecError(f"{name}: groups of tokens are for {GROUPED}")
 
     @property
     def fits_levels(self) -> bool:

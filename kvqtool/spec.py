@@ -5,7 +5,8 @@ The short string is the scheme's name everywhere: command line, bundle, reports.
     fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken]
     [-nofisher|-fisher] [-pc] [-comp] [-vrot]
 
-`METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4.
+`METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4,
+kivi2 kivi3 kivi4 kivi8, had2 had3 had4 had8 (rotated heads), tq2 tq3 tq4 (TurboQuant).
 Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). `@mixed` at
 the end lets calibration spend the scheme's bytes unevenly: every layer's keys and values get the
 width and outlier share that the loss asks for; `@2.75` spends that many bits a number instead.
@@ -21,7 +22,7 @@ from fractions import Fraction
 from typing import Final
 
 from kvqtool.errors import SpecError
-from kvqtool.side import EXACT, QuantSpec
+from kvqtool.side import EXACT, GROUPED, ROTATING, QuantSpec
 
 # The best recipe measured at each width (docs/quality.md).
 PRESETS: Final[dict[str, str]] = {
@@ -29,6 +30,7 @@ PRESETS: Final[dict[str, str]] = {
 }
 DEFAULT_SPEC: Final = "kvq3"
 SIDES: Final = ("key", "value")
+_ONLINE: Final = (EXACT, GROUPED, *ROTATING)  # methods without ranges by calibration
 _MIXED: Final = re.compile(r"@(mixed|[0-9]{1,2}(?:\.[0-9]{1,6})?)$")
 
 
@@ -58,7 +60,7 @@ class KvSpec:
             raise SpecError(
                 "values are quantized per token; -pc, per-channel and pre-RoPE storage are for keys"
             )
-        if self.key.rotated:
+        if self.key.rotated and self.key.method not in ROTATING:
             raise SpecError("-vrot rotates values; keys are rotated by position already")
         if self.sink_tokens < 0 or self.residual_length < 0:
             raise SpecError(
@@ -76,6 +78,16 @@ class KvSpec:
 
     def __str__(self) -> str:
         key, value = self._print(self.key, is_key=True), self._print(self.value, is_key=False)
+        turned = self.value.rotated and self.value.method not in ROTATING
+        one = key + "-vrot" * turned if self._is_one() else f"{key}/{value}"
+        if not self.mixed:
+            return one
+        return f"{one}@mixed" if self.target_bits is None else f"{one}@{self.target_bits:.10g}"
+
+    def _is_one(self) -> bool:
+        """Whether values are stored as a spec for both sides would say."""
+        if self.key.method != self.value.method:
+            return False
         alone = replace(
             self.key,
             pre_rope=False,
@@ -84,11 +96,10 @@ class KvSpec:
             outlier_cap=None,
             compensated=False,
             rotated=self.value.rotated,
+            group_size=self.key.group_size or self.key.token_group,
+            token_group=None,
         )
-        one = key + "-vrot" * self.value.rotated if alone == self.value else f"{key}/{value}"
-        if not self.mixed:
-            return one
-        return f"{one}@mixed" if self.target_bits is None else f"{one}@{self.target_bits:.10g}"
+        return alone == self.value
 
     def side(self, side: str) -> QuantSpec:
         """Return how "key" or "value" is stored."""
@@ -97,6 +108,11 @@ class KvSpec:
     def with_side(self, side: str, quant: QuantSpec) -> KvSpec:
         """Return the scheme with another form of "key" or "value"."""
         return replace(self, key=quant) if side == "key" else replace(self, value=quant)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the most recent tokens stay exact: a window, or groups that are not yet whole."""
+        return bool(self.residual_length or self.key.token_group)
 
     @property
     def name(self) -> str:
@@ -108,8 +124,8 @@ class KvSpec:
         parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
         if spec.outlier_fraction:
             parts.append(f"{(Decimal(str(spec.outlier_fraction)) * 100).normalize():f}%")
-        if spec.group_size:
-            parts.append(f"g{spec.group_size}")
+        if spec.group_size or spec.token_group:
+            parts.append(f"g{spec.group_size or spec.token_group}")
         if spec.outlier_cap is not None:
             parts.append(f"cap{spec.outlier_cap}")
         if self.sink_tokens:
@@ -120,12 +136,12 @@ class KvSpec:
         if is_key:
             parts += ["postrope"] * (not spec.pre_rope)
             parts += ["pertoken"] * (
-                not spec.per_channel and spec.group_size is None and spec.method != EXACT
+                not spec.per_channel and spec.group_size is None and spec.method not in _ONLINE
             )
         parts += {"fisher-scale": [], "fisher": ["fisher"], "none": ["nofisher"]}[spec.weighting]
         parts += ["pc"] * spec.channel_levels
         parts += ["comp"] * spec.compensated
-        parts += ["vrot"] * spec.rotated
+        parts += ["vrot"] * (spec.rotated and spec.method not in ROTATING)
         return "-".join(parts)
 
     @property
@@ -139,7 +155,7 @@ class KvSpec:
         return self.key.needs_gradients or self.value.needs_gradients
 
 
-_HEAD: Final = re.compile(r"(nuq|int|nf)([0-9]{1,9})|fp")
+_HEAD: Final = re.compile(r"(nuq|int|nf|kivi|had|tq)([0-9]{1,9})|fp")
 _NUMBERED: Final = re.compile(r"(sink|cap|r|g)([0-9]{1,9})")
 _PERCENT: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,99})?)%")
 _FLAGS: Final = ("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc", "comp", "vrot")
@@ -224,18 +240,23 @@ def _agree(name: str, sides: list[dict[str, str]], text: str) -> int:
 
 
 def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
-    per_channel = (
-        is_key and words["method"] != EXACT and "pertoken" not in words and "g" not in words
-    )
+    method, size = words["method"], int(words["g"]) if "g" in words else None
+    per_channel = is_key and method not in _ONLINE and "pertoken" not in words and "g" not in words
+    if method in _ONLINE and method != EXACT and words.keys() & {"pertoken", "vrot"}:
+        raise SpecError(
+            f"{method}{words['bits']} finds its ranges as tokens come; drop -pertoken and -vrot"
+        )
+    by_tokens = is_key and method == GROUPED
     if is_key and "g" in words and "pertoken" in words:
         raise SpecError(
             "-g groups the channels of each token; -pertoken beside it says nothing more, drop it"
         )
     return QuantSpec(
-        method=words["method"],
+        method=method,
         bits=int(words["bits"]),
         outlier_fraction=float(Fraction(words.get("percent", "0")) / 100),
-        group_size=int(words["g"]) if "g" in words else None,
+        group_size=None if by_tokens else size,
+        token_group=size if by_tokens else None,
         outlier_cap=int(words["cap"]) if is_key and "cap" in words else None,
         moment_match="qnorm" in words,
         pre_rope=is_key and "postrope" not in words,
@@ -247,7 +268,7 @@ def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
         else "fisher-scale",
         channel_levels=is_key and "pc" in words,
         compensated="comp" in words,
-        rotated=not is_key and "vrot" in words,
+        rotated=method in ROTATING or (not is_key and "vrot" in words),
     )
 
 

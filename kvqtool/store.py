@@ -15,12 +15,21 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.errors import RunError
-from kvqtool.hadamard import rotate_heads
-from kvqtool.memory import LayerGeometry, dropped_tokens
+from kvqtool.hadamard import turn, turn_back
+from kvqtool.memory import LayerGeometry, dropped_tokens, packed_tokens
 from kvqtool.methods import get_method
 from kvqtool.packed import Body, PackedBody
 from kvqtool.padding import keep_padded_sinks, put_padded_sinks
-from kvqtool.rows import Pair, check_finite, from_rows, join, stored_dtype, to_rows
+from kvqtool.rows import (
+    Pair,
+    by_group,
+    by_token,
+    check_finite,
+    from_rows,
+    join,
+    stored_dtype,
+    to_rows,
+)
 from kvqtool.seam import LayerSeam
 from kvqtool.spec import SIDES, KvSpec
 
@@ -169,6 +178,12 @@ class LayerStore:
             raise RunError(
                 "a sliding layer has dropped what cropping would bring back; record the past first"
             )
+        group = self.spec.key.token_group or 1
+        if body % group:
+            raise RunError(
+                f"{tokens} tokens end within a group of {group} that share ranges; "
+                f"crop to a multiple of {group} behind the sinks, or to the exact tokens"
+            )
         kept = {"sink": sink, "window": tokens - sink - self.dropped - body}
         for part, length in kept.items():
             key, value = self._exact[part]
@@ -256,7 +271,7 @@ class LayerStore:
     def _split_window(self, held: int = 0) -> tuple[Pair, Pair]:
         """Return the exact states that are past the recent window and `held` more, and the rest."""
         key, value = self._exact["window"]
-        past = max(key.shape[2] - self.spec.residual_length - held, 0)
+        past = packed_tokens(self.spec, key.shape[2] - held)
         return (key[:, :, :past], value[:, :, :past]), (key[:, :, past:], value[:, :, past:])
 
     def _encode(self, leaving: Pair, angles: Angles) -> tuple[Rows, Rows]:
@@ -266,13 +281,11 @@ class LayerStore:
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + tokens))
             states[0] = self.rotation.unrotate(states[0], cos, sin)
-        if self.spec.value.rotated:
-            states[1] = rotate_heads(states[1])
         encoded = []
         specs = (self.spec.key, self.spec.value)
         for side, spec, book in zip(states, specs, self._codebooks, strict=True):
             check_finite(side, self.layer)
-            flat = side.reshape(tokens * side.shape[1], -1)
+            flat = by_group(turn(side, spec).flatten(2), spec.token_group)
             stored = stored_dtype(flat, spec, leaving[0].dtype)
             encoded.append(get_method(spec.method).quantize(stored, book, spec))
         return encoded[0], encoded[1]
@@ -283,15 +296,11 @@ class LayerStore:
         specs, geometry = (self.spec.key, self.spec.value), self.geometry
         for side, spec, book, body in zip(rows, specs, self._codebooks, self.bodies, strict=True):
             flat = get_method(spec.method).dequantize(side, book, spec, body.channels)
-            states.append(
-                flat.view(
-                    -1, self.batch, geometry.num_kv_heads, flat.shape[1] // geometry.num_kv_heads
-                )
-            )
+            tokens = by_token(flat, self.batch, spec.token_group)
+            heads = tokens.view(*tokens.shape[:2], geometry.num_kv_heads, -1)
+            states.append(turn_back(heads, spec))
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
             states[0] = self.rotation.rotate(states[0], cos, sin)
-        if self.spec.value.rotated:
-            states[1] = rotate_heads(states[1])
         dtype = self._exact["window"][0].dtype
         return from_rows(states[0], dtype), from_rows(states[1], dtype)

@@ -124,7 +124,7 @@ def _read_path(cache: KvqCache, layer: LayerSeam) -> dict[str, Any]:
     held = cache.layers[layer.index]
     if not isinstance(held, KvqLayer):
         return {"read_path": "stock", "read_reason": layer.note, "read_calls": None}
-    kind = "mixed" if held.store.spec.residual_length else "materialise"
+    kind = "mixed" if held.store.spec.has_window else "materialise"
     return {
         "read_path": "fused" if held.path.is_fused else kind,
         "read_reason": held.path.reason,

@@ -52,7 +52,8 @@ def attend(
 ) -> Tensor:
     query, key, value, exact_key, exact_value = all_states
     tail = min(key.shape[2], residual - 1 + query.shape[2])
-    band = Band(exact_key[:, :, -tail:], exact_value[:, :, -tail:], residual)
+    position = torch.arange(key.shape[2] - query.shape[2], key.shape[2])
+    band = Band(exact_key[:, :, -tail:], exact_value[:, :, -tail:], position - residual + 1)
     return band_attention(
         NOTHING, query, mark_band(key.clone(), band), value, mask, scaling=scaling, dropout=0.0
     )[0]
@@ -92,6 +93,6 @@ def test_keys_without_a_band_take_plain_attention() -> None:
 @pytest.mark.parametrize("option", ("softcap", "s_aux", "position_bias"))
 def test_attention_that_a_band_would_get_wrong_is_refused(option: str) -> None:
     query, key, value, *exact = states(4, 4)
-    marked = mark_band(key, Band(exact[0], exact[1], 2))
+    marked = mark_band(key, Band(exact[0], exact[1], torch.tensor([2])))
     with pytest.raises(RunError, match=rf"-r\) does not work with attention that uses {option}"):
         band_attention(NOTHING, query, marked, value, None, **{option: torch.ones(1)})

@@ -12,14 +12,22 @@ from kvqtool.attach import Session, attach
 from kvqtool.bundle import Bundle, uncalibrated_bundle
 from kvqtool.cache import KvqCache
 from kvqtool.layers import CacheModel
-from kvqtool.memory import Outliers
+from kvqtool.memory import Outliers, split_tokens
 from kvqtool.models import LoadedModel
 from kvqtool.probe import probe
 from kvqtool.spec import parse_spec
 from kvqtool.usage import layer_report, measure
 
 SPEC = "nuq3-1%-sink1"
-SPECS = ("fp", SPEC, "int4-g32-sink2-r5", "nuq2-5%-cap3-r3", "nf4-pertoken-postrope")
+SPECS = (
+    "fp",
+    SPEC,
+    "int4-g32-sink2-r5",
+    "nuq2-5%-cap3-r3",
+    "nf4-pertoken-postrope",
+    "kivi2-g8-sink1-r3",
+    "had4-g16/tq3-g8",
+)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": None, "pad_token_id": 0}
 Opened = Callable[..., tuple[Session, KvqCache]]
 
@@ -63,7 +71,7 @@ def loop(
     return ids
 
 
-@pytest.mark.parametrize(("spec", "batch"), list(zip(SPECS, (1, 2, 2, 1, 2), strict=True)))
+@pytest.mark.parametrize(("spec", "batch"), list(zip(SPECS, (1, 2, 2, 1, 2, 2, 1), strict=True)))
 class TestGenerate:
     def test_greedy_tokens_are_those_of_a_plain_loop(
         self, opened: Opened, spec: str, batch: int
@@ -199,7 +207,7 @@ class TestUsage:
         assert (usage.tokens, usage.batch) == (131, 2)
         assert usage.cache_bytes_fp16 == 2 * elements
         assert usage.effective_bits == pytest.approx(8 * filled.nbytes / elements)
-        exact = spec.sink_tokens + spec.residual_length
+        exact = 131 - split_tokens(spec, 131)[1]
         share = 0.0 if spec.key.method == "fp" else (131 - exact) / 131
         assert usage.quantized_share == pytest.approx(share)
 

@@ -38,7 +38,14 @@ DOCUMENT = Text(
     "0123",
 )
 SPEC = "nuq3-1%-sink1"
-SPECS = ("fp-sink2-r7", SPEC, "nuq2-2%-cap3-sink4-r9", "nf4-pertoken-postrope")
+SPECS = (
+    "fp-sink2-r7",
+    SPEC,
+    "nuq2-2%-cap3-sink4-r9",
+    "nf4-pertoken-postrope",
+    "kivi2-g16-sink1-r3",
+    "had4-g16/tq3-g8",
+)
 GREEDY = Sampling(max_new_tokens=8)
 DRAWN = Sampling(max_new_tokens=8, temperature=0.9, top_p=0.95, top_k=200, seed=3)
 Quantized = Callable[..., Path]

@@ -39,6 +39,8 @@ def test_pages_hold_outliers() -> None:
         ("nuq3-1%-cap4", "a cap on key outliers"),
         ("nuq3-1%-comp", "compensated rounding"),
         ("nuq3-1%-vrot", "rotated values"),
+        ("had4-g64", "had codes"),
+        ("nuq3-1%/tq4-g64", "tq codes"),
         ("fp", "states that are not codes"),
     ],
 )

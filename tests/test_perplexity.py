@@ -30,6 +30,8 @@ SPECS = (
     "nf4-pertoken-postrope-r100",
     "fp-sink2-r7",
     "nuq2-2%-sink2-r5-pc-comp/nuq3-comp-vrot",
+    "kivi3-g16-sink1-r5",
+    "had4-g64/tq4-g64",
 )
 
 

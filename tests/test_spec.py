@@ -35,6 +35,9 @@ WORDS = {
         ("", "-comp"),
         ("", "-vrot"),
     ),
+    "kivi": (("-g32", "-g128"), SHARED_WORDS, ("", "-postrope")),
+    "had": (("", "-g64"), SHARED_WORDS, ("", "-postrope")),
+    "tq": (("", "-g64"), SHARED_WORDS, ("", "-postrope")),
     "nf": (("", "-1%"), ("", "-cap4"), SHARED_WORDS, ("", "-postrope"), ("", "-pertoken")),
 }
 
@@ -189,8 +192,11 @@ class TestRoundTrip:
             "int3-1%-cap4-postrope",
             "nf4-pertoken",
             "nuq3-1%-pc-comp",
+            "kivi2-g32",
+            "had4-g64",
         )
         values = ("nuq2", "nuq3-1%-qnorm", "int4-g64", "int3-vrot", "nf4", "nuq8-nofisher-comp")
+        values += ("kivi3-g64", "tq3-g64")
         for pair in itertools.product(keys, values):
             spec = parse_spec("/".join(pair))
             assert parse_spec(str(spec)) == spec, pair

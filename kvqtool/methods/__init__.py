@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from kvqtool.methods.base import ExactMethod, Method
+from kvqtool.methods.hadamard_int import HadamardMethod
+from kvqtool.methods.kivi import KiviMethod
 from kvqtool.methods.normalfloat import NormalFloatMethod
 from kvqtool.methods.nuq import NuqMethod
+from kvqtool.methods.turboquant import TurboQuantMethod
 from kvqtool.methods.uniform import UniformMethod
 
 METHODS: Final[tuple[type[Method], ...]] = (
@@ -14,6 +17,9 @@ METHODS: Final[tuple[type[Method], ...]] = (
     UniformMethod,
     NormalFloatMethod,
     NuqMethod,
+    KiviMethod,
+    HadamardMethod,
+    TurboQuantMethod,
 )
 
 

@@ -16,7 +16,7 @@ from kvqtool.histogram import LevelHistogram
 from kvqtool.memory import LayerGeometry, body_buffers
 from kvqtool.methods import METHODS, get_method
 from kvqtool.seam import LayerSeam
-from kvqtool.side import METHOD_BITS, QuantSpec
+from kvqtool.side import GROUPED, METHOD_BITS, NORMED, ROTATING, QuantSpec
 from kvqtool.spec import parse_spec
 from kvqtool.store import LayerStore
 
@@ -33,8 +33,26 @@ FORMS = [
 # fp16 rounds scale and offset of a token to one part in 2048 each.
 HALF_ROUNDING = 2.0**-10
 
-every_scheme = pytest.mark.parametrize(
-    ("name", "side", "rest"), [(name, *form) for name in NAMES for form in FORMS]
+TOKEN_FORMS = [("key", ""), ("key", "-g24"), ("value", "-g24")]
+
+
+def is_one_of(name: str, methods: tuple[str, ...]) -> bool:
+    return name.rstrip("0123456789") in methods
+
+
+def forms_of(name: str) -> list[tuple[str, str]]:
+    """Return the forms a method has: those that rotate know ranges per token only; keys in groups
+    of tokens have tests of their own.
+    """
+    if is_one_of(name, (GROUPED,)):
+        return [("value", "-g32")]
+    return TOKEN_FORMS if is_one_of(name, ROTATING) else FORMS
+
+
+SCHEMES = [(name, *form) for name in NAMES for form in forms_of(name)]
+every_scheme = pytest.mark.parametrize(("name", "side", "rest"), SCHEMES)
+ranged_schemes = pytest.mark.parametrize(
+    ("name", "side", "rest"), [each for each in SCHEMES if not is_one_of(each[0], (NORMED,))]
 )
 
 
@@ -52,8 +70,8 @@ def states_of(rows: int = 40, seed: int = 0) -> Tensor:
 
 def codebook_of(spec: QuantSpec, states: Tensor) -> Codebook:
     """Fit a codebook to states as calibration does: ranges per channel, then levels."""
-    if spec.method == "fp":
-        return Codebook(*get_method("fp").fit(spec, None))
+    if spec.method in ("fp", GROUPED):
+        return Codebook(*get_method(spec.method).fit(spec, None))
     lower = upper = None
     if spec.per_channel:
         tail = spec.outlier_fraction / 2
@@ -85,9 +103,11 @@ def ranges_of(
     if book.lower is not None and book.upper is not None:
         return book.lower.expand_as(states), book.upper.expand_as(states)
     dense = states.masked_fill(outliers, float("nan")).numpy()
-    low = torch.from_numpy(np.nanmin(dense, 1, keepdims=True))
-    high = torch.from_numpy(np.nanmax(dense, 1, keepdims=True))
-    return low.expand_as(states), high.expand_as(states)
+    dense = dense.reshape(len(states), -1, spec.group_size or CHANNELS)
+    low = torch.from_numpy(np.nanmin(dense, 2, keepdims=True))
+    high = torch.from_numpy(np.nanmax(dense, 2, keepdims=True))
+    low, high = (end.expand(dense.shape).reshape(states.shape) for end in (low, high))
+    return low, high
 
 
 def outlier_mask(buffers: dict[str, Tensor], spec: QuantSpec, rows: int) -> Tensor:
@@ -106,8 +126,8 @@ def outlier_mask(buffers: dict[str, Tensor], spec: QuantSpec, rows: int) -> Tens
     return mask
 
 
-@every_scheme
-class TestEveryScheme:
+@ranged_schemes
+class TestRanges:
     def test_no_element_is_off_by_more_than_half_a_gap(
         self, name: str, side: str, rest: str
     ) -> None:
@@ -124,6 +144,19 @@ class TestEveryScheme:
             f"off by {worst.max():.2e} at {divmod(int(worst.argmax()), CHANNELS)}"
         )
 
+    def test_a_constant_token_decodes_to_itself_or_a_level(
+        self, name: str, side: str, rest: str
+    ) -> None:
+        spec, _, book = scheme(name, side, rest)
+        constant = torch.full((3, CHANNELS), 1.25)
+        decoded = coded(spec, constant, book)[1]
+        assert torch.isfinite(decoded).all()
+        if not spec.per_channel:
+            assert torch.equal(decoded, constant)
+
+
+@every_scheme
+class TestEveryScheme:
     def test_outliers_are_exact_to_half_precision(self, name: str, side: str, rest: str) -> None:
         spec, states, book = scheme(name, side, rest)
         buffers, decoded = coded(spec, states, book)
@@ -172,19 +205,12 @@ class TestEveryScheme:
         assert not strided.is_contiguous()
         assert torch.equal(coded(spec, strided, book)[1], coded(spec, states, book)[1])
 
-    def test_a_constant_token_decodes_to_itself_or_a_level(
-        self, name: str, side: str, rest: str
-    ) -> None:
-        spec, _, book = scheme(name, side, rest)
-        constant = torch.full((3, CHANNELS), 1.25)
-        decoded = coded(spec, constant, book)[1]
-        assert torch.isfinite(decoded).all()
-        if not spec.per_channel:
-            assert torch.equal(decoded, constant)
 
-
-@pytest.mark.parametrize("form", FORMS, ids="".join)
-@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name in CODED for form in forms_of(name)],
+    ids=lambda part: "".join(part),
+)
 def test_more_bits_are_never_worse(name: str, form: tuple[str, str]) -> None:
     side, rest = form
     states = states_of(200)
@@ -214,7 +240,9 @@ def _no_angles(start: int, stop: int) -> tuple[Tensor, Tensor]:
     raise AssertionError("nothing rotates here")
 
 
-@pytest.mark.parametrize("name", [*NAMES, "fp"])
+@pytest.mark.parametrize(
+    "name", [*(f"{name}-g8" if is_one_of(name, (GROUPED,)) else name for name in NAMES), "fp"]
+)
 class TestThroughTheStore:
     @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
     def test_narrow_states_are_those_of_their_float32_form(
