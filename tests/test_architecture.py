@@ -89,6 +89,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cachefile",
         "synthetic",
         "measure",
+        "doctor",
     ),
     ("cli", "__main__", "__init__"),
 )
