@@ -74,9 +74,9 @@ class PageReader:
             (batch, 1, num_heads, head_dim) in the query's dtype.
         """
         flat = query[:, :, 0].contiguous()
-        variant = self._variant(flat.shape[1], flat, softcap is not None)
+        variant = self.variant(flat.shape[1], flat, has_softcap=softcap is not None)
         tables = replace(
-            self._tables_on(flat.device), scale=scaling * self._form.scaling, softcap=softcap
+            self.tables_on(flat.device), scale=scaling * self._form.scaling, softcap=softcap
         )
         out = call_attend(flat, context, tables, variant, self._workspace(variant, flat))
         if self._spec.value.rotated:
@@ -89,10 +89,11 @@ class PageReader:
         """
         exact, first = context.exact, int(context.state[0, 4])
         keys, values = [exact.sink_key], [exact.sink_value]
-        if len(context.pages.slabs):
+        last = int(context.state[0, 0])
+        if last > first:
             key, value = self._decode(context, exact.sink_key)
-            keys.append(key[:, :, first:].to(exact.sink_key.dtype))
-            values.append(value[:, :, first:].to(exact.sink_key.dtype))
+            keys.append(key[:, :, first:last].to(exact.sink_key.dtype))
+            values.append(value[:, :, first:last].to(exact.sink_key.dtype))
         key = torch.cat([*keys, exact.window_key], dim=2)
         value = torch.cat([*values, exact.window_value], dim=2)
         if self._form.scaling != 1:
@@ -111,17 +112,19 @@ class PageReader:
         )
 
     def _decode(self, context: PackedContext, states: Tensor) -> Pair:
-        variant = self._variant(states.shape[1], states, has_softcap=False)
-        tables = self._tables_on(states.device)
+        variant = self.variant(states.shape[1], states)
+        tables = self.tables_on(states.device)
         if states.device.type == "cuda":
             return dequantize(context, tables, variant, states.dtype)
         return decode_pages(context, tables, variant)
 
-    def _variant(self, num_heads: int, states: Tensor, has_softcap: bool) -> Variant:
+    def variant(self, num_heads: int, states: Tensor, *, has_softcap: bool = False) -> Variant:
+        """Return the kernel for so many query heads, and states of this dtype and device."""
         place = Place(states.device, states.dtype, num_heads)
         return layer_variant(self._layer, self._spec, place, softcap=has_softcap)
 
-    def _tables_on(self, device: torch.device) -> LayerTables:
+    def tables_on(self, device: torch.device) -> LayerTables:
+        """Return the layer's tables, of scale 1."""
         if self._tables is None or self._tables.order.device != device:
             self._tables = self._make_tables(device)
         return self._tables
