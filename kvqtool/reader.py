@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from kvqtool.codebook import Codebook
-from kvqtool.fused import LayerTables, PackedContext, Workspace, new_workspace
+from kvqtool.fused import LayerTables, PackedContext, Workspace, attend, new_workspace
 from kvqtool.hadamard import rotate_heads
-from kvqtool.ops import call_attend
 from kvqtool.pages import PageSide, key_table, level_table
 from kvqtool.read_path import PageForm, Place, layer_variant
-from kvqtool.reading import decode_pages, dequantize
+from kvqtool.reading import attend_reference, decode_pages, dequantize
 from kvqtool.rows import Pair
 from kvqtool.seam import LayerSeam
 from kvqtool.slabs import angle_table, frequency_table
@@ -58,6 +57,7 @@ class PageReader:
         self._form = form
         self._shared = shared
         self._tables: LayerTables | None = None
+        self._variants: dict[tuple[int, torch.dtype, bool], Variant] = {}
 
     def attend(
         self, query: Tensor, context: PackedContext, scaling: float, softcap: float | None
@@ -78,7 +78,10 @@ class PageReader:
         tables = replace(
             self.tables_on(flat.device), scale=scaling * self._form.scaling, softcap=softcap
         )
-        out = call_attend(flat, context, tables, variant, self._workspace(variant, flat))
+        if flat.is_cuda:
+            out = attend(flat, context, tables, variant, self._workspace(variant, flat))
+        else:
+            out = attend_reference(flat, context, tables, variant)
         if self._spec.value.rotated:
             out = rotate_heads(out.float()).to(out.dtype)
         return out[:, None]
@@ -120,8 +123,12 @@ class PageReader:
 
     def variant(self, num_heads: int, states: Tensor, *, has_softcap: bool = False) -> Variant:
         """Return the kernel for so many query heads, and states of this dtype and device."""
-        place = Place(states.device, states.dtype, num_heads)
-        return layer_variant(self._layer, self._spec, place, softcap=has_softcap)
+        key = num_heads, states.dtype, has_softcap
+        if key not in self._variants:
+            place = Place(states.device, states.dtype, num_heads)
+            made = layer_variant(self._layer, self._spec, place, softcap=has_softcap)
+            self._variants[key] = made
+        return self._variants[key]
 
     def tables_on(self, device: torch.device) -> LayerTables:
         """Return the layer's tables, of scale 1."""
