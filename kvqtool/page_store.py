@@ -20,7 +20,6 @@ from kvqtool.recover import (
     build_rows,
     count_outliers,
     find_exceptions,
-    no_exceptions,
 )
 
 Rows = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -123,7 +122,7 @@ class PageStore:
         """Add the canonical rows of whole pages."""
         sides = self._sides_of(rows)
         fresh, counts = build_pages(*sides, self.batch), count_outliers(sides, self.batch)
-        found = [self._find_exceptions(fresh, counts, side) for side in sides]
+        found = [find_exceptions(fresh, counts, side, self.batch) for side in sides]
         index = fresh.outlier_index
         if not self._words.length:
             self._words.append(fresh.outlier_words.new_zeros(QUAD))  # nobody's, never empty
@@ -201,13 +200,6 @@ class PageStore:
     def _sides_of(self, rows: Rows) -> tuple[PageSide, PageSide]:
         key, value = (replace(side, rows=r) for side, r in zip(self.sides, rows, strict=True))
         return key, value
-
-    def _find_exceptions(self, fresh: Pages, counts: Tensor, side: PageSide) -> Exceptions:
-        none = no_exceptions(counts.device)
-        if not side.spec.outlier_fraction:
-            return none
-        found = build_rows(fresh, counts, side, self.batch, none)
-        return find_exceptions(found, side.rows, side)
 
     def _add_exceptions(self, found: list[Exceptions]) -> None:
         before = self.tokens * self.batch
