@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from kvqtool.bundle import Bundle
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
+from kvqtool.open_page import OpenPage
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import ReadPath, page_form
 from kvqtool.reader import PageReader, SharedTables
@@ -59,7 +60,7 @@ class KvqCache(Cache):
             return KvqLayer(LayerStore(spec, books, layer), angles, self.prefill, path)
         form = page_form(layer, spec)
         reader = PageReader(layer, spec, books, form, self.shared)
-        store = PagedStore(spec, books, layer, form)
+        store = PagedStore(spec, books, layer, form, OpenPage(spec, books, reader))
         return KvqLayer(store, angles, self.prefill, path, reader)
 
     def announce(self, layer_idx: int, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:

@@ -80,6 +80,28 @@ def unavailable(device: torch.device, shared_bytes: int = 0) -> str | None:
     return None
 
 
+def library_versions(device: torch.device) -> dict[str, str | None]:
+    """Return the versions of cupy, NVRTC and the driver's CUDA, and the bytes of shared memory a
+    block of a CUDA device may have; None for what is not there.
+    """
+    found: dict[str, str | None] = dict.fromkeys(("cupy", "nvrtc", "driver", "shared_bytes"))
+    try:
+        import cupy
+    except ImportError:
+        return found
+    found["cupy"] = cupy.__version__
+    try:
+        found["nvrtc"] = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+        number = cupy.cuda.runtime.driverGetVersion()
+        found["driver"] = f"{number // 1000}.{number % 1000 // 10}"
+        index = device.index or 0
+        shared = cupy.cuda.runtime.deviceGetAttribute(_SHARED_PER_BLOCK, index)
+        found["shared_bytes"] = str(shared)
+    except (ImportError, RuntimeError):  # no library or no GPU: the fields that follow stay None
+        pass
+    return found
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A specialised function: kernels/`source`.cu, `function` in it, and its macros."""

@@ -4,6 +4,8 @@ device form, and canonical rows of the tokens that fill no page yet.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from kvqtool.memory import PAGE_TOKENS
@@ -15,8 +17,23 @@ from kvqtool.pages import PageSide
 class PageBody:
     """What both sides share: the pages, and each side's rows behind them."""
 
-    def __init__(self, sides: tuple[PageSide, PageSide], batch: int) -> None:
-        """Start empty for a batch; `sides` are templates, as in `PageStore`."""
+    def __init__(
+        self,
+        sides: tuple[PageSide, PageSide],
+        batch: int,
+        waiting: Callable[[], int],
+        settle: Callable[[], None],
+    ) -> None:
+        """Start empty.
+
+        Args:
+            sides: templates, as in `PageStore`.
+            batch: sequences.
+            waiting: tells the tokens behind all others that have no rows yet.
+            settle: gives them rows.
+        """
+        self.waiting = waiting
+        self.settle = settle
         self.pages = PageStore(sides, batch)
         self.rest = tuple(PackedBody(side.spec, side.channels, batch) for side in sides)
         self.sides = PageBodySide(self, 0), PageBodySide(self, 1)
@@ -59,6 +76,7 @@ class PageBody:
 
     def select(self, sequences: Tensor) -> None:
         """Keep, repeat or reorder sequences; pages become rows."""
+        self.settle()
         self.unload()
         for rest in self.rest:
             rest.select(sequences)
@@ -81,11 +99,12 @@ class PageBodySide:
     @property
     def tokens(self) -> int:
         """Tokens of each sequence, in pages and behind them."""
-        return self._body.pages.tokens + self._rest.tokens
+        return self._body.pages.tokens + self._rest.tokens + self._body.waiting()
 
     @property
     def outliers(self) -> int:
         """Outliers stored, in pages and behind them."""
+        self._body.settle()
         return self._body.pages.outliers[self._number] + self._rest.outliers
 
     @property
@@ -100,6 +119,7 @@ class PageBodySide:
 
     def read(self) -> dict[str, Tensor]:
         """Return the canonical rows of all tokens, {} while empty."""
+        self._body.settle()
         if not self._body.pages.blocks:
             return self._rest.read()
         whole = PackedBody(self._rest.spec, self.channels, self._rest.batch)
@@ -110,6 +130,7 @@ class PageBodySide:
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens; a page that is cut becomes rows again."""
+        self._body.settle()
         self._body.unload(tokens // PAGE_TOKENS)
         self._rest.truncate(tokens - self._body.pages.tokens)
 

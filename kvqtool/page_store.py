@@ -20,7 +20,6 @@ from kvqtool.recover import (
     build_rows,
     count_outliers,
     find_exceptions,
-    no_exceptions,
 )
 
 Rows = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -47,9 +46,19 @@ class Growing:
         self.buffer[self.length : total] = rows
         self.length = total
 
-    def keep(self, first: int, last: int) -> None:
-        """Keep rows first..last-1, in a tensor of their own: who reads the old one still may."""
-        self.buffer, self.length = self.read()[first:last].clone(), last - first
+    def keep(self, first: int, last: int, head: int = 0) -> None:
+        """Keep the first `head` rows and, counted behind them, rows first..last-1, in a tensor of
+        their own: who reads the old one still may.
+        """
+        rows = self.read()
+        self.buffer = torch.cat([rows[:head], rows[head + first : head + last]])
+        self.length = len(self.buffer)
+
+    def put_before(self, rows: Tensor, instead_of: int) -> None:
+        """Put rows in place of the first few."""
+        rest = [self.read()[instead_of:]] if self.buffer is not None else []
+        self.buffer = torch.cat([rows, *rest])
+        self.length = len(self.buffer)
 
     def read(self) -> Tensor:
         """Return the rows, contiguous."""
@@ -73,6 +82,29 @@ class PageStore:
         self._counts, self._words = Growing(), Growing()
         self._table: Tensor | None = None
         self._exceptions: list[Exceptions] = []
+        self.head_words = self._head = 0
+
+    def reserve(self, pages: Pages) -> None:
+        """Put a page of each sequence before all others, for its owner to write."""
+        assert not self._head, "one page is reserved at most"
+        further = (len(pages.outlier_words) - self.head_words) // QUAD
+        if self.blocks:
+            self._buffers["outlier_index"].read()[..., 0::2] += further
+        for name, buffer in self._buffers.items():
+            buffer.put_before(getattr(pages, name), 0)
+        self._words.put_before(pages.outlier_words, self.head_words)
+        self.head_words, self._head = len(pages.outlier_words), self.batch
+        self._number_pages()
+
+    def reserved(self, page_table: Tensor) -> Pages:
+        """Return the reserved page where it lies now, under a page table of its own."""
+        slabs, ranges, index = (b.read()[: self._head] for b in self._buffers.values())
+        return Pages(slabs, ranges, index, self._words.read(), page_table)
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether there is any page, reserved ones too."""
+        return self._table is not None
 
     @property
     def tokens(self) -> int:
@@ -90,10 +122,11 @@ class PageStore:
         """Add the canonical rows of whole pages."""
         sides = self._sides_of(rows)
         fresh, counts = build_pages(*sides, self.batch), count_outliers(sides, self.batch)
-        found = [self._find_exceptions(fresh, counts, side) for side in sides]
+        found = [find_exceptions(fresh, counts, side, self.batch) for side in sides]
         index = fresh.outlier_index
         if not self._words.length:
             self._words.append(fresh.outlier_words.new_zeros(QUAD))  # nobody's, never empty
+            self.head_words = QUAD
         index[..., 0::2] += self._words.length // QUAD
         for buffer, tensor in zip(
             self._buffers.values(), (fresh.slabs, fresh.ranges, index), strict=True
@@ -107,13 +140,13 @@ class PageStore:
 
     def rows(self, first: int) -> Rows:
         """Return the canonical rows of the pages from block `first` on."""
-        start, shift = first * self.batch, first * PAGE_TOKENS * self.batch
+        start, shift = self._head + first * self.batch, first * PAGE_TOKENS * self.batch
         pages = self.pages
         index = pages.outlier_index[start:]
         part = replace(
             pages, slabs=pages.slabs[start:], ranges=pages.ranges[start:], outlier_index=index
         )
-        counts = self._counts.read()[start:]
+        counts = self._counts.read()[first * self.batch :]
         key, value = (
             build_rows(part, counts, side, self.batch, _since(found, shift * side.channels))
             for side, found in zip(self.sides, self._exceptions, strict=True)
@@ -122,17 +155,19 @@ class PageStore:
 
     def keep(self, first: int, last: int) -> None:
         """Keep blocks first..last-1."""
-        if last <= first:
+        if last <= first and not self._head:
             self.clear()
             return
+        last = max(first, last)
         start, stop = first * self.batch, last * self.batch
-        index = self._buffers["outlier_index"].read()
-        sizes = _quads(index).cumsum(0)
-        begin = int(sizes[start - 1]) if start else 0
-        self._words.keep(begin * QUAD, (int(sizes[stop - 1]) + 1) * QUAD)
-        for buffer in (*self._buffers.values(), self._counts):
-            buffer.keep(start, stop)
-        self._buffers["outlier_index"].read()[..., 0::2] -= begin
+        sizes = _quads(self._buffers["outlier_index"].read()[self._head :]).cumsum(0)
+        begin, end = (int(sizes[at - 1]) if at else 0 for at in (start, stop))
+        self._words.keep(begin * QUAD, end * QUAD, self.head_words)
+        for buffer in self._buffers.values():
+            buffer.keep(start, stop, self._head)
+        if self.blocks:
+            self._counts.keep(start, stop)
+        self._buffers["outlier_index"].read()[self._head :, ..., 0::2] -= begin
         shift, rows = first * PAGE_TOKENS * self.batch, (last - first) * PAGE_TOKENS * self.batch
         kept = []
         for side, found in zip(self.sides, self._exceptions, strict=True):
@@ -154,11 +189,10 @@ class PageStore:
     @property
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every allocated tensor, by name."""
-        if not self.blocks:
+        if self._table is None:
             return {}
         grown = {**self._buffers, "outlier_counts": self._counts, "outlier_words": self._words}
         named = {name: [b.buffer] for name, b in grown.items() if b.buffer is not None}
-        assert self._table is not None
         named["page_table"] = [self._table]
         named["exceptions"] = [t for found in self._exceptions for t in vars(found).values()]
         return named
@@ -166,13 +200,6 @@ class PageStore:
     def _sides_of(self, rows: Rows) -> tuple[PageSide, PageSide]:
         key, value = (replace(side, rows=r) for side, r in zip(self.sides, rows, strict=True))
         return key, value
-
-    def _find_exceptions(self, fresh: Pages, counts: Tensor, side: PageSide) -> Exceptions:
-        none = no_exceptions(counts.device)
-        if not side.spec.outlier_fraction:
-            return none
-        found = build_rows(fresh, counts, side, self.batch, none)
-        return find_exceptions(found, side.rows, side)
 
     def _add_exceptions(self, found: list[Exceptions]) -> None:
         before = self.tokens * self.batch
@@ -189,9 +216,9 @@ class PageStore:
         ]
 
     def _number_pages(self) -> None:
-        device = self._counts.read().device
-        pages = torch.arange(self.blocks * self.batch, dtype=torch.int32, device=device)
-        self._table = pages.view(self.blocks, self.batch).T.contiguous()
+        device, count = self._words.read().device, self.blocks * self.batch
+        pages = torch.arange(count + self._head, dtype=torch.int32, device=device).roll(-self._head)
+        self._table = pages.view(-1, self.batch).T.contiguous()
 
 
 def _quads(index: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from kvqtool.codebook import Codebook
 from kvqtool.fused import ExactTokens, PackedContext
 from kvqtool.hadamard import rotate_heads
-from kvqtool.memory import SLAB_TOKENS
+from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
+from kvqtool.open_page import OpenPage
 from kvqtool.packed import Body
 from kvqtool.page_body import PageBody
 from kvqtool.page_memory import SLABS
@@ -37,10 +38,14 @@ class PagedStore(LayerStore):
         codebooks: tuple[Codebook, Codebook],
         seam: LayerSeam,
         form: PageForm,
+        open_page: OpenPage | None = None,
     ) -> None:
-        """Start empty; the arguments are those of `LayerStore`, and how keys lie in pages."""
+        """Start empty; the arguments are those of `LayerStore`, how keys lie in pages, and what
+        takes tokens that fill no page yet (None to keep their rows).
+        """
         self.form = form
         self.uses_pages = True
+        self._open = open_page
         super().__init__(spec, codebooks, seam)
 
     def clear(self) -> None:
@@ -48,12 +53,36 @@ class PagedStore(LayerStore):
         super().clear()
         self._body: PageBody | None = None
         self._decoded: Pair | None = None
+        self._angles: Angles | None = None
+        if self._open is not None:
+            self._open.close()
+
+    def commit(self, angles: Angles, *, held: int = 0) -> None:
+        """Encode what is past the recent window, but for the last `held` tokens of it."""
+        self._angles = angles
+        leaving, staying = self._split_window(held)
+        body, opened, tokens = self._pages_of(), self._open, leaving[0].shape[2]
+        if opened is None or not self.uses_pages or not opened.can_take(leaving[0]) or not tokens:
+            super().commit(angles, held=held)
+            return
+        if tokens == 1 and not body.rest[0].tokens:
+            self._append_open(leaving, angles)
+            self._exact["window"] = staying[0].clone(), staying[1].clone()
+            if opened.tokens == PAGE_TOKENS:
+                self._settle()
+                self._fill()
+            return
+        states = join(opened.states(), leaving) if opened.tokens else leaving
+        self._settle()
+        super().commit(angles, held=held)
+        self._reopen(states, angles)
 
     def leave_pages(self) -> None:
         """Keep canonical rows only, from now on."""
         self.uses_pages = False
         self._decoded = None
         if self._body is not None:
+            self._settle()
             self._body.unload()
 
     def truncate(self, tokens: int) -> None:
@@ -65,6 +94,8 @@ class PagedStore(LayerStore):
         """Keep, repeat or reorder sequences."""
         super().select(sequences)
         self._decoded = None
+        if self._open is not None:
+            self._open.close()
         self._fill()
 
     def restore(self, exact: dict[str, Pair], rows: tuple[Rows, Rows], tokens: int) -> None:
@@ -76,7 +107,11 @@ class PagedStore(LayerStore):
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every allocated tensor; `decoded` are those of the tokens that fill no page."""
         named = super().tensors
-        return named | ({"decoded": list(self._decoded)} if self._decoded else {})
+        if self._decoded:
+            named["decoded"] = list(self._decoded)
+        if self._open is not None and self._open.tensors:
+            named["open"] = self._open.tensors
+        return named
 
     def context(self, angles: Angles, position: Tensor | None, start: int) -> PackedContext:
         """Return the tokens from `start` on as kernels read them.
@@ -90,14 +125,15 @@ class PagedStore(LayerStore):
         sink = tuple(self._kernel_form(self._exact["sink"], start))
         behind = max(start - self.sinks - self.dropped, 0)
         tail = self._tail(angles)
-        window = tuple(self._kernel_form(tail, behind - body.pages.tokens))
-        pages = body.pages.pages if body.pages.blocks else self._no_pages()
+        packed = body.pages.tokens + self._waiting()
+        window = tuple(self._kernel_form(tail, behind - packed))
+        pages = body.pages.pages if body.pages.has_pages else self._no_pages()
         state = torch.zeros(self.batch, _STATE_COLUMNS, dtype=torch.int32, device=sink[0].device)
-        state[:, 0], state[:, 1] = body.pages.tokens, sink[0].shape[2]
+        state[:, 0], state[:, 1] = packed, sink[0].shape[2]
         state[:, 2] = window[0].shape[2]
         if position is not None:
             state[:, 3] = position + self.sinks + self.dropped
-        state[:, 4] = min(behind, body.pages.tokens)
+        state[:, 4] = min(behind, packed)
         return PackedContext(pages, ExactTokens(*sink, *window), state)
 
     def _new_bodies(self, channels: tuple[int, int], batch: int) -> tuple[Body, Body]:
@@ -109,7 +145,7 @@ class PagedStore(LayerStore):
                 self._codebooks, (self.spec.key, self.spec.value), channels, orders, strict=True
             )
         )
-        self._body = PageBody((key, value), batch)
+        self._body = PageBody((key, value), batch, self._waiting, self._settle)
         return self._body.sides
 
     def _add(self, encoded: tuple[Rows, Rows], angles: Angles) -> None:
@@ -136,11 +172,14 @@ class PagedStore(LayerStore):
         """Return what follows the pages as attention sees it: keys after RoPE and values."""
         body, (leaving, window) = self._pages_of(), self._split_window()
         first, rest = self.sinks + self.dropped + body.pages.tokens, body.rest
+        if not leaving[0].shape[2] and not rest[0].tokens:
+            return window
         if self._decoded is None and rest[0].tokens:
             self._decoded = self._decode((rest[0].read(), rest[1].read()), first, angles)
         tail = window if self._decoded is None else join(self._decoded, window)
         if leaving[0].shape[2]:
-            held = self._decode(self._encode(leaving, angles), first + rest[0].tokens, angles)
+            at = self.sinks + self.dropped + self.bodies[0].tokens
+            held = self._decode(self._encode(leaving, angles), at, angles)
             tail = (
                 join(held, window)
                 if self._decoded is None
@@ -158,6 +197,43 @@ class PagedStore(LayerStore):
         if self.spec.value.rotated and value.numel():
             value = rotate_heads(value.float()).to(value.dtype)
         return key.contiguous(), value.contiguous()
+
+    def _waiting(self) -> int:
+        """Return the tokens of the open page."""
+        return 0 if self._open is None else self._open.tokens
+
+    def _append_open(self, states: Pair, angles: Angles) -> None:
+        """Put one token, (batch, num_kv_heads, 1, head_dim), into the open page."""
+        assert self._open is not None
+        at = self.sinks + self.dropped + self.bodies[0].tokens
+        turns = None if self.form.inv_freq is None else angles(at, at + 1)
+        self._open.append(states, turns, self._pages_of().pages)
+
+    def _settle(self) -> None:
+        """Give the tokens of the open page their rows."""
+        if not self._waiting():
+            return
+        assert self._open is not None and self._angles is not None
+        body = self._pages_of()
+        states = self._open.states()
+        self._open.empty(body.pages)
+        for rest, rows in zip(body.rest, self._encode(states, self._angles), strict=True):
+            rest.append(rows)
+        self._decoded = None
+
+    def _reopen(self, states: Pair, angles: Angles) -> None:
+        """Put the tokens behind the pages into the open page, where their states are among these,
+        the last ones stored.
+        """
+        body = self._pages_of()
+        behind = body.rest[0].tokens
+        if not 0 < behind <= states[0].shape[2]:
+            return
+        for rest in body.rest:
+            rest.clear(rest.batch)
+        self._decoded = None
+        for i in range(states[0].shape[2] - behind, states[0].shape[2]):
+            self._append_open((states[0][:, :, i : i + 1], states[1][:, :, i : i + 1]), angles)
 
     def _no_pages(self) -> Pages:
         heads, head_dim = self.geometry.num_kv_heads, self.geometry.key_dim

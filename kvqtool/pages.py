@@ -9,6 +9,7 @@ that a kernel adds it and never branches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from kvqtool.outliers import row_of_outlier
 from kvqtool.page_memory import MOST_SORTED, QUAD, SLABS, STARTS
 from kvqtool.side import QuantSpec
 from kvqtool.slabs import pack_slabs
+
+# Codes that are unpacked at a time, 4 bytes each.
+CODES_AT_ONCE: Final = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -146,12 +150,14 @@ def _pack_side(side: PageSide, batch: int, blocks: int) -> Tensor:
     """Return one side's slabs, (blocks * batch * num_heads * 2, words) int32."""
     packed = []
     rows = PAGE_TOKENS * batch
-    for block in range(blocks):
-        words = side.rows["words"][block * rows : (block + 1) * rows]
+    step = max(CODES_AT_ONCE // (rows * side.channels), 1)
+    for block in range(0, blocks, step):
+        many = min(step, blocks - block)
+        words = side.rows["words"][block * rows : (block + many) * rows]
         codes = unpack_words(words, side.spec.bits, side.channels)
-        codes = torch.nn.functional.pad(codes, (0, 0, 0, rows - len(codes)))
-        shaped = codes.view(SLABS, SLAB_TOKENS, batch, side.num_heads, side.head_dim)
-        shaped = shaped.permute(2, 3, 0, 1, 4).flatten(0, 2)
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, many * rows - len(codes)))
+        shaped = codes.view(many, SLABS, SLAB_TOKENS, batch, side.num_heads, side.head_dim)
+        shaped = shaped.permute(0, 3, 4, 1, 2, 5).flatten(0, 3)
         if side.order is not None:
             shaped = shaped[..., side.order.to(codes.device)]
         packed.append(pack_slabs(shaped, side.spec.bits, is_key=side.is_key))

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from kvqtool.codebook import Codebook
-from kvqtool.fused import LayerTables, PackedContext, Workspace, new_workspace
+from kvqtool.fused import LayerTables, PackedContext, Workspace, attend, new_workspace
 from kvqtool.hadamard import rotate_heads
-from kvqtool.ops import call_attend
 from kvqtool.pages import PageSide, key_table, level_table
 from kvqtool.read_path import PageForm, Place, layer_variant
-from kvqtool.reading import decode_pages, dequantize
+from kvqtool.reading import attend_reference, decode_pages, dequantize
 from kvqtool.rows import Pair
 from kvqtool.seam import LayerSeam
 from kvqtool.slabs import angle_table, frequency_table
@@ -58,6 +57,7 @@ class PageReader:
         self._form = form
         self._shared = shared
         self._tables: LayerTables | None = None
+        self._variants: dict[tuple[int, torch.dtype, bool], Variant] = {}
 
     def attend(
         self, query: Tensor, context: PackedContext, scaling: float, softcap: float | None
@@ -74,11 +74,14 @@ class PageReader:
             (batch, 1, num_heads, head_dim) in the query's dtype.
         """
         flat = query[:, :, 0].contiguous()
-        variant = self._variant(flat.shape[1], flat, softcap is not None)
+        variant = self.variant(flat.shape[1], flat, has_softcap=softcap is not None)
         tables = replace(
-            self._tables_on(flat.device), scale=scaling * self._form.scaling, softcap=softcap
+            self.tables_on(flat.device), scale=scaling * self._form.scaling, softcap=softcap
         )
-        out = call_attend(flat, context, tables, variant, self._workspace(variant, flat))
+        if flat.is_cuda:
+            out = attend(flat, context, tables, variant, self._workspace(variant, flat))
+        else:
+            out = attend_reference(flat, context, tables, variant)
         if self._spec.value.rotated:
             out = rotate_heads(out.float()).to(out.dtype)
         return out[:, None]
@@ -89,10 +92,11 @@ class PageReader:
         """
         exact, first = context.exact, int(context.state[0, 4])
         keys, values = [exact.sink_key], [exact.sink_value]
-        if len(context.pages.slabs):
+        last = int(context.state[0, 0])
+        if last > first:
             key, value = self._decode(context, exact.sink_key)
-            keys.append(key[:, :, first:].to(exact.sink_key.dtype))
-            values.append(value[:, :, first:].to(exact.sink_key.dtype))
+            keys.append(key[:, :, first:last].to(exact.sink_key.dtype))
+            values.append(value[:, :, first:last].to(exact.sink_key.dtype))
         key = torch.cat([*keys, exact.window_key], dim=2)
         value = torch.cat([*values, exact.window_value], dim=2)
         if self._form.scaling != 1:
@@ -111,17 +115,23 @@ class PageReader:
         )
 
     def _decode(self, context: PackedContext, states: Tensor) -> Pair:
-        variant = self._variant(states.shape[1], states, has_softcap=False)
-        tables = self._tables_on(states.device)
+        variant = self.variant(states.shape[1], states)
+        tables = self.tables_on(states.device)
         if states.device.type == "cuda":
             return dequantize(context, tables, variant, states.dtype)
         return decode_pages(context, tables, variant)
 
-    def _variant(self, num_heads: int, states: Tensor, has_softcap: bool) -> Variant:
-        place = Place(states.device, states.dtype, num_heads)
-        return layer_variant(self._layer, self._spec, place, softcap=has_softcap)
+    def variant(self, num_heads: int, states: Tensor, *, has_softcap: bool = False) -> Variant:
+        """Return the kernel for so many query heads, and states of this dtype and device."""
+        key = num_heads, states.dtype, has_softcap
+        if key not in self._variants:
+            place = Place(states.device, states.dtype, num_heads)
+            made = layer_variant(self._layer, self._spec, place, softcap=has_softcap)
+            self._variants[key] = made
+        return self._variants[key]
 
-    def _tables_on(self, device: torch.device) -> LayerTables:
+    def tables_on(self, device: torch.device) -> LayerTables:
+        """Return the layer's tables, of scale 1."""
         if self._tables is None or self._tables.order.device != device:
             self._tables = self._make_tables(device)
         return self._tables

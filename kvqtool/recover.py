@@ -16,7 +16,7 @@ from kvqtool.bits import pack_codes
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, count_dtype, index_dtype
 from kvqtool.outliers import HALF_MAX, row_of_outlier
 from kvqtool.page_memory import QUAD, SLABS, STARTS
-from kvqtool.pages import Pages, PageSide, decode_at
+from kvqtool.pages import CODES_AT_ONCE, Pages, PageSide, decode_at
 from kvqtool.slabs import unpack_slabs
 
 
@@ -78,14 +78,12 @@ def build_rows(
     return rows
 
 
-def find_exceptions(
-    found: dict[str, Tensor], rows: dict[str, Tensor], side: PageSide
-) -> Exceptions:
-    """Return the outliers of canonical rows that `found`, from `build_rows` without exceptions,
-    does not give back.
-    """
+def find_exceptions(pages: Pages, counts: Tensor, side: PageSide, batch: int) -> Exceptions:
+    """Return the outliers of a side's rows that the pages made of them do not give back."""
+    rows, none = side.rows, no_exceptions(counts.device)
     if "outlier_values" not in rows:
-        return no_exceptions(rows["words"].device)
+        return none
+    found = _outliers(pages, counts, side, batch, none)
     left, right = (part["outlier_values"].view(torch.int16) for part in (found, rows))
     wrong = (left != right).nonzero()[:, 0]
     row = row_of_outlier(rows, len(rows["words"]), side.outliers_per_row)[wrong]
@@ -100,19 +98,20 @@ def no_exceptions(device: torch.device) -> Exceptions:
 
 
 def _words(pages: Pages, side: PageSide, batch: int) -> Tensor:
-    """Return the canonical words, page by page so that codes take little room."""
+    """Return the canonical words, some pages at a time so that codes take little room."""
     split = SLAB_TOKENS * side.head_dim * side.spec.bits // 32
-    packed = []
-    for first in range(0, len(pages.slabs), batch):
-        slabs = pages.slabs[first : first + batch].flatten(0, 2)
+    packed, block = [], PAGE_TOKENS * batch * side.channels
+    step = max(CODES_AT_ONCE // block, 1) * batch
+    for first in range(0, len(pages.slabs), step):
+        slabs = pages.slabs[first : first + step].flatten(0, 2)
         part = slabs[:, :split] if side.is_key else slabs[:, -split:]
         placed = unpack_slabs(part, side.spec.bits, side.head_dim, is_key=side.is_key)
         codes = placed
         if side.order is not None:
             codes = torch.empty_like(placed)
             codes[..., side.order.to(placed.device)] = placed
-        shaped = codes.view(batch, side.num_heads, SLABS, SLAB_TOKENS, side.head_dim)
-        flat = shaped.permute(2, 3, 0, 1, 4).reshape(PAGE_TOKENS * batch, side.channels)
+        shaped = codes.view(-1, batch, side.num_heads, SLABS, SLAB_TOKENS, side.head_dim)
+        flat = shaped.permute(0, 3, 4, 1, 2, 5).reshape(-1, side.channels)
         packed.append(pack_codes(flat, side.spec.bits))
     return torch.cat(packed)
 

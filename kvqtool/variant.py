@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -80,24 +81,24 @@ class Variant:
         """Words of a slab, its keys and its values."""
         return SLAB_TOKENS * self.head_dim * (self.key_bits + self.value_bits) // 32
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Chunks in a warp's ring, a divisor of a slab's chunks."""
         return next(depth for depth in (4, 3, 2) if sum(self._chunks) % depth == 0)
 
-    @property
+    @cached_property
     def warps(self) -> int:
         """Warps of a block: as many as shared memory has room for."""
         room = SHARED_LIMIT - self._common_bytes - 64
         by_registers = FEW_WARPS if self.head_dim == 256 else MOST_WARPS
         return min(self.most_warps, by_registers, room // self._corner_bytes)
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         return self._common_bytes + 64 + self.warps * self._corner_bytes
 
-    @property
+    @cached_property
     def macros(self) -> Macros:
         """The macros, in a fixed order."""
         return (
@@ -116,7 +117,7 @@ class Variant:
             ("VALUE_TABLE", int(self.value_table)),
         )
 
-    @property
+    @cached_property
     def code_macros(self) -> Macros:
         """The macros that say what a code is, without the dtype of states."""
         wanted = ("HEAD_DIM", "KEY_BITS", "VALUE_BITS", "CHANNEL_LEVELS", "ROTATED", "OUTLIERS")

@@ -57,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "reading",
         "ops",
     ),
-    ("rope", "seam", "padding", "rows", "store", "read_path", "paged", "reader"),
+    ("rope", "seam", "padding", "rows", "store", "read_path", "reader", "open_page", "paged"),
     (
         "identity",
         "models",
@@ -92,6 +92,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cachefile",
         "synthetic",
         "measure",
+        "doctor",
     ),
     ("cli", "__main__", "__init__"),
 )

@@ -26,6 +26,7 @@ RESULTS = {
     "ppl": "kvqtool.perplexity.PplResult",
     "quantize-cache": "kvqtool.cachefile.CacheReport",
     "generate": "kvqtool.generation.GenerationResult",
+    "doctor": "kvqtool.doctor.DoctorReport",
     "memory-plan": "kvqtool.plan.MemoryPlan",
 }
 

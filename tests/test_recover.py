@@ -17,7 +17,6 @@ from kvqtool.recover import (
     build_rows,
     count_outliers,
     find_exceptions,
-    no_exceptions,
 )
 from kvqtool.spec import parse_spec
 
@@ -46,9 +45,7 @@ def recovered(sides: tuple[PageSide, PageSide], batch: int) -> list[dict[str, Te
     rows = []
     for side in sides:
         empty = replace(side, rows={})
-        none = no_exceptions(counts.device)
-        first = build_rows(pages, counts, empty, batch, none)
-        exceptions = find_exceptions(first, side.rows, side)
+        exceptions = find_exceptions(pages, counts, side, batch)
         rows.append(build_rows(pages, counts, empty, batch, exceptions))
     return rows
 
@@ -67,9 +64,7 @@ def test_rows_come_back_from_pages(spec: str, batch: int) -> None:
 def test_outliers_small_beside_their_codes_are_exceptions() -> None:
     sides = sides_of("nuq4-5%/nuq2-1%", 1)
     pages, counts = build_pages(*sides, 1), count_outliers(sides, 1)
-    none = no_exceptions(counts.device)
-    first = build_rows(pages, counts, sides[0], 1, none)
-    exceptions = find_exceptions(first, sides[0].rows, sides[0])
+    exceptions = find_exceptions(pages, counts, sides[0], 1)
     assert 0 < len(exceptions.place) < len(sides[0].rows["outlier_values"]) / 2
 
 

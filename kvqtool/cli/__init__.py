@@ -1,4 +1,4 @@
-"""The command line: five commands, each in its own file."""
+"""The command line: six commands, each in its own file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from kvqtool import __version__
-from kvqtool.cli import calibrate, generate, memory_plan, ppl, quantize_cache
+from kvqtool.cli import calibrate, doctor, generate, memory_plan, ppl, quantize_cache
 from kvqtool.cli.failures import Command, one_voice, stop_on_terminate
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def _root(
     """Compress the KV cache of a language model, measure what it costs, plan what it buys."""
 
 
-_MODULES: Final = (calibrate, ppl, quantize_cache, generate, memory_plan)
+_MODULES: Final = (calibrate, ppl, quantize_cache, generate, memory_plan, doctor)
 COMMANDS: Final = tuple(module.NAME for module in _MODULES)
 for _module in _MODULES:
     app.command(cls=Command, name=_module.NAME, epilog=_module.EPILOG)(_module.run)

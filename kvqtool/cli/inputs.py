@@ -114,8 +114,13 @@ class Scheme:
 
     def prepare(self, loaded: LoadedModel, out: Output) -> Bundle:
         """Return the bundle: loaded and checked against the model, or made in memory."""
+        bundle = self.read(loaded)
+        return bundle or make_bundle(loaded, self.spec, self.calibration, out)
+
+    def read(self, loaded: LoadedModel) -> Bundle | None:
+        """Return the bundle of `--bundle`, checked against the model; None without one."""
         if self.bundle is None:
-            return make_bundle(loaded, self.spec, self.calibration, out)
+            return None
         from kvqtool.bundle import load_bundle
 
         bundle = load_bundle(self.bundle)

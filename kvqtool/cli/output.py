@@ -56,12 +56,12 @@ class Output:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def result(self, *, spec: str | None, model: str, result: Any, table: Table) -> None:
+    def result(self, *, spec: str | None, model: str | None, result: Any, table: Table) -> None:
         """Print the result: JSON if asked, a table on a terminal, TSV in a pipe.
 
         Args:
             spec: the spec string the result belongs to; None when it holds several.
-            model: the model as the user named it.
+            model: the model as the user named it; None where there is none.
             result: a dataclass or mapping of plain values: `result` in the JSON object.
             table: the same for people and TSV; one without columns prints its cells alone.
         """

@@ -52,6 +52,26 @@ def test_a_saved_cache_goes_on_as_the_uninterrupted_run(run: Run, tmp_path: Path
     assert resumed.stdout == whole.stdout
 
 
+def test_reports_name_what_read_the_cache_and_why(run: Run, bundle: Path) -> None:
+    common = ("generate", "builtin", "--bundle", bundle, "--prompt", PROMPT, *FEW, "--json")
+    for read_path, kernel, reason in (
+        ("auto", "torch (materialise)", "no CUDA device"),
+        ("materialise", "torch (materialise)", "asked for"),
+        ("fused", "torch (fused reference)", None),
+    ):
+        done = run(*common, "--device", "cpu", "--read-path", read_path)
+        result = json.loads(done.stdout)["result"]
+        assert result["kernel"] == kernel
+        assert {row["read_reason"] for row in result["layers"]} == {reason}
+
+
+def test_a_layer_without_a_kernel_is_refused_where_kernels_were_asked_for(run: Run) -> None:
+    common = ("generate", "builtin", "--spec", "int4-g64", "--prompt", PROMPT, "-q")
+    done = run(*common, "--read-path", "fused")
+    assert done.exit_code == 2
+    assert "layer 0 cannot be read by the fused kernel: keys with a range per token" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -1,0 +1,142 @@
+"""The tokens of a layer that fill no page yet, where the append kernel knows the scheme.
+
+Their codes lie in a page of their own that attention reads with the others, and their states are
+kept until it is full.
+
+The states are encoded by the codec when the page is full or rows are asked for, so that nothing
+that is kept or saved depends on the kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvqtool.appending import GrowingPages, append, new_pages
+from kvqtool.codebook import Codebook
+from kvqtool.cuda import Launcher, run_on_gpu
+from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
+from kvqtool.packing import CodeTables, code_tables, unsupported
+from kvqtool.page_store import PageStore
+from kvqtool.pages import Pages
+from kvqtool.reader import PageReader
+from kvqtool.rows import Pair
+from kvqtool.spec import KvSpec
+
+
+class OpenPage:
+    """One layer's open page, at the head of its `PageStore`."""
+
+    def __init__(
+        self,
+        spec: KvSpec,
+        books: tuple[Codebook, Codebook],
+        reader: PageReader,
+        run: Launcher | None = None,
+    ) -> None:
+        """Start without memory.
+
+        Args:
+            spec: the scheme.
+            books: the layer's codebooks.
+            reader: what reads the layer's pages.
+            run: what runs the kernel; None for the GPU, and only there.
+        """
+        self._spec = spec
+        self._books = books
+        self._reader = reader
+        self._run = run
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.tokens = 0
+        self._growing: GrowingPages | None = None
+        self._states: Pair | None = None
+        self._code: CodeTables | None = None
+        self._at: Tensor | None = None
+
+    def can_take(self, states: Tensor) -> bool:
+        """Whether the kernel knows the scheme and runs where states lie."""
+        return (self._run is not None or states.is_cuda) and unsupported(self._spec) is None
+
+    def append(self, states: Pair, turns: Pair | None, pages: PageStore) -> None:
+        """Add one token of every sequence.
+
+        Args:
+            states: keys after RoPE and values, (batch, num_kv_heads, 1, head_dim).
+            turns: cosine and sine of each pair, (1, batch, width / 2) float32; None where keys are
+                not rotated.
+            pages: the store this page stands at the head of.
+        """
+        if self._growing is None:
+            self._open(states, pages)
+        assert self._growing is not None and self._states is not None and self._at is not None
+        for kept, fresh in zip(self._states, states, strict=True):
+            kept[:, :, self.tokens] = fresh[:, :, 0]
+        self._at[:, 0] = self.tokens
+        key, value = (part[:, :, 0].contiguous() for part in states)
+        token = key, value, self._turns(turns, key), self._at
+        growing = replace(self._growing, pages=self._place(pages))
+        variant = self._reader.variant(key.shape[1], key)
+        assert self._code is not None
+        run = self._run or run_on_gpu
+        append(token, growing, self._code, self._reader.tables_on(key.device), variant, run)
+        self.tokens += 1
+
+    def states(self) -> Pair:
+        """Return the tokens' states, (batch, num_kv_heads, tokens, head_dim)."""
+        assert self._states is not None, "the page holds nothing"
+        key, value = (part[:, :, : self.tokens] for part in self._states)
+        return key, value
+
+    def empty(self, pages: PageStore) -> None:
+        """Forget the tokens."""
+        if self.tokens:
+            assert self._growing is not None
+            place = self._place(pages)
+            place.outlier_index[..., 1::2] = 0
+            place.outlier_words[: pages.head_words] = 0
+            self._growing.counts.zero_()
+        self.tokens = 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor allocated beside the page itself."""
+        if self._growing is None:
+            return []
+        assert self._states is not None and self._at is not None and self._code is not None
+        code = [part for part in vars(self._code).values() if isinstance(part, Tensor)]
+        return [*self._states, self._growing.counts, self._growing.dropped, self._at, *code]
+
+    def _open(self, states: Pair, pages: PageStore) -> None:
+        batch, heads, _, head_dim = states[0].shape
+        device, channels = states[0].device, heads * head_dim
+        books = self._books[0].to(device), self._books[1].to(device)
+        self._code = code_tables(self._spec, books, channels)
+        # Room for every element of a slab: nothing is ever dropped.
+        most, per_tail = SLAB_TOKENS * head_dim, outliers_per_tail(self._spec.value, channels)
+        room = most if self._spec.key.outlier_fraction else 0, min(2 * per_tail * SLAB_TOKENS, most)
+        variant = self._reader.variant(heads, states[0])
+        self._growing = new_pages(variant, batch, heads, 1, room, device)
+        pages.reserve(self._growing.pages)
+        shape = batch, heads, PAGE_TOKENS, head_dim
+        key, value = (states[0].new_zeros(shape) for _ in range(2))
+        self._states = key, value
+        self._at = torch.zeros(batch, 8, dtype=torch.int32, device=device)
+
+    def _place(self, pages: PageStore) -> Pages:
+        """Return the page where it lies now, as the kernel that writes it takes it."""
+        assert self._growing is not None
+        return pages.reserved(self._growing.pages.page_table)
+
+    def _turns(self, turns: Pair | None, key: Tensor) -> Tensor:
+        """Return cosines and sines by place, (batch, head_dim / 2, 2) float32."""
+        batch, _, head_dim = key.shape
+        fixed = torch.zeros(batch, head_dim // 2, 2, device=key.device)
+        fixed[..., 0] = 1.0
+        if turns is not None:
+            fixed[:, : turns[0].shape[-1]] = torch.stack([turns[0][0], turns[1][0]], dim=-1)
+        return fixed
