@@ -59,11 +59,11 @@ QUICK = (
     Shape(1, 32, 8, 32768),
     Shape(1, 32, 8, 4096),
 )
-FULL = (
+FULL = tuple(dict.fromkeys((
     *QUICK,
     *(Shape(b, h, k, n) for h, k in ((32, 32), (32, 8), (64, 8)) for b in (1, 4, 16)
       for n in (4096, 16384, 32768, 131072, 524288) if b * k * n <= 2**22 + 2**20),
-)  # fmt: skip
+)))  # fmt: skip
 
 
 def main() -> None:
