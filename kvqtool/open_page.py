@@ -19,8 +19,9 @@ from kvqtool.codebook import Codebook
 from kvqtool.cuda import Launcher, run_on_gpu
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.packing import CodeTables, code_tables, unsupported
+from kvqtool.page_memory import QUAD
 from kvqtool.page_store import PageStore
-from kvqtool.pages import Pages
+from kvqtool.pages import Pages, PageSide, build_pages, outlier_words
 from kvqtool.reader import PageReader
 from kvqtool.rows import Pair
 from kvqtool.spec import KvSpec
@@ -85,6 +86,40 @@ class OpenPage:
         run = self._run or run_on_gpu
         append(token, growing, self._code, self._reader.tables_on(key.device), variant, run)
         self.tokens += 1
+
+    def load(self, sides: tuple[PageSide, PageSide], states: Pair, pages: PageStore) -> None:
+        """Hold tokens that have rows already: fewer than a page has room for, and no others.
+
+        Args:
+            sides: the tokens' canonical rows and what reads them.
+            states: their states, (batch, num_kv_heads, tokens, head_dim) each.
+            pages: the store this page stands at the head of.
+        """
+        if self._growing is None:
+            self._open(states, pages)
+        assert self._growing is not None and self._states is not None
+        batch, place = len(states[0]), self._place(pages)
+        self.tokens = states[0].shape[2]
+        fresh = build_pages(*sides, batch)
+        place.slabs.copy_(fresh.slabs)
+        place.ranges.copy_(fresh.ranges)
+        for kept, given in zip(self._states, states, strict=True):
+            kept[:, :, : self.tokens] = given
+        for number, side in enumerate(sides):
+            if "outlier_values" in side.rows:
+                owner, word = outlier_words(side, batch)
+                owner, rank = owner.sort(stable=True)
+                self._write_lists(place, number, owner, word[rank])
+
+    def _write_lists(self, place: Pages, number: int, owner: Tensor, word: Tensor) -> None:
+        """Write one side's outliers, sorted by the list they belong to, into the room of lists."""
+        assert self._growing is not None
+        index = place.outlier_index.view(-1, 4)
+        counts = torch.bincount(owner, minlength=len(index))
+        within = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+        place.outlier_words[index[owner, 2 * number].long() * QUAD + within] = word
+        index[:, 2 * number + 1] = (counts + QUAD - 1) // QUAD
+        self._growing.counts.view(-1, 2)[:, number] = counts
 
     def states(self) -> Pair:
         """Return the tokens' states, (batch, num_kv_heads, tokens, head_dim)."""

@@ -6,6 +6,7 @@ are kept decoded as well: kernels read them, at most 127, beside the recent wind
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -75,7 +76,7 @@ class PagedStore(LayerStore):
         states = join(opened.states(), leaving) if opened.tokens else leaving
         self._settle()
         super().commit(angles, held=held)
-        self._reopen(states, angles)
+        self._reopen(states)
 
     def leave_pages(self) -> None:
         """Keep canonical rows only, from now on."""
@@ -221,19 +222,23 @@ class PagedStore(LayerStore):
             rest.append(rows)
         self._decoded = None
 
-    def _reopen(self, states: Pair, angles: Angles) -> None:
+    def _reopen(self, states: Pair) -> None:
         """Put the tokens behind the pages into the open page, where their states are among these,
         the last ones stored.
         """
         body = self._pages_of()
         behind = body.rest[0].tokens
-        if not 0 < behind <= states[0].shape[2]:
+        if self._open is None or not 0 < behind <= states[0].shape[2]:
             return
+        key, value = (
+            replace(side, rows=rest.read())
+            for side, rest in zip(body.pages.sides, body.rest, strict=True)
+        )
+        last = states[0][:, :, -behind:], states[1][:, :, -behind:]
+        self._open.load((key, value), last, body.pages)
         for rest in body.rest:
             rest.clear(rest.batch)
         self._decoded = None
-        for i in range(states[0].shape[2] - behind, states[0].shape[2]):
-            self._append_open((states[0][:, :, i : i + 1], states[1][:, :, i : i + 1]), angles)
 
     def _no_pages(self) -> Pages:
         heads, head_dim = self.geometry.num_kv_heads, self.geometry.key_dim

@@ -175,7 +175,7 @@ def _pack_outliers(
     owners, words = [], []
     for number, side in enumerate(sides):
         if "outlier_values" in side.rows:
-            owner, word = _outlier_words(side, batch)
+            owner, word = outlier_words(side, batch)
             owners.append(owner * 2 + number)
             words.append(word)
     if not owners:
@@ -228,7 +228,7 @@ def list_sizes(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return head, (counts + head + (QUAD - 1)) // QUAD, is_sorted
 
 
-def _outlier_words(side: PageSide, batch: int) -> tuple[Tensor, Tensor]:
+def outlier_words(side: PageSide, batch: int) -> tuple[Tensor, Tensor]:
     """Return the list each outlier belongs to and its word, both (n,), in canonical order."""
     rows = side.rows
     row = row_of_outlier(rows, len(rows["words"]), side.outliers_per_row)

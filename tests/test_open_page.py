@@ -4,15 +4,18 @@ and what is kept are those of the codec.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from fused_case import assert_same
+from fused_case import assert_same, greedy, same_choices, text_ids
 from shim.build import HAS_COMPILER, mostly_slow, run_on_cpu
 from torch import Tensor
 
+from kvqtool.bundle import Bundle
 from kvqtool.memory import LayerGeometry
+from kvqtool.models import load_model
 from kvqtool.open_page import OpenPage
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import page_form
@@ -150,3 +153,23 @@ def test_every_tensor_of_the_page_is_counted() -> None:
     held = sum(t.nbytes for t in named["open"])
     assert held > 2 * 128 * HEADS * DIM * 2
     assert named["key.pages.slabs"][0].shape[0] == 1
+
+
+def test_a_model_generates_with_open_pages(
+    calibrated: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model("builtin", device="cpu", dtype="float16")
+    bundle = calibrated("nuq3-1%-sink1")
+    ids = text_ids(loaded, 1, 121)
+    expected = greedy(loaded, bundle, ids, "fused", 12)
+    monkeypatch.setattr(
+        "kvqtool.cache.OpenPage", lambda *arguments: OpenPage(*arguments, run_on_cpu)
+    )
+    found = greedy(loaded, bundle, ids, "fused", 12, expected.tokens)
+    stores = found.cache.stores
+    assert all("open" in store.tensors for store in stores)
+    assert same_choices(found, expected, first=0.05) <= 1
+    assert_same(
+        {n: t for n, t in found.canonical.items() if n.startswith("0.")},
+        {n: t for n, t in expected.canonical.items() if n.startswith("0.")},
+    )
