@@ -22,7 +22,7 @@ from kvqtool.codebook import Codebook
 from kvqtool.container import load_container, save_container
 from kvqtool.errors import BundleError, KvqError, brief
 from kvqtool.memory import LayerGeometry, groups_per_token
-from kvqtool.methods import get_method
+from kvqtool.methods import fit_widths
 from kvqtool.spec import SIDES, KvSpec
 
 KIND: Final = "kvqtool-bundle"
@@ -202,6 +202,6 @@ def uncalibrated_bundle(spec: KvSpec, model: dict[str, Any], layers: list[int]) 
     books: dict[tuple[int, str], Codebook] = {}
     for side in SIDES:
         quant = spec.side(side)
-        levels = get_method(quant.method).fit(quant, None)
+        levels = fit_widths(quant, None)
         books |= {(layer, side): Codebook(*levels) for layer in layers}
     return Bundle(spec, model, books, {"calibrated": False})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook, least_errors
 from kvqtool.collect import LossCollector, RangeCollector, View, view_of
-from kvqtool.methods import get_method
+from kvqtool.methods import fit_widths
 from kvqtool.spec import SIDES, KvSpec
 
 Books = dict[tuple[int, str], Codebook]
@@ -78,7 +78,7 @@ class Fitter:
         key = view, quant.bits, quant.moment_match, layer
         if key not in self._levels:
             histogram = self._losses.histogram(spec, side, layer)
-            self._levels[key] = get_method(quant.method).fit(quant, histogram)
+            self._levels[key] = fit_widths(quant, histogram)
         ranged = self._ranges.ranges(spec, layer) if quant.per_channel else None
         ends = (ranged.lower, ranged.upper) if ranged else (None, None)
         fisher = self._losses.fisher(spec, side, layer)

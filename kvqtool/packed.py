@@ -11,14 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvqtool.memory import PAGE_TOKENS, body_buffers, outliers_per_tail
+from kvqtool.memory import PAGE_TOKENS, TILE_ROWS, Outliers, body_buffers, outliers_per_tail
 from kvqtool.outliers import row_of_outlier
-from kvqtool.side import QuantSpec
+from kvqtool.side import WIDTHS, QuantSpec
 
 # Runs of outliers shorter than this are joined, so that appending tokens one by one leaves few of
 # them.
 _JOIN_BELOW = 4096
 SPARSE = ("outlier_values", "outlier_channels")
+# Buffers that hold the codes of rows of one width, where rows have widths of their own.
+TILED = {f"words{bits}": bits for bits in WIDTHS[1:]}
 
 
 class PagedBuffer:
@@ -34,6 +36,8 @@ class PagedBuffer:
 
     def append(self, rows: Tensor) -> None:
         """Add rows at the end, (n, ...)."""
+        if not self._blocks:
+            self._none = rows[:0].clone()
         room = sum(len(block) for block in self._blocks[-1:]) - self._used_of_last()
         head, rest = rows[:room], rows[room:]
         if len(head):
@@ -48,6 +52,8 @@ class PagedBuffer:
 
     def read(self) -> Tensor:
         """Return all rows, without the spare room."""
+        if not self._blocks:
+            return self._none
         last = self._blocks[-1][: self._used_of_last()]
         return torch.cat([*self._blocks[:-1], last]) if len(self._blocks) > 1 else last
 
@@ -59,7 +65,12 @@ class PagedBuffer:
             self.append(kept)
 
     def drop(self, rows: int) -> None:
-        """Free the first `rows` rows, a whole number of pages."""
+        """Free the first `rows` rows; stored ones stay where they are if these are whole pages."""
+        if rows % self.page_rows:
+            kept = self.read()[rows:].clone()
+            self._blocks, self.rows = [], 0
+            self.append(kept)
+            return
         self.rows -= rows
         while rows:
             block = self._blocks[0]
@@ -128,7 +139,9 @@ class PackedBody:
         self.tokens = 0
         names = body_buffers(self.spec, self.channels, 0, 0, "float32")
         self._buffers: dict[str, PagedBuffer | RunBuffer] = {
-            name: RunBuffer() if name in SPARSE else PagedBuffer(PAGE_TOKENS * batch)
+            name: RunBuffer()
+            if name in SPARSE
+            else PagedBuffer(TILE_ROWS if name in TILED else PAGE_TOKENS * batch)
             for name in names
         }
 
@@ -150,18 +163,16 @@ class PackedBody:
         """Keep the first `tokens` tokens of every sequence."""
         if tokens >= self.tokens:
             return
-        rows = tokens * self.batch
-        kept = self._outliers_of(self.read(), rows)
+        stored, rows = self.read(), tokens * self.batch
         for name, buffer in self._buffers.items():
-            buffer.truncate(kept if name in SPARSE else rows)
+            buffer.truncate(self._share(name, stored, rows))
         self.tokens = tokens
 
     def drop(self, tokens: int) -> None:
         """Free the first `tokens` tokens of every sequence, a whole number of pages."""
-        rows = tokens * self.batch
-        freed = self._outliers_of(self.read(), rows)
+        stored, rows = self.read(), tokens * self.batch
         for name, buffer in self._buffers.items():
-            buffer.drop(freed if name in SPARSE else rows)
+            buffer.drop(self._share(name, stored, rows))
         self.tokens -= tokens
 
     def select(self, sequences: Tensor) -> None:
@@ -185,22 +196,48 @@ class PackedBody:
         return sum(len(run) for run in runs.tensors) if runs else 0
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Rows of each of WIDTHS; empty where all have the spec's bits."""
+        if not self.spec.is_adaptive:
+            return ()
+        tiled = [buffer for name, buffer in self._buffers.items() if name in TILED]
+        counts = [buffer.rows for buffer in tiled if isinstance(buffer, PagedBuffer)]
+        return self.tokens * self.batch - sum(counts), *counts
+
+    @property
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every allocated tensor, by buffer."""
         return {name: buffer.tensors for name, buffer in self._buffers.items()}
 
-    def _outliers_of(self, stored: dict[str, Tensor], rows: int) -> int:
-        """Count the outliers of the first `rows` rows."""
+    def _share(self, name: str, stored: dict[str, Tensor], rows: int) -> int:
+        """Count what the first `rows` rows own of a buffer."""
+        if name in TILED:
+            return int((stored["widths"][:rows] == TILED[name]).sum())
+        if name not in SPARSE:
+            return rows
         if "outlier_counts" in stored:
             return int(stored["outlier_counts"][:rows].long().sum())
         return rows * 2 * outliers_per_tail(self.spec, self.channels)
+
+
+def found_in(bodies: tuple[PackedBody, PackedBody]) -> Outliers:
+    """Return what packed keys and values hold beside what their specs fix."""
+    key, value = bodies
+    return Outliers(key.outliers, value.outliers, key.widths, value.widths)
 
 
 def gather_rows(stored: dict[str, Tensor], rows: Tensor, per_row: int) -> dict[str, Tensor]:
     """Return the encoded rows at indices `rows` (n,) int64, in that order, each with its
     outliers.
     """
-    picked = {name: tensor[rows] for name, tensor in stored.items() if name not in SPARSE}
+    picked = {}
+    for name, tensor in stored.items():
+        if name in TILED:
+            is_its = stored["widths"] == TILED[name]
+            rank = is_its.cumsum(0) - 1
+            picked[name] = tensor[rank[rows[is_its[rows]]]]
+        elif name not in SPARSE:
+            picked[name] = tensor[rows]
     if "outlier_values" in stored:
         owner = row_of_outlier(stored, len(next(iter(stored.values()))), per_row)
         counts = torch.bincount(owner, minlength=len(next(iter(stored.values()))))

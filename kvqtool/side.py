@@ -11,8 +11,13 @@ METHOD_BITS: Final[dict[str, tuple[int, ...]]] = {
     "nuq": (2, 3, 4, 8),
     "int": (2, 3, 4, 8),
     "nf": (2, 3, 4),
+    "qaq": (2, 3, 4, 8),
 }
+# What a token's codes can take where each token has its own width (`QuantSpec.error_budget`).
+WIDTHS: Final = (0, 2, 3, 4, 8)
+ADAPTIVE_METHODS: Final = ("qaq", "nuq")
 EXACT: Final = "fp"
+PER_TOKEN: Final = ("fp", "qaq")  # methods that never have ranges per channel
 WEIGHTINGS: Final = ("fisher-scale", "fisher", "none")
 
 
@@ -21,8 +26,8 @@ class QuantSpec:
     """How one side (keys or values) of the cache is stored.
 
     Args:
-        method: `nuq`, `int`, `nf`, or `fp` (stored exactly, in the model's dtype).
-        bits: stored bits per code; 16 stands for `fp`.
+        method: `nuq`, `int`, `nf`, `qaq`, or `fp` (stored exactly, in the model's dtype).
+        bits: stored bits per code; 16 stands for `fp`, 0 for tokens that have each their own.
         outlier_fraction: share of elements kept exactly, both tails together (0.01 is 1 %).
         group_size: channels of one token that share a scale and an offset (`int` only); None for
             the side's default.
@@ -38,6 +43,9 @@ class QuantSpec:
         channel_levels: a codebook per key channel instead of one per layer.
         compensated: rounding is compensated: each channel makes up for the errors of those before.
         rotated: values are stored rotated by a Hadamard matrix per head.
+        error_budget: QAQ's tolerance, from which each token's bits follow: the standard deviation
+            that rounding may cause in an attention weight (keys) or in an output coordinate
+            (values); None for fixed bits.
     """
 
     method: str
@@ -52,9 +60,12 @@ class QuantSpec:
     channel_levels: bool = False
     compensated: bool = False
     rotated: bool = False
+    error_budget: float | None = None
 
     def __post_init__(self) -> None:
         known = METHOD_BITS.get(self.method, (16,) if self.method == EXACT else ())
+        if self.is_adaptive and self.method in ADAPTIVE_METHODS:
+            known = WIDTHS
         if self.bits not in known:
             names = " ".join(f"{m}{b}" for m, widths in METHOD_BITS.items() for b in widths)
             raise SpecError(f"unknown method {self.method}{self.bits}; use fp or one of: {names}")
@@ -67,6 +78,7 @@ class QuantSpec:
                 f"unknown weighting {self.weighting!r}; use one of: {', '.join(WEIGHTINGS)}"
             )
         self._check_groups()
+        self._check_qaq()
         if self.method == EXACT and (
             self.outlier_fraction
             or self.moment_match
@@ -114,6 +126,20 @@ class QuantSpec:
                 f"-g{self.group_size}: rounding is compensated within a head, "
                 "whose channels must share a range; drop -g or -comp"
             )
+
+    def _check_qaq(self) -> None:
+        if self.method == "qaq" and (self.pre_rope or self.per_channel or self.compensated):
+            raise SpecError(
+                "qaq quantizes keys and values per token, keys after RoPE, by nearest mid-point; "
+                "for channels, keys before RoPE or comp add nuq, as in qaq-nuq-comp"
+            )
+        if self.error_budget is not None and not 0 < self.error_budget < float("inf"):
+            raise SpecError(f"error budget {self.error_budget:g} must be above 0; use 0.01")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether each token has its own bits."""
+        return self.error_budget is not None
 
     @property
     def fits_levels(self) -> bool:

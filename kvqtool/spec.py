@@ -5,7 +5,8 @@ The short string is the scheme's name everywhere: command line, bundle, reports.
     fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken]
     [-nofisher|-fisher] [-pc] [-comp] [-vrot]
 
-`METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4.
+`METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4,
+qaq2 qaq3 qaq4 qaq8 (QAQ's mid-points per token, keys after RoPE).
 Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). `@mixed` at
 the end lets calibration spend the scheme's bytes unevenly: every layer's keys and values get the
 width and outlier share that the loss asks for; `@2.75` spends that many bits a number instead.
@@ -20,8 +21,9 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Final
 
+from kvqtool.adaptive import Adaptive
 from kvqtool.errors import SpecError
-from kvqtool.side import EXACT, QuantSpec
+from kvqtool.side import EXACT, PER_TOKEN, QuantSpec
 
 # The best recipe measured at each width (docs/quality.md).
 PRESETS: Final[dict[str, str]] = {
@@ -44,6 +46,7 @@ class KvSpec:
         mixed: calibration chooses widths and outlier shares layer by layer.
         target_bits: effective bits a number that it may spend; None for those that the scheme would
             take as it stands.
+        adaptive: how tokens come to bits of their own; None where bits are fixed.
     """
 
     key: QuantSpec
@@ -52,6 +55,7 @@ class KvSpec:
     residual_length: int = 0
     mixed: bool = False
     target_bits: float | None = None
+    adaptive: Adaptive | None = None
 
     def __post_init__(self) -> None:
         if self.value.per_channel or self.value.pre_rope or self.value.channel_levels:
@@ -66,6 +70,7 @@ class KvSpec:
             )
         if (self.key.method == EXACT) != (self.value.method == EXACT):
             raise SpecError("fp is for both sides at once; quantize keys and values, or neither")
+        self._check_adaptive()
         if self.mixed and not all(
             side.fits_levels and side.needs_gradients for side in (self.key, self.value)
         ):
@@ -73,6 +78,19 @@ class KvSpec:
                 "@mixed spends bytes by Fisher information, on nuq keys and values; "
                 "use nuq without -nofisher, or drop @mixed"
             )
+
+    def _check_adaptive(self) -> None:
+        sides = {self.key.is_adaptive, self.value.is_adaptive}
+        if sides != {self.adaptive is not None}:
+            raise SpecError("bits per token are for keys and values both; write qaq for each")
+        if self.adaptive is None:
+            return
+        if self.residual_length < 1:
+            raise SpecError("-w0: a token needs a query that has seen it; use -w1 or more")
+        if self.adaptive.level == "head" and {self.key.method, self.value.method} != {"qaq"}:
+            raise SpecError("-head is for qaq; nuq codebooks hold for a layer, drop -head or nuq")
+        if self.mixed:
+            raise SpecError("@mixed fixes bits by layer, qaq decides them by token; keep one")
 
     def __str__(self) -> str:
         key, value = self._print(self.key, is_key=True), self._print(self.value, is_key=False)
@@ -117,7 +135,7 @@ class KvSpec:
         if self.residual_length:
             parts.append(f"r{self.residual_length}")
         parts += ["qnorm"] * spec.moment_match
-        if is_key:
+        if is_key and spec.method != "qaq":
             parts += ["postrope"] * (not spec.pre_rope)
             parts += ["pertoken"] * (
                 not spec.per_channel and spec.group_size is None and spec.method != EXACT
@@ -139,7 +157,7 @@ class KvSpec:
         return self.key.needs_gradients or self.value.needs_gradients
 
 
-_HEAD: Final = re.compile(r"(nuq|int|nf)([0-9]{1,9})|fp")
+_HEAD: Final = re.compile(r"(nuq|int|nf|qaq)([0-9]{1,9})|fp")
 _NUMBERED: Final = re.compile(r"(sink|cap|r|g)([0-9]{1,9})")
 _PERCENT: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,99})?)%")
 _FLAGS: Final = ("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc", "comp", "vrot")
@@ -225,7 +243,7 @@ def _agree(name: str, sides: list[dict[str, str]], text: str) -> int:
 
 def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
     per_channel = (
-        is_key and words["method"] != EXACT and "pertoken" not in words and "g" not in words
+        is_key and words["method"] not in PER_TOKEN and "pertoken" not in words and "g" not in words
     )
     if is_key and "g" in words and "pertoken" in words:
         raise SpecError(
@@ -238,7 +256,7 @@ def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
         group_size=int(words["g"]) if "g" in words else None,
         outlier_cap=int(words["cap"]) if is_key and "cap" in words else None,
         moment_match="qnorm" in words,
-        pre_rope=is_key and "postrope" not in words,
+        pre_rope=is_key and "postrope" not in words and words["method"] != "qaq",
         per_channel=per_channel,
         weighting="fisher"
         if "fisher" in words

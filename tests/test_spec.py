@@ -36,6 +36,7 @@ WORDS = {
         ("", "-vrot"),
     ),
     "nf": (("", "-1%"), ("", "-cap4"), SHARED_WORDS, ("", "-postrope"), ("", "-pertoken")),
+    "qaq": (("", "-1%"), SHARED_WORDS, ("", "-vrot")),
 }
 
 
