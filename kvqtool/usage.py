@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from kvqtool.accounting import paper_bytes
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache, is_rotated
 from kvqtool.layer import KvqLayer
-from kvqtool.memory import paper_bytes
 from kvqtool.seam import LayerSeam, Seam
 
 # The one path there is until the CUDA kernels: torch decodes the whole cache for stock attention.
