@@ -7,9 +7,9 @@ from kvqtool.side import EXACT, QuantSpec
 from kvqtool.spec import KvSpec
 
 
-def paper_bits(spec: QuantSpec, channels: int) -> float:
+def paper_bits(spec: QuantSpec, channels: int, bits: float | None = None) -> float:
     """Return bits per element by KVQuant's own accounting (appendix M): codes, 32 bits an outlier,
-    32-bit pointers.
+    32-bit pointers. `bits` are those of a code where they differ from the spec's.
 
     Keys: b + 32 f + 32 / C. Values: b + 32 f + 64 / C, the second 32 being a 16-bit scale and
         offset per token.
@@ -18,8 +18,9 @@ def paper_bits(spec: QuantSpec, channels: int) -> float:
     """
     if spec.method == EXACT:
         return 16.0
-    bits = spec.bits + 32 * groups_per_token(spec, channels) / channels
-    return bits + (32 * spec.outlier_fraction + 32 / channels if spec.outlier_fraction else 0.0)
+    codes = spec.bits if bits is None else bits
+    total = codes + 32 * groups_per_token(spec, channels) / channels
+    return total + (32 * spec.outlier_fraction + 32 / channels if spec.outlier_fraction else 0.0)
 
 
 def paper_bytes(spec: KvSpec, layers: tuple[LayerGeometry, ...], batch: int, tokens: int) -> float:

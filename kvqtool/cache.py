@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 
+from kvqtool.adaptive_layer import AdaptiveLayer
+from kvqtool.adaptive_store import AdaptiveStore
 from kvqtool.bundle import Bundle
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
@@ -36,10 +38,13 @@ class KvqCache(Cache):
         self._has_begun = False
         layers = DynamicCache(config=config).layers
         for layer in seam.packed:
-            books = bundle.codebooks_of(layer.index)
-            store = LayerStore(bundle.spec_of(layer.index), books, layer)
+            books, spec = bundle.codebooks_of(layer.index), bundle.spec_of(layer.index)
             angles = self.angles[layer.group] if is_rotated(layer, bundle) else None
-            layers[layer.index] = KvqLayer(store, angles, prefill)
+            layers[layer.index] = (
+                AdaptiveLayer(AdaptiveStore(spec, books, layer), angles, prefill)
+                if spec.adaptive
+                else KvqLayer(LayerStore(spec, books, layer), angles, prefill)
+            )
         super().__init__(layers=layers)
 
     def announce(self, layer_idx: int, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvqtool.codebook import Codebook, least_errors
-from kvqtool.collect import LossCollector, RangeCollector, View, view_of
+from kvqtool.collect import LossCollector, View, view_of
 from kvqtool.methods import fit_widths
+from kvqtool.ranges import RangeCollector
 from kvqtool.spec import SIDES, KvSpec
 
 Books = dict[tuple[int, str], Codebook]
@@ -84,5 +85,9 @@ class Fitter:
         fisher = self._losses.fisher(spec, side, layer)
         if fisher and (view, layer) not in self._feedback:
             self._feedback[view, layer] = fisher.feedback()
-        feedback = self._feedback.get((view, layer), (None, None))
-        return Codebook(*self._levels[key], *ends, *feedback).to(torch.device("cpu"))
+        feedback, order = self._feedback.get((view, layer), (None, None))
+        heads = self._losses.heads[layer]
+        wants_norm = spec.needs_queries and side == "key"
+        norm = self._ranges.query_norm(layer, heads) if wants_norm else None
+        book = Codebook(*self._levels[key], *ends, feedback, order, norm)
+        return book.to(torch.device("cpu"))

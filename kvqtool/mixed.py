@@ -28,7 +28,11 @@ def spread_of(ranged: Normalized) -> Tensor:
 
 
 def encode_mixed(
-    states: Tensor, widths: Tensor, codebook: Codebook, spec: QuantSpec
+    states: Tensor,
+    widths: Tensor,
+    codebook: Codebook,
+    spec: QuantSpec,
+    ranged: Normalized | None = None,
 ) -> dict[str, Tensor]:
     """Encode rows.
 
@@ -37,11 +41,12 @@ def encode_mixed(
         widths: (rows,) uint8, one of WIDTHS for each.
         codebook: levels of all widths, and ranges where the spec fixes them per channel.
         spec: the side's scheme.
+        ranged: what `normalize` says of the rows, where it has been asked already.
 
     Returns:
         The buffers of `memory.body_buffers`, exactly `rows` rows.
     """
-    ranged = normalize(states, codebook, spec)
+    ranged = ranged or normalize(states, codebook, spec)
     buffers, shifted = {"widths": widths}, states
     if spec.compensated:
         shifted = states.clone()

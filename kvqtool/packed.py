@@ -127,10 +127,11 @@ class PackedBody:
     the bytes.
     """
 
-    def __init__(self, spec: QuantSpec, channels: int, batch: int) -> None:
-        """Start empty for `batch` sequences of `channels` channels a token."""
+    def __init__(self, spec: QuantSpec, channels: int, batch: int, units: int = 1) -> None:
+        """Start empty for `batch` sequences whose tokens take `units` rows of `channels`."""
         self.spec = spec
         self.channels = channels
+        self.units = units
         self.clear(batch)
 
     def clear(self, batch: int) -> None:
@@ -141,15 +142,20 @@ class PackedBody:
         self._buffers: dict[str, PagedBuffer | RunBuffer] = {
             name: RunBuffer()
             if name in SPARSE
-            else PagedBuffer(TILE_ROWS if name in TILED else PAGE_TOKENS * batch)
+            else PagedBuffer(TILE_ROWS if name in TILED else PAGE_TOKENS * self.rows_per_token)
             for name in names
         }
+
+    @property
+    def rows_per_token(self) -> int:
+        """Rows that a token of the whole batch takes."""
+        return self.batch * self.units
 
     def append(self, rows: dict[str, Tensor]) -> None:
         """Add encoded rows, whole tokens of the batch: what `Method.quantize` returned."""
         for name, buffer in self._buffers.items():
             buffer.append(rows[name])
-        self.tokens += len(next(iter(rows.values()))) // self.batch
+        self.tokens += len(next(iter(rows.values()))) // self.rows_per_token
 
     def read(self) -> dict[str, Tensor]:
         """Return the buffers of all stored rows in the canonical layout, spare room left out; {}
@@ -163,14 +169,14 @@ class PackedBody:
         """Keep the first `tokens` tokens of every sequence."""
         if tokens >= self.tokens:
             return
-        stored, rows = self.read(), tokens * self.batch
+        stored, rows = self.read(), tokens * self.rows_per_token
         for name, buffer in self._buffers.items():
             buffer.truncate(self._share(name, stored, rows))
         self.tokens = tokens
 
     def drop(self, tokens: int) -> None:
         """Free the first `tokens` tokens of every sequence, a whole number of pages."""
-        stored, rows = self.read(), tokens * self.batch
+        stored, rows = self.read(), tokens * self.rows_per_token
         for name, buffer in self._buffers.items():
             buffer.drop(self._share(name, stored, rows))
         self.tokens -= tokens
@@ -183,8 +189,9 @@ class PackedBody:
             self.clear(len(sequences))
             return
         stored = self.read()
-        token = torch.arange(self.tokens, device=sequences.device)[:, None] * self.batch
-        rows = (token + sequences).flatten()
+        units = torch.arange(self.units, device=sequences.device)
+        token = torch.arange(self.tokens, device=sequences.device)[:, None] * self.rows_per_token
+        rows = (token + (sequences[:, None] * self.units + units).flatten()).flatten()
         picked = gather_rows(stored, rows, 2 * outliers_per_tail(self.spec, self.channels))
         self.clear(len(sequences))
         self.append(picked)
@@ -202,7 +209,7 @@ class PackedBody:
             return ()
         tiled = [buffer for name, buffer in self._buffers.items() if name in TILED]
         counts = [buffer.rows for buffer in tiled if isinstance(buffer, PagedBuffer)]
-        return self.tokens * self.batch - sum(counts), *counts
+        return self.tokens * self.rows_per_token - sum(counts), *counts
 
     @property
     def tensors(self) -> dict[str, list[Tensor]]:

@@ -4,9 +4,11 @@ The short string is the scheme's name everywhere: command line, bundle, reports.
 
     fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken]
     [-nofisher|-fisher] [-pc] [-comp] [-vrot]
+    qaq [-nuq] [-kE] [-vE] [-wN] [-head] [-released] [the rest]
 
 `METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4,
-qaq2 qaq3 qaq4 qaq8 (QAQ's mid-points per token, keys after RoPE).
+qaq2 qaq3 qaq4 qaq8 (QAQ's mid-points per token, keys after RoPE). `qaq` without bits decides them
+token by token: to error budgets E of keys and values, when a token leaves the last N.
 Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). `@mixed` at
 the end lets calibration spend the scheme's bytes unevenly: every layer's keys and values get the
 width and outlier share that the loss asks for; `@2.75` spends that many bits a number instead.
@@ -21,7 +23,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Final
 
-from kvqtool.adaptive import Adaptive
+from kvqtool.adaptive import WINDOW, WORDS, Adaptive, read_budget, read_words
 from kvqtool.errors import SpecError
 from kvqtool.side import EXACT, PER_TOKEN, QuantSpec
 
@@ -102,11 +104,11 @@ class KvSpec:
             outlier_cap=None,
             compensated=False,
             rotated=self.value.rotated,
+            error_budget=self.value.error_budget,
         )
         one = key + "-vrot" * self.value.rotated if alone == self.value else f"{key}/{value}"
-        if not self.mixed:
-            return one
-        return f"{one}@mixed" if self.target_bits is None else f"{one}@{self.target_bits:.10g}"
+        spent = "mixed" if self.target_bits is None else f"{self.target_bits:.10g}"
+        return f"{one}@{spent}" if self.mixed else one
 
     def side(self, side: str) -> QuantSpec:
         """Return how "key" or "value" is stored."""
@@ -120,10 +122,14 @@ class KvSpec:
     def name(self) -> str:
         """The short name of a preset, or the spec string."""
         text = str(self)
-        return next((name for name, recipe in PRESETS.items() if recipe == text), text)
+        return {recipe: name for name, recipe in PRESETS.items()}.get(text, text)
 
     def _print(self, spec: QuantSpec, *, is_key: bool) -> str:
         parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
+        if self.adaptive is not None:
+            budgets = self.key.error_budget, self.value.error_budget
+            head = ["qaq", "nuq"] if spec.method == "nuq" else ["qaq"]
+            parts = head + self.adaptive.words(budgets, self.residual_length)
         if spec.outlier_fraction:
             parts.append(f"{(Decimal(str(spec.outlier_fraction)) * 100).normalize():f}%")
         if spec.group_size:
@@ -132,7 +138,7 @@ class KvSpec:
             parts.append(f"cap{spec.outlier_cap}")
         if self.sink_tokens:
             parts.append(f"sink{self.sink_tokens}")
-        if self.residual_length:
+        if self.residual_length and self.adaptive is None:
             parts.append(f"r{self.residual_length}")
         parts += ["qnorm"] * spec.moment_match
         if is_key and spec.method != "qaq":
@@ -149,7 +155,12 @@ class KvSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether a bundle made by calibration is needed to use this scheme."""
-        return self.key.needs_calibration or self.value.needs_calibration
+        return any((self.key.needs_calibration, self.value.needs_calibration, self.needs_queries))
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether calibration has to measure the model's queries."""
+        return self.adaptive is not None and self.adaptive.formula == "paper"
 
     @property
     def needs_gradients(self) -> bool:
@@ -157,10 +168,13 @@ class KvSpec:
         return self.key.needs_gradients or self.value.needs_gradients
 
 
-_HEAD: Final = re.compile(r"(nuq|int|nf|qaq)([0-9]{1,9})|fp")
-_NUMBERED: Final = re.compile(r"(sink|cap|r|g)([0-9]{1,9})")
+_HEAD: Final = re.compile(r"(nuq|int|nf|qaq)([0-9]{1,9})|fp|qaq")
+_NUMBERED: Final = re.compile(r"(sink|cap|r|g|w)([0-9]{1,9})|([kv])([0-9]{1,9}(?:\.[0-9]{1,99})?)")
 _PERCENT: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,99})?)%")
-_FLAGS: Final = ("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc", "comp", "vrot")
+_FLAGS: Final = (
+    *("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc", "comp", "vrot"),
+    *("nuq", "head", "released"),
+)
 _KEY_ONLY: Final = ("postrope", "pertoken", "pc", "cap")
 
 
@@ -185,7 +199,8 @@ def parse_spec(text: str) -> KvSpec:
             f"spec {text!r} has {len(sides)} parts; write KEYS/VALUES, as in nuq4-1%/nuq3-1%"
         )
     words = [_side_words(side, text) for side in sides]
-    shared = {name: _agree(name, words, text) for name in ("sink", "r")}
+    shared = {name: _agree(name, words, text) for name in ("sink", "r", *WORDS)}
+    is_adaptive = any(not side["bits"] for side in words)
     key, value = words[0], words[-1]
     misplaced = [w for w in _KEY_ONLY if w in value] if len(words) == 2 else []
     if misplaced:
@@ -193,12 +208,13 @@ def parse_spec(text: str) -> KvSpec:
     if len(words) == 2 and "vrot" in key:
         raise SpecError(f"spec {text!r}: vrot is for values; write it after the /")
     return KvSpec(
-        key=_quant_spec(key, is_key=True),
-        value=_quant_spec(value if len(words) == 2 else _of_values(value), is_key=False),
-        sink_tokens=shared["sink"],
-        residual_length=shared["r"],
+        key=_quant_spec(key, shared, is_key=True),
+        value=_quant_spec(value if len(words) == 2 else _of_values(value), shared, is_key=False),
+        sink_tokens=int(shared["sink"] or 0),
+        residual_length=int(shared["w"] or WINDOW) if is_adaptive else int(shared["r"] or 0),
         mixed=mixed is not None,
         target_bits=float(mixed[1]) if mixed and mixed[1] != "mixed" else None,
+        adaptive=read_words(shared) if is_adaptive else None,
     )
 
 
@@ -212,36 +228,45 @@ def _side_words(side: str, text: str) -> dict[str, str]:
         raise SpecError(
             f"spec {text!r}: {head!r} is not a method with bits; start with nuq3, int4, nf4 or fp"
         )
-    words = {"method": match[1] or EXACT, "bits": match[2] or "16"}
+    words = {"method": match[1] or head, "bits": match[2] or ("" if head == "qaq" else "16")}
     for word in rest:
         percent, numbered = _PERCENT.fullmatch(word), _NUMBERED.fullmatch(word)
         if percent:
             name, value = "percent", percent[1]
         elif numbered:
-            name, value = numbered[1], numbered[2]
+            name, value = numbered[1] or numbered[3], numbered[2] or numbered[4]
         elif word in _FLAGS:
             name, value = word, ""
         else:
-            known = "1% g64 cap4 sink1 r128 " + " ".join(_FLAGS)
+            known = "1% g64 cap4 sink1 r128 k0.01 v0.05 w5 " + " ".join(_FLAGS)
             raise SpecError(f"spec {text!r}: {word!r} is not a modifier; known: {known}")
         if name in words:
             raise SpecError(f"spec {text!r}: {name} is given twice; keep one")
         words[name] = value
     if "fisher" in words and "nofisher" in words:
         raise SpecError(f"spec {text!r}: fisher and nofisher exclude each other; keep one")
+    for name in ("nuq", *WORDS) if words["bits"] else ("r", "g"):
+        if name in words:
+            raise SpecError(
+                f"spec {text!r}: {name} does not go with {head}; bits are by token with qaq, whose "
+                "window is -wN, and fixed with a number; drop one"
+            )
+    if "nuq" in words:
+        words["method"] = "nuq"
     return words
 
 
-def _agree(name: str, sides: list[dict[str, str]], text: str) -> int:
-    found = {int(words[name]) for words in sides if name in words}
+def _agree(name: str, sides: list[dict[str, str]], text: str) -> str | None:
+    """Return what sides say of something that holds for the whole cache; None if neither does."""
+    found = {words[name] for words in sides if name in words}
     if len(found) > 1:
         raise SpecError(
             f"spec {text!r}: {name} differs between keys and values; it holds for the whole cache"
         )
-    return found.pop() if found else 0
+    return found.pop() if found else None
 
 
-def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
+def _quant_spec(words: dict[str, str], shared: dict[str, str | None], *, is_key: bool) -> QuantSpec:
     per_channel = (
         is_key and words["method"] not in PER_TOKEN and "pertoken" not in words and "g" not in words
     )
@@ -251,7 +276,7 @@ def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
         )
     return QuantSpec(
         method=words["method"],
-        bits=int(words["bits"]),
+        bits=int(words["bits"] or 0),
         outlier_fraction=float(Fraction(words.get("percent", "0")) / 100),
         group_size=int(words["g"]) if "g" in words else None,
         outlier_cap=int(words["cap"]) if is_key and "cap" in words else None,
@@ -266,6 +291,7 @@ def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
         channel_levels=is_key and "pc" in words,
         compensated="comp" in words,
         rotated=not is_key and "vrot" in words,
+        error_budget=read_budget(shared, is_key=is_key) if not words["bits"] else None,
     )
 
 

@@ -17,15 +17,13 @@ from kvqtool.codebook import Codebook
 from kvqtool.errors import RunError
 from kvqtool.hadamard import rotate_heads
 from kvqtool.memory import LayerGeometry, dropped_tokens
-from kvqtool.methods import get_method
 from kvqtool.packed import PackedBody
 from kvqtool.padding import keep_padded_sinks, put_padded_sinks
-from kvqtool.rows import Pair, from_rows, join, stored_dtype, to_rows
+from kvqtool.rows import Pair, Rows, decode_pair, encode_pair, from_rows, join, to_rows
 from kvqtool.seam import LayerSeam
 from kvqtool.spec import SIDES, KvSpec
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
-Rows = dict[str, Tensor]
 # More than any speculative decoding takes back at once.
 _HELD_TOKENS: Final = 256
 
@@ -102,6 +100,11 @@ class LayerStore:
         Raises:
             RunError: when a state is not finite.
         """
+        self.take(key, value)
+        self.commit(angles, held=_HELD_TOKENS if hold else 0)
+
+    def take(self, key: Tensor, value: Tensor) -> None:
+        """Store new tokens exactly, encoding none; see `append`."""
         if self._bodies is None:
             self._start(key, value)
         arriving, before = (key, value), self.tokens
@@ -113,7 +116,6 @@ class LayerStore:
         self.tokens += arriving[0].shape[2]
         keep_padded_sinks(self._exact["sink"], self.padding, arriving, before)
         self._exact["window"] = join(self._exact["window"], (key, value))
-        self.commit(angles, held=_HELD_TOKENS if hold else 0)
 
     def commit(self, angles: Angles, *, held: int = 0) -> None:
         """Encode what is past the recent window, but for the last `held` tokens of it."""
@@ -242,10 +244,13 @@ class LayerStore:
         none = key[:, :, :0].clone(), value[:, :, :0].clone()
         self._exact = {"sink": none, "window": none}
         self._codebooks = tuple(book.to(key.device) for book in self._codebooks)  # type: ignore[assignment]  # a pair
-        batch = key.shape[0]
-        self._bodies = (
-            PackedBody(self.spec.key, key.shape[1] * key.shape[3], batch),
-            PackedBody(self.spec.value, value.shape[1] * value.shape[3], batch),
+        self._bodies = self._new_bodies(key.shape[0])
+
+    def _new_bodies(self, batch: int) -> tuple[PackedBody, PackedBody]:
+        geometry = self.geometry
+        return (
+            PackedBody(self.spec.key, geometry.key_channels, batch),
+            PackedBody(self.spec.value, geometry.value_channels, batch),
         )
 
     def _split_window(self, held: int = 0) -> tuple[Pair, Pair]:
@@ -263,30 +268,29 @@ class LayerStore:
             states[0] = self.rotation.unrotate(states[0], cos, sin)
         if self.spec.value.rotated:
             states[1] = rotate_heads(states[1])
-        encoded = []
-        specs = (self.spec.key, self.spec.value)
-        for side, spec, book in zip(states, specs, self._codebooks, strict=True):
+        for side in states:
             if not torch.isfinite(side).all():
                 raise RunError(
                     f"layer {self.layer} produced NaN or infinite states; "
                     "run in float32 or check the model"
                 )
-            flat = side.reshape(tokens * side.shape[1], -1)
-            stored = stored_dtype(flat, spec, leaving[0].dtype)
-            encoded.append(get_method(spec.method).quantize(stored, book, spec))
-        return encoded[0], encoded[1]
+        key, value = (side.flatten(0, 1).flatten(1) for side in states)
+        return self._encode_rows((key, value), leaving[0].dtype)
+
+    def _encode_rows(self, states: Pair, dtype: torch.dtype) -> tuple[Rows, Rows]:
+        """Encode rows (tokens * batch, channels) of the tokens that follow the body."""
+        return encode_pair(states, self.spec, self._codebooks, dtype)
+
+    def _decode_rows(self, rows: tuple[Rows, Rows]) -> Pair:
+        """Decode what `_encode_rows` gave, float32."""
+        channels = self.bodies[0].channels, self.bodies[1].channels
+        return decode_pair(rows, self.spec, self._codebooks, channels)
 
     def _decode(self, rows: tuple[Rows, Rows], start: int, angles: Angles) -> Pair:
         """Decode rows of the tokens from `start` on: keys after RoPE and values, (B, H, T, D)."""
-        states = []
-        specs, geometry = (self.spec.key, self.spec.value), self.geometry
-        for side, spec, book, body in zip(rows, specs, self._codebooks, self.bodies, strict=True):
-            flat = get_method(spec.method).dequantize(side, book, spec, body.channels)
-            states.append(
-                flat.view(
-                    -1, self.batch, geometry.num_kv_heads, flat.shape[1] // geometry.num_kv_heads
-                )
-            )
+        head, of = (-1, self.batch, self.geometry.num_kv_heads), self.geometry
+        decoded = zip(self._decode_rows(rows), (of.key_dim, of.value_dim), strict=True)
+        states = [flat.reshape(*head, width) for flat, width in decoded]
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
             states[0] = self.rotation.rotate(states[0], cos, sin)

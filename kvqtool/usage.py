@@ -7,11 +7,15 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from kvqtool.accounting import paper_bytes
+from kvqtool.accounting import paper_bits, paper_bytes
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache, is_rotated
 from kvqtool.layer import KvqLayer
+from kvqtool.packed import PackedBody
 from kvqtool.seam import LayerSeam, Seam
+from kvqtool.side import WIDTHS
+from kvqtool.spec import SIDES
+from kvqtool.store import LayerStore
 
 # The one path there is until the CUDA kernels: torch decodes the whole cache for stock attention.
 KERNEL: Final = "torch (materialise)"
@@ -56,13 +60,30 @@ def measure(cache: KvqCache) -> CacheUsage:
         batch=batch,
         cache_bytes=cache.nbytes,
         cache_bytes_fp16=2 * batch * sum(count * s.geometry.elements for count, s in seen),
-        paper_bytes=sum(
-            paper_bytes(store.spec, (store.geometry,), batch, count) for count, store in seen
-        ),
+        paper_bytes=sum(_paper_bytes(store, batch, count) for count, store in seen),
         effective_bits=8 * cache.nbytes / elements,
         outliers=sum(body.outliers for store in stores for body in store.bodies),
         quantized_share=0.0 if is_fp else packed / sum(count for count, _ in held),
     )
+
+
+def _paper_bytes(store: LayerStore, batch: int, tokens: int) -> float:
+    """Return a layer's bytes by KVQuant's accounting, at the bits its tokens have."""
+    if store.spec.adaptive is None:
+        return paper_bytes(store.spec, (store.geometry,), batch, tokens)
+    sides = zip((store.spec.key, store.spec.value), store.bodies, strict=True)
+    return sum(
+        paper_bits(spec, body.channels, mean_bits(body)) * body.channels * body.units
+        for spec, body in sides
+    ) * (batch * tokens / 8)
+
+
+def mean_bits(body: PackedBody) -> float:
+    """Return the bits of a packed side's codes: the spec's, or the mean of its rows' own."""
+    rows = sum(body.widths)
+    if not body.spec.is_adaptive or not rows:
+        return body.spec.bits
+    return sum(bits * count for bits, count in zip(WIDTHS, body.widths, strict=True)) / rows
 
 
 def describe_layers(seam: Seam, bundle: Bundle) -> list[dict[str, Any]]:
@@ -77,6 +98,11 @@ def layer_report(cache: KvqCache) -> list[dict[str, Any]]:
         rotated = layer.is_packed and is_rotated(layer, cache.bundle)
         row["angles"] = cache.angles[layer.group].kind if rotated else None
         row["cache_bytes"] = _layer_bytes(cache, layer)
+        held = cache.layers[layer.index]
+        if isinstance(held, KvqLayer) and not held.store.is_empty and held.store.spec.adaptive:
+            for side, body in zip(SIDES, held.store.bodies, strict=True):
+                row[f"{side}_bits"] = mean_bits(body)
+                row[f"{side}_widths"] = list(body.widths)
     return rows
 
 
@@ -92,8 +118,8 @@ def _layer_row(bundle: Bundle, layer: LayerSeam) -> dict[str, Any]:
         "rope": layer.note,
         "key_storage": _key_form(layer, rotated) if packed else None,
         "key_axis": axis if packed and spec.key.method != "fp" else None,
-        "key_bits": spec.key.bits if packed else None,
-        "value_bits": spec.value.bits if packed else None,
+        "key_bits": spec.key.bits if packed and not spec.adaptive else None,
+        "value_bits": spec.value.bits if packed and not spec.adaptive else None,
         "read_path": ("mixed" if spec.residual_length else "materialise") if packed else "stock",
     }
 

@@ -30,6 +30,9 @@ SPECS = (
     "nf4-pertoken-postrope-r100",
     "fp-sink2-r7",
     "nuq2-2%-sink2-r5-pc-comp/nuq3-comp-vrot",
+    "qaq-k0.03-v1-w4-2%-sink1",
+    "qaq-k0.03-v1-w5-head-released",
+    "qaq-nuq-k0.1-v0.5-w3-1%-sink1-pc-comp/qaq-nuq-k0.1-v0.5-w3-1%-sink1-comp-vrot",
 )
 
 
