@@ -88,6 +88,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "allocate",
         "search",
         "passkey",
+        "choices",
         "generation",
         "restore",
         "cachefile",
