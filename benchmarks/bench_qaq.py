@@ -5,9 +5,9 @@ r"""QAQ at equal true bytes: bits per token alone and over KVQuant's codebooks, 
         --dataset wiki.test.raw --choices choices.jsonl --windows 40 --output qaq.json
     python benchmarks/bench_qaq.py builtin --decode 2000
 
-A family of schemes has two tolerances. For each target their scale is found by bisection, so that
-effective bits, all buffers counted, are the target's on windows of the calibration text; their
-ratio is the one of least divergence there, chosen at the first target. Evaluation text is not
+A family of schemes has two tolerances. For each target their scale is sought until effective bits,
+all buffers counted, are the target's on windows of the calibration text; their ratio is the one of
+least divergence there, chosen at the first target. Evaluation text is not
 looked at before the table. --decode times decoding instead.
 """
 
@@ -43,8 +43,18 @@ FAMILIES = {
     "qaq over nuq": "qaq-nuq-1%-sink1",
     "qaq over kvq": "qaq-nuq-1%-sink1-pc-comp/qaq-nuq-1%-sink1-comp",
 }
-RATIOS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the values' tolerance to the keys'
-_STEPS = 8
+RATIOS = (
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+    30.0,
+    100.0,
+    300.0,
+    1000.0,
+    3000.0,
+)  # of the values' tolerance to the keys'
+_STEPS = 10
 _CLOSE = 0.01  # of the target's bits
 _COLUMNS = ("scheme", "bits", "ratio", "kld", "same top", "choices", "spec")
 
@@ -60,29 +70,47 @@ class Tuner:
         """Score the tuning windows."""
         return evaluate(self.loaded, self.windows, [bundle], allow_calibration_text=True)[0]
 
-    def reach(self, bundle: Bundle, ratio: float, target: float) -> tuple[Bundle, PplResult]:
-        """Return the bundle whose tolerances, at a ratio, cost the target's bits, and its score."""
-        low, high = 1e-5, 1e3  # too many bits, too few
-        for _ in range(_STEPS + 4):
-            middle = (low * high) ** 0.5
-            found = with_budgets(bundle, middle, middle * ratio)
-            score = self.measure(found)
-            if abs(score.effective_bits / target - 1) < _CLOSE:
+    def reach(
+        self, bundle: Bundle, ratio: float, target: float, start: float
+    ) -> tuple[Bundle, PplResult, float]:
+        """Return the bundle whose tolerances, at a ratio, cost the target's bits, its score, and
+        the keys' tolerance, sought from `start` on.
+        """
+        scale, low, high = start, 0.0, float("inf")  # low: too many bits
+        for _ in range(_STEPS):
+            found = with_budgets(bundle, scale, scale * ratio)
+            score, at = self.measure(found), scale
+            over = score.effective_bits - target
+            if abs(over) < _CLOSE * target:
                 break
-            low, high = (middle, high) if score.effective_bits > target else (low, middle)
-        return found, score
+            low, high = (scale, high) if over > 0 else (low, scale)
+            scale *= 2**over  # a doubled tolerance takes a bit
+            if not low < scale < high:
+                scale = (low * high) ** 0.5
+        return found, score, at
 
-    def best_ratio(self, bundle: Bundle, target: float) -> float:
-        """Return the ratio of least divergence among those that reach the target."""
-        scores = {}
-        for ratio in RATIOS:
-            score = self.reach(bundle, ratio, target)[1]
-            note(f"ratio {ratio:g}: {score.effective_bits:.3f} bits, KLD {score.kld_mean:.4f}")
-            if abs(score.effective_bits / target - 1) < 3 * _CLOSE:
-                scores[ratio] = score.kld_mean
-        if not scores:
-            raise SystemExit(f"error: {bundle.spec} does not reach {target} bits at any ratio")
-        return min(scores, key=scores.__getitem__)
+    def best_ratio(self, bundle: Bundle, target: float) -> tuple[float, float]:
+        """Return the ratio of least divergence at the target, climbing from the middle of RATIOS,
+        and the keys' tolerance there.
+        """
+        scores: dict[int, tuple[float, float]] = {}
+
+        def cost(index: int) -> float:
+            if index not in scores:
+                start = min(scores.values())[1] if scores else 0.03
+                _, score, scale = self.reach(bundle, RATIOS[index], target, start)
+                bits, is_there = score.effective_bits, abs(score.effective_bits / target - 1) < 0.03
+                note(f"ratio {RATIOS[index]:g}: {bits:.3f} bits, KLD {score.kld_mean:.4f}")
+                scores[index] = score.kld_mean if is_there else float("inf"), scale
+            return scores[index][0]
+
+        at = len(RATIOS) // 2
+        while True:
+            around = [i for i in (at, at - 1, at + 1) if 0 <= i < len(RATIOS)]
+            best = min(around, key=cost)
+            if best == at:
+                return RATIOS[at], scores[at][1]
+            at = best
 
 
 def with_budgets(bundle: Bundle, key: float, value: float) -> Bundle:
@@ -140,8 +168,10 @@ def _table(options: argparse.Namespace, loaded: LoadedModel, learned: Windows) -
     )
     for name, bundle in zip(families, bundles[len(rest) :], strict=True):
         note(f"tuning {name}")
-        ratio = tuner.best_ratio(bundle, targets[0])
-        chosen += [(name, tuner.reach(bundle, ratio, target)[0]) for target in targets]
+        ratio, start = tuner.best_ratio(bundle, targets[0])
+        for target in targets:
+            found, _, start = tuner.reach(bundle, ratio, target, start)
+            chosen.append((name, found))
     text = load_text(options.dataset, part="evaluation")
     windows = evaluation_windows(
         text,
