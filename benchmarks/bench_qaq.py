@@ -41,6 +41,8 @@ FAMILIES = {
     "qaq released": "qaq-released-1%",
     "qaq head": "qaq-head-1%",
     "qaq over nuq": "qaq-nuq-1%-sink1",
+    "released over nuq": "qaq-nuq-released-1%-sink1",
+    "qaq over nuq, window 64": "qaq-nuq-w64-1%-sink1",
     "qaq over kvq": "qaq-nuq-1%-sink1-pc-comp/qaq-nuq-1%-sink1-comp",
 }
 RATIOS = (

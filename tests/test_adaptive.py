@@ -11,9 +11,13 @@ from kvqtool.adaptive_store import AdaptiveStore
 from kvqtool.attach import Session, attach
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
+from kvqtool.calibrate import calibrate
 from kvqtool.codebook import Codebook
+from kvqtool.data import Text, Windows
+from kvqtool.errors import RunError
 from kvqtool.layers import CacheModel
 from kvqtool.methods import fit_widths
+from kvqtool.models import LoadedModel
 from kvqtool.packed import found_in
 from kvqtool.probe import probe
 from kvqtool.seam import Seam
@@ -197,3 +201,76 @@ def test_bits_are_those_of_a_loop_over_the_papers_formulas(
 
 def _no_angles(start: int, stop: int) -> tuple[Tensor, Tensor]:
     raise AssertionError("keys are stored after RoPE")
+
+
+@pytest.mark.parametrize("spec", SPECS[:2])
+class TestRearranging:
+    def test_selected_sequences_are_as_if_read_so(self, tiny: Model, spec: str) -> None:
+        model, seam, ids = tiny
+        order = torch.tensor([1, 1, 0])
+        cache = filled(tiny, spec, [20, 1, 9])
+        cache.batch_select_indices(order)
+        assert_same(cache, filled((model, seam, ids[order]), spec, [20, 1, 9]))
+
+    def test_cropped_tokens_make_room_and_packed_ones_stay(self, tiny: Model, spec: str) -> None:
+        model, seam, ids = tiny
+        bundle, sinks = bundle_of(spec, seam), parse_spec(spec).sink_tokens
+        kept = filled(tiny, spec, [1] * 30).stores[1].bodies
+        with torch.no_grad(), attach(model, bundle, seam=seam) as session:  # type: ignore[arg-type]
+            cache = run(session, bundle, ids[:, :30], [1] * 30, "decode-exact")
+            cache.crop(-5)
+            assert [store.tokens for store in cache.stores] == [25, 25]
+            assert all(store.attention.shape[2] == 0 for store in cache.stores)
+            session.model(ids[:, 25:], past_key_values=cache)
+        layers = tuple(layer.cache_layer for layer in seam.packed)
+        planned = CacheModel(layers, bundle.spec, 2, "float64")
+        found = [found_in(store.bodies) for store in cache.stores]
+        assert cache.nbytes == planned.bytes_given(TOKENS, found)
+        rows = (25 - sinks) * kept[0].rows_per_token
+        for mine, theirs in zip(cache.stores[1].bodies, kept, strict=True):
+            widths = mine.read()["widths"], theirs.read()["widths"]
+            assert torch.equal(widths[0][:rows], widths[1][:rows])
+
+
+def test_an_exact_prompt_is_decided_at_its_end_by_its_last_queries(tiny: Model) -> None:
+    """Without packing the weights are those of the model's own attention."""
+    spec = "qaq-k0.02-v0.2-w3-1%"
+    model, _, ids = tiny
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    cache = filled(tiny, spec, [TOKENS], prefill="exact")
+    seen = attentions[1][:, :, -3:].amax(dim=(1, 2))
+    assert torch.allclose(cache.stores[1].attention[:, 0].double(), seen[:, -3:], atol=1e-6)
+    assert cache.stores[1].bodies[0].tokens == TOKENS - 3
+
+
+def test_calls_whose_attention_stays_hidden_are_refused(tiny: Model) -> None:
+    model, seam, _ = tiny
+    bundle = bundle_of(SPECS[0], seam)
+    states = torch.randn(2, 2, 4, 16, dtype=torch.float64)
+    with attach(model, bundle, seam=seam) as session:  # type: ignore[arg-type]
+        cache = session.new_cache(bundle)
+        cache.update(states, states, 0)
+        with pytest.raises(RunError, match="layer 0 attends where its cache cannot see it"):
+            cache.update(states, states, 0)
+
+
+def test_query_norms_are_measured_with_the_softmax_scale(builtin: LoadedModel) -> None:
+    ids = torch.randint(2, 8192, (1, 64), generator=torch.Generator().manual_seed(0))
+    windows = Windows(ids, torch.ones(1, dtype=torch.int64), Text("", "random", ""), "", 64)
+    (bundle,) = calibrate(builtin, windows, [parse_spec("qaq")])
+    found = bundle.codebooks[2, "key"].query_norm
+    attention = builtin.model.model.layers[2].self_attn
+    queries: list[Tensor] = []
+    handle = attention.q_proj.register_forward_hook(lambda *c: queries.append(c[2]))
+    with torch.no_grad():
+        builtin.model(ids)
+    handle.remove()
+    dim = attention.head_dim
+    heads = queries[0].view(64, -1, dim).double() * attention.scaling
+    each = heads.square().sum(-1).quantile(0.9, dim=0)
+    assert found is not None
+    wanted = each.view(len(found), -1).amax(1)
+    assert torch.allclose(found.double(), wanted, rtol=0.02)
