@@ -8,7 +8,8 @@ its pages, the fused kernel attends to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -26,6 +27,24 @@ _PACKED_ATTRIBUTE: Final = "_kvqtool_packed"
 _WITNESS_ATTRIBUTE: Final = "_kvqtool_witness"
 # What some models' attention takes beside keys and values, and neither a band nor a kernel knows.
 _UNKNOWN: Final = ("s_aux", "position_bias")
+_QUERIES_AT_ONCE: Final = 256
+
+
+@dataclass(frozen=True)
+class Watch(ABC):
+    """Sees queries before they attend; `sees_exactly`: these attend to exact states only."""
+
+    sees_exactly: bool
+
+    @abstractmethod
+    def look(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor | None:
+        """Take queries and keys, as `band_attention` has them.
+
+        Returns:
+            The values to attend to, packed where they are; None for those there are.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,11 +55,13 @@ class Band:
         key: (batch, num_kv_heads, tail, head_dim) exact keys of the last `tail` tokens, after RoPE.
         value: likewise the values.
         exact_from: (queries,) int64, the first of the call's keys that each query sees exactly.
+        watch: told of the queries before they attend, where bits depend on attention.
     """
 
     key: Tensor
     value: Tensor
     exact_from: Tensor
+    watch: Watch | None = None
 
 
 class PackedKeys(Protocol):
@@ -122,6 +143,11 @@ def band_attention(
                 "drop -r"
             )
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    if band.watch is not None:
+        shown = band.watch.look(query, key, attention_mask, scaling)
+        value = value if shown is None else shown
+        if band.watch.sees_exactly:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return _mixed_attention(query, (key, value), band, attention_mask, scaling), None
 
 
@@ -132,25 +158,47 @@ def _mixed_attention(
     V_packed.
     """
     key, value = packed
+    out, tail = [], band.key.shape[2]
+    for rows in query_blocks(query.shape[2]):
+        weights, recent = mixed_weights(query, key, band, mask, scaling, rows)
+        weights = weights.to(value.dtype)
+        exact = weights[..., key.shape[2] - tail :] * recent
+        weights[..., key.shape[2] - tail :] -= exact
+        part = torch.einsum("bhgqt,bhtd->bhgqd", weights, value)
+        part += torch.einsum("bhgqt,bhtd->bhgqd", exact, band.value)
+        out.append(part.flatten(1, 2).transpose(1, 2))
+    return torch.cat(out, dim=1).contiguous()
+
+
+def query_blocks(queries: int) -> Iterator[slice]:
+    """Cut queries into runs, so that weights take memory by tokens, not by their square."""
+    for start in range(0, queries, _QUERIES_AT_ONCE):
+        yield slice(start, min(start + _QUERIES_AT_ONCE, queries))
+
+
+def mixed_weights(
+    query: Tensor, key: Tensor, band: Band, mask: Tensor | None, scaling: float, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Return the attention weights of some of the last queries.
+
+    Returns:
+        (batch, num_kv_heads, group, rows, tokens) float32, 0 where nothing is seen; and which of
+        the band's tokens each row sees exactly, (rows, tail) bool.
+    """
     batch, heads, queries, _ = query.shape
-    groups = heads // key.shape[1]
-    tokens, tail = key.shape[2], band.key.shape[2]
-    grouped = query.view(batch, key.shape[1], groups, queries, -1)
+    groups, tokens, tail = heads // key.shape[1], key.shape[2], band.key.shape[2]
+    grouped = query[:, :, rows].reshape(batch, key.shape[1], groups, rows.stop - rows.start, -1)
 
     def scores(states: Tensor) -> Tensor:
         return torch.einsum("bhgqd,bhtd->bhgqt", grouped, states).float() * scaling
 
-    position = torch.arange(tokens - queries, tokens, device=query.device)[:, None]
+    position = torch.arange(tokens - queries, tokens, device=query.device)[rows, None]
     age = position - torch.arange(tokens, device=query.device)
     places = torch.arange(tokens - tail, tokens, device=query.device)
-    recent = places >= band.exact_from.to(query.device)[:, None]
+    recent = places >= band.exact_from.to(query.device)[rows, None]
     score = scores(key)
     score[..., tokens - tail :] = torch.where(recent, scores(band.key), score[..., tokens - tail :])
-    seen = (age >= 0)[None, None] if mask is None else mask
-    score = score.masked_fill(~seen[:, :, None], torch.finfo(torch.float32).min)
-    weights = score.softmax(-1).to(value.dtype)
-    exact = weights[..., tokens - tail :] * recent
-    weights[..., tokens - tail :] -= exact
-    out = torch.einsum("bhgqt,bhtd->bhgqd", weights, value)
-    out += torch.einsum("bhgqt,bhtd->bhgqd", exact, band.value)
-    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
+    seen = (age >= 0)[None, None] if mask is None else mask[:, :, rows]
+    unseen = ~seen[:, :, None]
+    score = score.masked_fill(unseen, torch.finfo(torch.float32).min)
+    return score.softmax(-1).masked_fill(unseen, 0.0), recent

@@ -22,7 +22,7 @@ from kvqtool.codebook import Codebook
 from kvqtool.container import load_container, save_container
 from kvqtool.errors import BundleError, KvqError, brief
 from kvqtool.memory import LayerGeometry, groups_per_token
-from kvqtool.methods import get_method
+from kvqtool.methods import fit_widths
 from kvqtool.spec import SIDES, KvSpec
 
 KIND: Final = "kvqtool-bundle"
@@ -121,10 +121,16 @@ class Bundle:
                         f"the model has {(layer.num_kv_heads, width)}; "
                         "calibrate a bundle for this model"
                     )
+                if book.query_norm is not None and len(book.query_norm) != layer.num_kv_heads:
+                    raise BundleError(
+                        f"bundle has {len(book.query_norm)} query norms in layer {index}, the "
+                        f"model {layer.num_kv_heads} heads; calibrate a bundle for this model"
+                    )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the file format,
-        `layers.{i}.{key|value}.{levels|decode_levels|lower|upper|feedback|order}`.
+        `layers.{i}.{key|value}.{levels|decode_levels|lower|upper|feedback|order}`, and
+        `layers.{i}.key.query_norm`.
         """
         named = {}
         for (layer, side), book in self.codebooks.items():
@@ -140,6 +146,8 @@ class Bundle:
             if book.feedback is not None and book.order is not None:
                 named[f"{prefix}.feedback"] = book.feedback.half()
                 named[f"{prefix}.order"] = book.order
+            if book.query_norm is not None:
+                named[f"{prefix}.query_norm"] = book.query_norm.half()
         return named
 
     def metadata(self) -> dict[str, Any]:
@@ -202,6 +210,6 @@ def uncalibrated_bundle(spec: KvSpec, model: dict[str, Any], layers: list[int]) 
     books: dict[tuple[int, str], Codebook] = {}
     for side in SIDES:
         quant = spec.side(side)
-        levels = get_method(quant.method).fit(quant, None)
+        levels = fit_widths(quant, None)
         books |= {(layer, side): Codebook(*levels) for layer in layers}
     return Bundle(spec, model, books, {"calibrated": False})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.memory import LayerGeometry
-from kvqtool.side import EXACT, QuantSpec
+from kvqtool.side import EXACT, WIDTHS, QuantSpec
 from kvqtool.spec import KvSpec, parse_spec
 
 _FIELDS: Final = {
@@ -28,7 +28,7 @@ _SIZES: Final = {field.name for field in fields(LayerGeometry)}
 _LONGEST_SPEC: Final = 200
 _TENSOR: Final = re.compile(
     r"layers\.(0|[1-9][0-9]{0,5})\."
-    r"(?:key\.(?:levels|decode_levels|lower|upper|feedback|order)"
+    r"(?:key\.(?:levels|decode_levels|lower|upper|feedback|order|query_norm)"
     r"|value\.(?:levels|decode_levels|feedback|order))"
 )
 
@@ -93,14 +93,15 @@ def read_codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpe
     )
     if not quant.per_channel and {f"{prefix}.lower", f"{prefix}.upper"} & tensors.keys():
         raise ValueError(f"the range of layer {layer} {side}")
-    shape: tuple[int, ...] = (0 if quant.method == EXACT else 1 << quant.bits,)
+    widths = WIDTHS if quant.is_adaptive else (quant.bits,)
+    shape: tuple[int, ...] = (0 if quant.method == EXACT else sum(1 << each for each in widths),)
     if quant.channel_levels and lower is not None:
         shape = (len(lower), *shape)
     parts = [part for part in (levels, decoded, lower, upper) if part is not None]
     if (
         not all(torch.isfinite(part).all() for part in parts)
         or not tuple(levels.shape) == tuple(decoded.shape) == shape
-        or (levels.diff(dim=-1) < 0).any()
+        or not _ascend(levels, widths)
     ):
         raise ValueError(f"the codebook of layer {layer} {side}")
     if (
@@ -109,7 +110,23 @@ def read_codebook(tensors: dict[str, Tensor], layer: int, side: str, spec: KvSpe
         and (lower.dim() != 1 or lower.shape != upper.shape or (lower > upper).any())
     ):
         raise ValueError(f"the range of layer {layer} {side}")
-    return Codebook(levels, decoded, lower, upper, *_feedback(tensors, prefix, quant))
+    norm = tensors[f"{prefix}.query_norm"].float() if _has_norm(spec, side) else None
+    if norm is None and f"{prefix}.query_norm" in tensors:
+        raise ValueError(f"the query norm of {prefix}")
+    if norm is not None and (norm.dim() != 1 or not (norm > 0).all() or norm.isinf().any()):
+        raise ValueError(f"the query norm of {prefix}")
+    feedback, order = _feedback(tensors, prefix, quant)
+    return Codebook(levels, decoded, lower, upper, feedback, order, norm)
+
+
+def _has_norm(spec: KvSpec, side: str) -> bool:
+    return side == "key" and spec.needs_queries
+
+
+def _ascend(levels: Tensor, widths: tuple[int, ...]) -> bool:
+    """Whether the levels of each width ascend, where those of several lie end to end."""
+    parts = torch.split(levels, [1 << each for each in widths], dim=-1) if levels.numel() else ()
+    return all(bool((part.diff(dim=-1) >= 0).all()) for part in parts)
 
 
 def _feedback(

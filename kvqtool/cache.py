@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 
+from kvqtool.adaptive_layer import AdaptiveLayer
+from kvqtool.adaptive_store import AdaptiveStore
 from kvqtool.bundle import Bundle
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
@@ -56,6 +58,8 @@ class KvqCache(Cache):
     def _new_layer(self, layer: LayerSeam, path: ReadPath) -> KvqLayer:
         spec, books = self.bundle.spec_of(layer.index), self.bundle.codebooks_of(layer.index)
         angles = self.angles[layer.group] if is_rotated(layer, self.bundle) else None
+        if spec.adaptive:
+            return AdaptiveLayer(AdaptiveStore(spec, books, layer), angles, self.prefill, path)
         if not path.is_fused:
             return KvqLayer(LayerStore(spec, books, layer), angles, self.prefill, path)
         form = page_form(layer, spec)

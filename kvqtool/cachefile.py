@@ -128,6 +128,10 @@ def quantize_states(
     """
     started = time.perf_counter()
     bundle.check_model(loaded.identity.as_json())
+    if bundle.spec.adaptive is not None:
+        raise InputError(
+            f"{bundle.spec} decides bits by attention, and states have no queries; use --text"
+        )
     tensors = _read_states(states)
     with attached(loaded, bundle) as session:
         cache = session.new_cache(bundle)

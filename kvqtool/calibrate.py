@@ -23,7 +23,7 @@ from kvqtool import __version__
 from kvqtool.allocate import Ground, allocate, options, variants
 from kvqtool.bundle import Bundle
 from kvqtool.capture import capture
-from kvqtool.collect import LossCollector, RangeCollector
+from kvqtool.collect import LossCollector
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
 from kvqtool.fit import Fitter
@@ -31,6 +31,7 @@ from kvqtool.memory import MAX_CHANNELS, groups_per_token
 from kvqtool.models import LoadedModel
 from kvqtool.partial import Journal, Partial
 from kvqtool.progress import Progress, silent
+from kvqtool.ranges import RangeCollector
 from kvqtool.seam import Seam
 from kvqtool.spec import KvSpec
 

@@ -23,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvqtool.forward import head_of, hidden_states, position_chunks
 from kvqtool.probe import call_arguments, rotary_tables
+from kvqtool.queries import watch_queries
 from kvqtool.seam import LayerSeam, Seam
 
 if TYPE_CHECKING:
@@ -62,6 +63,15 @@ class Watcher(ABC):
         for.
         """
 
+    @property
+    def needs_queries(self) -> bool:
+        """Whether `query` is to be called."""
+        return False
+
+    def query(self, layer: int, norms: Tensor) -> None:
+        """Take a layer's squared query norms, softmax scale included, (1, num_heads, tokens)."""
+        raise NotImplementedError(f"{type(self).__name__} asks for no queries")
+
 
 @contextmanager
 def capture(
@@ -78,6 +88,8 @@ def capture(
     run = Capture(model, seam, watcher, gradients=gradients)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
+        if watcher.needs_queries:
+            stack.enter_context(watch_queries(model, seam, watcher.query))
         for layer in seam.packed:
             if layer.module is not None:
                 handle = layer.module.register_forward_pre_hook(run.enter, with_kwargs=True)

@@ -6,7 +6,7 @@ Levels live in normalised space: a vector's range [lower, upper] maps to [-1, 1]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Final
 
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kvqtool.side import WIDTHS
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -29,7 +31,8 @@ class Codebook:
 
     Args:
         levels: sorted levels codes are chosen by, (L,) or one row per channel (channels, L);
-            float32 that fp16 holds.
+            float32 that fp16 holds. Where tokens have bits of their own, the levels of each of
+            WIDTHS one after another.
         decode_levels: levels that are read back; differ from `levels` under moment matching only.
             Same shape.
         lower: (channels,) float32, fp16 values: each channel's least packed value; None where
@@ -38,6 +41,8 @@ class Codebook:
         feedback: (heads, width, width) float32, fp16 values: see `compensation.BlockFisher`; None
             where rounding is not compensated.
         order: (heads, width) int16, the order a head's channels are rounded in; None likewise.
+        query_norm: (heads,) float32, fp16 values: 90th percentile of the squared 2-norm of the
+            queries that read a key head, softmax scale included; None where nothing asks for it.
 
     Example: nuq3 keys of a layer with 192 channels -> levels (8,), lower (192,), upper (192,).
     """
@@ -48,6 +53,15 @@ class Codebook:
     upper: Tensor | None = None
     feedback: Tensor | None = None
     order: Tensor | None = None
+    query_norm: Tensor | None = None
+
+    def at(self, width: int) -> Codebook:
+        """Return the codebook of one of WIDTHS, where levels of all of them lie end to end."""
+        first = sum(1 << each for each in WIDTHS if each < width)
+        levels, decoded = (
+            part[..., first : first + (1 << width)] for part in (self.levels, self.decode_levels)
+        )
+        return replace(self, levels=levels, decode_levels=decoded)
 
     def to(self, device: torch.device) -> Codebook:
         """Return the codebook with its tensors on a device."""
@@ -62,6 +76,7 @@ class Codebook:
             move(self.upper),
             move(self.feedback),
             move(self.order),
+            move(self.query_norm),
         )
 
 
@@ -93,6 +108,12 @@ def uniform_levels(bits: int) -> Tensor:
     float zero point.
     """
     return torch.linspace(-1.0, 1.0, 1 << bits, dtype=torch.float64).float()
+
+
+def midpoint_levels(bits: int) -> Tensor:
+    """Return the middles of 2**bits equal cells of [-1, 1]: 1 bit -> [-0.5, 0.5], 0 bits -> [0]."""
+    cells = torch.arange(1 << bits, dtype=torch.float64)
+    return ((2 * cells + 1) / (1 << bits) - 1).float()
 
 
 def normalfloat_levels(bits: int) -> Tensor:

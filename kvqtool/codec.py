@@ -33,23 +33,28 @@ def encode(states: Tensor, codebook: Codebook, spec: QuantSpec) -> dict[str, Ten
         The buffers of `memory.body_buffers`, exactly `rows` rows.
     """
     ranged = normalize(states, codebook, spec)
-    if spec.compensated:
-        assert codebook.feedback is not None and codebook.order is not None
-        codes, shift = round_in_order(
-            ranged.normalized,
-            (codebook.levels, codebook.decode_levels),
-            (codebook.feedback, codebook.order),
-            ranged.outliers,
-        )
+    codes, shift = choose_codes(ranged.normalized, codebook, ranged.outliers)
+    if shift is not None:
         states = states - shift * ranged.scale
-    else:
-        codes = nearest_level(ranged.normalized, codebook.levels)
     buffers = {"words": pack_codes(codes, spec.bits)}
     if ranged.ranges is not None:
         buffers["ranges"] = ranged.ranges
     if ranged.outliers is not None:
         buffers |= extract(states, ranged.outliers, with_counts=spec.per_channel)
     return buffers
+
+
+def choose_codes(
+    normalized: Tensor, codebook: Codebook, outliers: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the codes of rows (rows, channels) in normalised space, and where the codebook
+    compensates rounding, how far each number was moved before it was rounded.
+    """
+    if codebook.feedback is None:
+        return nearest_level(normalized, codebook.levels), None
+    assert codebook.order is not None
+    levels = codebook.levels, codebook.decode_levels
+    return round_in_order(normalized, levels, (codebook.feedback, codebook.order), outliers)
 
 
 def decode(
@@ -77,16 +82,30 @@ def decode_dense(
 ) -> Tensor:
     """Decode the codes alone, as if there were no outliers: (rows, channels) float32."""
     codes = unpack_words(buffers["words"], spec.bits, channels)
-    levels = codebook.decode_levels
+    return stretch(look_up(codes, codebook.decode_levels), buffers, codebook, spec)
+
+
+def look_up(codes: Tensor, levels: Tensor) -> Tensor:
+    """Return the levels of codes (rows, channels): those of (L,), or of each channel's own row of
+    (channels, L).
+    """
     if levels.dim() == 2:
-        first = torch.arange(channels, device=codes.device, dtype=torch.int32) * levels.shape[1]
+        first = torch.arange(len(levels), device=codes.device, dtype=torch.int32) * levels.shape[1]
         levels, codes = levels.flatten(), codes + first
-    values = levels.index_select(0, codes.flatten()).view(codes.shape)
+    return levels.index_select(0, codes.flatten()).view(codes.shape)
+
+
+def stretch(
+    values: Tensor, buffers: dict[str, Tensor], codebook: Codebook, spec: QuantSpec
+) -> Tensor:
+    """Map rows (rows, channels) from normalised space to states: the channels' or the rows' own
+    ranges.
+    """
     if spec.per_channel:
         scale, offset = channel_affine(codebook)
         return values * scale + offset
     scale, offset = buffers["ranges"].float().unbind(-1)
-    grouped = values.view(*scale.shape, channels // scale.shape[1])
+    grouped = values.view(*scale.shape, values.shape[1] // scale.shape[1])
     return (grouped * scale[..., None] + offset[..., None]).view(values.shape)
 
 

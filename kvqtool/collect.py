@@ -1,119 +1,25 @@
-"""What calibration collects while a model runs: key ranges in the first pass, histograms of levels
-in the second.
-
-A collector is fed layer by layer and keeps sketches only, whose size does not depend on how much
-text there is.
-"""
+"""What the second pass of calibration collects: histograms of levels, and the block Fisher."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvqtool.capture import KeyStates, Watcher
-from kvqtool.codebook import Codebook, round_range
+from kvqtool.capture import KeyStates
+from kvqtool.codebook import Codebook
 from kvqtool.codec import Normalized, normalize
 from kvqtool.compensation import BlockFisher
 from kvqtool.hadamard import rotate_heads
 from kvqtool.histogram import CHANNEL_BINS, LAYER_BINS, LevelHistogram
-from kvqtool.quantiles import ChannelQuantiles
+from kvqtool.ranges import NO_LEVELS, Collector, Devices, RangeCollector, layer_of
 from kvqtool.ranks import Ranks
 from kvqtool.side import QuantSpec
 from kvqtool.spec import SIDES, KvSpec
 
-NO_LEVELS = torch.empty(0)
 _COUNTS, _FISHER = "view", "fisher"
-Devices = Mapping[int, torch.device]
-Sketch = ChannelQuantiles | LevelHistogram | BlockFisher
-
-
-class Collector(Watcher):
-    """A watcher whose sketches can be put aside, taken up again and merged with those of other
-    processes.
-
-    A sketch has a name that ends in its layer's index.
-    """
-
-    @property
-    @abstractmethod
-    def is_needed(self) -> bool:
-        """Whether any spec asks for what is collected."""
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether the pass that feeds it has to run the backward."""
-        return False
-
-    @property
-    @abstractmethod
-    def sketches(self) -> Mapping[str, Sketch]:
-        """What this process has collected."""
-
-    @abstractmethod
-    def restore(self, states: Mapping[str, dict[str, Tensor]], devices: Devices) -> None:
-        """Take up sketches by their states, each on its layer's device."""
-
-    @abstractmethod
-    def merge(self, ranks: Ranks) -> None:
-        """Let what was collected be that of all processes; call it once, when all are done."""
-
-
-class RangeCollector(Collector):
-    """Pass 1: quantile sketches of key channels, sinks left out, one for all specs that see the
-    same keys.
-    """
-
-    def __init__(self, specs: Sequence[KvSpec]) -> None:
-        """Prepare for the specs whose keys have calibrated ranges."""
-        self.wanted = sorted({_keys_seen(spec) for spec in specs if spec.key.per_channel})
-        self._sketches: dict[str, ChannelQuantiles] = {}
-        self._merged: Mapping[str, ChannelQuantiles] = self._sketches
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether any spec has calibrated ranges."""
-        return bool(self.wanted)
-
-    @property
-    def sketches(self) -> Mapping[str, ChannelQuantiles]:
-        """This process's sketches; merging leaves them as they are."""
-        return self._sketches
-
-    def restore(self, states: Mapping[str, dict[str, Tensor]], devices: Devices) -> None:
-        """Take up sketches by their states, each on its layer's device."""
-        for name, state in states.items():
-            device = devices[_layer_of(name)]
-            self._sketches[name] = ChannelQuantiles.from_state(state, device)
-
-    def merge(self, ranks: Ranks) -> None:
-        """Take ranges from the sketches of all processes from now on."""
-        self._merged = {name: self._sketches[name].merged(ranks) for name in sorted(self._sketches)}
-
-    def key(self, layer: int, states: KeyStates, gradients: KeyStates | None) -> None:
-        """Sketch a layer's keys."""
-        for seen in self.wanted:
-            pre_rope, sink_tokens = seen
-            rows = states.form(pre_rope)[sink_tokens:]
-            name = _range_name(seen, layer)
-            if name not in self._sketches:
-                self._sketches[name] = ChannelQuantiles(rows.shape[1], rows.device)
-            self._sketches[name].update(rows)
-
-    def value(self, layer: int, states: Tensor, gradients: Tensor | None) -> None:
-        """Ignore values: each token brings its own range."""
-
-    def ranges(self, spec: KvSpec, layer: int) -> Codebook:
-        """Return a key codebook with a layer's ranges and no levels yet."""
-        sketch = self._merged[_range_name(_keys_seen(spec), layer)]
-        lower, upper = sketch.minimum, sketch.maximum
-        if spec.key.outlier_fraction:
-            tail = spec.key.outlier_fraction / 2
-            lower, upper = sketch.quantile(tail), sketch.quantile(1 - tail)
-        return Codebook(NO_LEVELS, NO_LEVELS, *round_range(lower, upper))
 
 
 @dataclass(frozen=True)
@@ -141,7 +47,7 @@ class LossCollector(Collector):
             heads: KV heads of every layer.
         """
         self._ranges = ranges
-        self._heads = heads
+        self.heads = heads
         self._views: dict[View, KvSpec] = {}
         for spec in specs:
             for side in SIDES:
@@ -164,7 +70,7 @@ class LossCollector(Collector):
     def restore(self, states: Mapping[str, dict[str, Tensor]], devices: Devices) -> None:
         """Take up sketches by their states, each on its layer's device."""
         for name, state in states.items():
-            device = devices[_layer_of(name)]
+            device = devices[layer_of(name)]
             if name.startswith(_FISHER):
                 self._fishers[name] = BlockFisher.from_state(state, device)
             else:
@@ -192,7 +98,7 @@ class LossCollector(Collector):
         """Take a layer's values in every view of values."""
 
         def turned(rows: Tensor) -> Tensor:
-            by_head = rows.view(len(rows), self._heads[layer], -1)
+            by_head = rows.view(len(rows), self.heads[layer], -1)
             return rotate_heads(by_head).view(rows.shape)
 
         for view, spec in self._views.items():
@@ -231,7 +137,7 @@ class LossCollector(Collector):
             self._count(self._name(_COUNTS, view, layer), quant, ranged, slopes)
         if quant.compensated:
             assert slopes is not None, "compensation needs gradients"
-            name, heads = self._name(_FISHER, view, layer), self._heads[layer]
+            name, heads = self._name(_FISHER, view, layer), self.heads[layer]
             if name not in self._fishers:
                 self._fishers[name] = BlockFisher(heads, states.shape[1] // heads, states.device)
             self._fishers[name].update(slopes * ranged.scale)
@@ -269,21 +175,5 @@ def view_of(spec: KvSpec, side: str) -> View:
     """Return the view a spec's side has of the states; bits and Q-Norm do not matter to it."""
     quant = spec.side(side)
     is_seen = quant.fits_levels or quant.compensated
-    least = replace(quant, bits=2, moment_match=False) if is_seen else quant
+    least = replace(quant, bits=2, moment_match=False, error_budget=None) if is_seen else quant
     return View(side, least, spec.sink_tokens)
-
-
-def _keys_seen(spec: KvSpec) -> tuple[bool, int]:
-    """Return what a key range depends on, beside the outlier share: the form of the keys, and the
-    sinks left out.
-    """
-    return spec.key.pre_rope, spec.sink_tokens
-
-
-def _range_name(seen: tuple[bool, int], layer: int) -> str:
-    pre_rope, sink_tokens = seen
-    return f"{'before' if pre_rope else 'after'}_rope_sink{sink_tokens}.{layer}"
-
-
-def _layer_of(name: str) -> int:
-    return int(name.rpartition(".")[2])

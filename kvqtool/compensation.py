@@ -149,4 +149,4 @@ def round_in_order(
         shift[channel + 1 :] += onward[channel, channel + 1 :] * error
     back = turn.argsort()
     rows = normalized.shape[0]
-    return codes.view(-1, rows)[back].T, shift.view(-1, rows)[back].T
+    return codes.view(heads * width, rows)[back].T, shift.view(heads * width, rows)[back].T

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvqtool.codebook import Codebook, FloatArray, least_errors
-from kvqtool.collect import LossCollector, RangeCollector, View, view_of
-from kvqtool.methods import get_method
+from kvqtool.collect import LossCollector, View, view_of
+from kvqtool.methods import fit_widths
+from kvqtool.ranges import RangeCollector
 from kvqtool.spec import SIDES, KvSpec
 
 Books = dict[tuple[int, str], Codebook]
@@ -87,11 +88,15 @@ class Fitter:
         key = view, quant.bits, quant.moment_match, layer
         if key not in self._levels:
             histogram = self._losses.histogram(spec, side, layer)
-            self._levels[key] = get_method(quant.method).fit(quant, histogram)
+            self._levels[key] = fit_widths(quant, histogram)
         ranged = self._ranges.ranges(spec, layer) if quant.per_channel else None
         ends = (ranged.lower, ranged.upper) if ranged else (None, None)
         fisher = self._losses.fisher(spec, side, layer)
         if fisher and (view, layer) not in self._feedback:
             self._feedback[view, layer] = fisher.feedback()
-        feedback = self._feedback.get((view, layer), (None, None))
-        return Codebook(*self._levels[key], *ends, *feedback).to(torch.device("cpu"))
+        feedback, order = self._feedback.get((view, layer), (None, None))
+        heads = self._losses.heads[layer]
+        wants_norm = spec.needs_queries and side == "key"
+        norm = self._ranges.query_norm(layer, heads) if wants_norm else None
+        book = Codebook(*self._levels[key], *ends, feedback, order, norm)
+        return book.to(torch.device("cpu"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
+from kvqtool.accounting import paper_bytes
 from kvqtool.memory import (
     ITEM_BYTES,
     LayerGeometry,
@@ -21,7 +22,6 @@ from kvqtool.memory import (
     dropped_tokens,
     expected_outliers,
     most_outliers,
-    paper_bytes,
     part_buffers,
     position_buffer,
     split_tokens,

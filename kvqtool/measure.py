@@ -17,6 +17,7 @@ from kvqtool.layers import CacheModel
 from kvqtool.live import watch
 from kvqtool.load import Load
 from kvqtool.memory import Outliers
+from kvqtool.packed import found_in
 from kvqtool.peaks import WORKSPACE_BYTES
 from kvqtool.probe import probe
 from kvqtool.seam import LayerSeam, Seam
@@ -78,7 +79,7 @@ def measure_cache(load: Load, context: int, device: torch.device) -> list[Compar
             )
             store.append(key, value, _no_angles)
             store.drop_unseen()
-        outliers = Outliers(*(body.outliers for body in store.bodies))
+        outliers = found_in(store.bodies)
         planned += sum(cached.layer_bytes(layer, context).values())
         given += sum(cached.layer_bytes(layer, context, outliers).values())
         measured += sum(tensor.nbytes for held in store.tensors.values() for tensor in held)
@@ -144,7 +145,7 @@ def run_forward(
         held = cache.nbytes
         with watch(device) as decode:
             next_logits(model, ids[:, -1:], cache)
-    outliers = [Outliers(*(body.outliers for body in store.bodies)) for store in cache.stores]
+    outliers = [found_in(store.bodies) for store in cache.stores]
     planned = forward.prefill(context), forward.decode(context, context + 1)
     on_gpu = WORKSPACE_BYTES + bundle.bundle_bytes if device.type == "cuda" else 0
     cached = forward.cache

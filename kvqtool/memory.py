@@ -13,11 +13,12 @@ from fractions import Fraction
 from typing import Final
 
 from kvqtool.errors import InputError
-from kvqtool.side import EXACT, NORMED, QuantSpec
+from kvqtool.side import EXACT, NORMED, WIDTHS, QuantSpec
 from kvqtool.spec import KvSpec
 
 PAGE_TOKENS: Final = 128
 SLAB_TOKENS: Final = 64  # what a warp of a CUDA kernel reads at once: half a page of one KV head
+TILE_ROWS: Final = 16  # rows of one width that are allocated at once
 WORD_BITS: Final = 32
 MAX_CHANNELS: Final = 32767  # what a 16-bit outlier index and count can say
 ITEM_BYTES: Final[dict[str, int]] = {
@@ -71,10 +72,19 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Outliers:
-    """How many outliers all tokens of one layer hold, keys and values apart."""
+    """What the tokens of one layer hold beside what the spec fixes, keys and values apart.
+
+    Args:
+        key: outliers of all keys.
+        value: outliers of all values.
+        key_widths: rows of each of WIDTHS where each token has its own; empty otherwise.
+        value_widths: likewise.
+    """
 
     key: int
     value: int
+    key_widths: tuple[int, ...] = ()
+    value_widths: tuple[int, ...] = ()
 
 
 def capacity(tokens: int) -> int:
@@ -115,13 +125,18 @@ def groups_per_token(spec: QuantSpec, channels: int) -> int:
     return channels // size
 
 
-def words_per_token(spec: QuantSpec, channels: int) -> int:
-    """Return the 32-bit words that hold one token's codes, the last one padded."""
-    return -(-channels * spec.bits // WORD_BITS)
+def words_per_row(bits: int, channels: int) -> int:
+    """Return the 32-bit words that hold one row's codes, the last one padded."""
+    return -(-channels * bits // WORD_BITS)
 
 
 def body_buffers(
-    spec: QuantSpec, channels: int, rows: int, outliers: int, dtype: str
+    spec: QuantSpec,
+    channels: int,
+    rows: int,
+    outliers: int,
+    dtype: str,
+    widths: tuple[int, ...] = (),
 ) -> dict[str, Buffer]:
     """Return the buffers of one side of a packed body.
 
@@ -131,6 +146,9 @@ def body_buffers(
         rows: rows there is room for; a row is one token of one sequence.
         outliers: outliers stored in all rows.
         dtype: the model's dtype, which `fp` stores in.
+        widths: where each row has its own bits, the rows of each of WIDTHS. Rows of one width lie
+            in order in a buffer of their own, allocated in tiles of TILE_ROWS; `widths` says of
+            every row which one, so that its place is its rank among rows of that width.
 
     Example: nuq3-1% keys, C = 192, 128 rows, 270 outliers ->
         words int32 (128, 18), outlier_counts uint8 (128,), outlier_values float16 (270,),
@@ -138,7 +156,13 @@ def body_buffers(
     """
     if spec.method == EXACT:
         return {"states": Buffer(dtype, (rows, channels))}
-    buffers = {"words": Buffer("int32", (rows, words_per_token(spec, channels)))}
+    if spec.is_adaptive:
+        buffers = {"widths": Buffer("uint8", (rows,))}
+        for bits, count in zip(WIDTHS[1:], (widths or (0,) * len(WIDTHS))[1:], strict=True):
+            room = -(-count // TILE_ROWS) * TILE_ROWS
+            buffers[f"words{bits}"] = Buffer("int32", (room, words_per_row(bits, channels)))
+    else:
+        buffers = {"words": Buffer("int32", (rows, words_per_row(spec.bits, channels)))}
     groups = groups_per_token(spec, channels)
     if spec.token_group:
         buffers["group_ranges"] = Buffer("float16", (rows // spec.token_group, channels, 2))
@@ -179,16 +203,26 @@ def part_buffers(
     dtype: str,
 ) -> dict[str, Buffer]:
     """Return the same for `parts`: tokens that are sinks, in the body and in the window."""
-    sink, body, window = parts
-    rows, heads = capacity(body) * batch, layer.num_kv_heads
-    key = body_buffers(spec.key, layer.key_channels, rows, outliers.key, dtype)
-    value = body_buffers(spec.value, layer.value_channels, rows, outliers.value, dtype)
+    (sink, body, window), heads = parts, layer.num_kv_heads
+    units = units_per_token(spec, layer)
+    rows = capacity(body) * batch * units
+    channels = layer.key_channels // units, layer.value_channels // units
+    key = body_buffers(spec.key, channels[0], rows, outliers.key, dtype, outliers.key_widths)
+    widths = outliers.value_widths
+    value = body_buffers(spec.value, channels[1], rows, outliers.value, dtype, widths)
     buffers = {f"key.{name}": buffer for name, buffer in key.items()}
     buffers |= {f"value.{name}": buffer for name, buffer in value.items()}
     for part, length in (("sink", sink), ("window", window)):
         buffers[f"{part}.key"] = Buffer(dtype, (batch, heads, length, layer.key_dim))
         buffers[f"{part}.value"] = Buffer(dtype, (batch, heads, length, layer.value_dim))
+    if spec.adaptive:
+        buffers["window.attention"] = Buffer("float32", (batch, units, window))
     return buffers
+
+
+def units_per_token(spec: KvSpec, layer: LayerGeometry) -> int:
+    """Return the rows of a token on a side: one for each KV head where these have own bits."""
+    return spec.adaptive.units(layer.num_kv_heads) if spec.adaptive else 1
 
 
 def split_tokens(spec: KvSpec, tokens: int) -> tuple[int, int, int]:
@@ -222,29 +256,33 @@ def dropped_tokens(spec: KvSpec, tokens: int, window: int | None) -> int:
 
 
 def position_buffer(batch: int, tokens: int) -> Buffer:
-    """Return the buffer of token positions, kept once per cache to rotate stored keys again on
-    read.
-    """
+    """Return the buffer of token positions, kept once per cache to rotate keys again on read."""
     return Buffer("int32", (capacity(tokens), batch))
 
 
 def expected_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers:
     """Return the outliers to expect in `rows` packed tokens: exact for values, the calibrated share
-    for keys.
+    for keys. Bits that tokens choose are not foreseen; the most are counted.
     """
-    return Outliers(
-        _outliers(spec.key, layer.key_channels, rows, bound=False),
-        _outliers(spec.value, layer.value_channels, rows, bound=False),
-    )
+    return _both_sides(spec, layer, rows, bound=False)
 
 
 def most_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers:
     """Return the most outliers `rows` packed tokens can hold: every key element unless the spec
-    caps them.
+    caps them; tokens that choose their bits choose the most.
     """
+    return _both_sides(spec, layer, rows, bound=True)
+
+
+def _both_sides(spec: KvSpec, layer: LayerGeometry, tokens: int, *, bound: bool) -> Outliers:
+    units = units_per_token(spec, layer)
+    rows, widest = tokens * units, (0,) * (len(WIDTHS) - 1) + (tokens * units,)
+    widths = widest if spec.adaptive else ()
     return Outliers(
-        _outliers(spec.key, layer.key_channels, rows, bound=True),
-        _outliers(spec.value, layer.value_channels, rows, bound=True),
+        _outliers(spec.key, layer.key_channels // units, rows, bound=bound),
+        _outliers(spec.value, layer.value_channels // units, rows, bound=bound),
+        widths,
+        widths,
     )
 
 
@@ -259,31 +297,3 @@ def _outliers(spec: QuantSpec, channels: int, rows: int, *, bound: bool) -> int:
         if bound
         else min(limit * rows, math.ceil(Fraction(str(spec.outlier_fraction)) * channels * rows))
     )
-
-
-def paper_bits(spec: QuantSpec, channels: int) -> float:
-    """Return bits per element by KVQuant's own accounting (appendix M): codes, 32 bits an outlier,
-    32-bit pointers.
-
-    Keys: b + 32 f + 32 / C. Values: b + 32 f + 64 / C, the second 32 being a 16-bit scale and
-        offset per token.
-    Dense schemes have no pointers. It is not what is allocated; compare papers with it, size
-    machines with `layer_buffers`.
-    """
-    if spec.method == EXACT:
-        return 16.0
-    if spec.token_group:
-        return spec.bits + 32 / spec.token_group
-    each = 16 if spec.method == NORMED else 32
-    bits = spec.bits + each * groups_per_token(spec, channels) / channels
-    return bits + (32 * spec.outlier_fraction + 32 / channels if spec.outlier_fraction else 0.0)
-
-
-def paper_bytes(spec: KvSpec, layers: tuple[LayerGeometry, ...], batch: int, tokens: int) -> float:
-    """Return the bytes of a whole cache by the paper's accounting (`paper_bits`)."""
-    per_token = sum(
-        paper_bits(spec.key, layer.key_channels) * layer.key_channels
-        + paper_bits(spec.value, layer.value_channels) * layer.value_channels
-        for layer in layers
-    )
-    return per_token * batch * tokens / 8

@@ -80,6 +80,7 @@ def unsupported(spec: KvSpec) -> str | None:
         f"{value.method} codes": value.method not in (GROUPED, *ROTATING),
         "states that are not codes": key.method != EXACT and value.method != EXACT,
         "codes of 8 bits": max(key.bits, value.bits) <= 4,
+        "bits by token": spec.adaptive is None,
         "keys with a range per token": key.per_channel,
         "ranges per group of channels": value.group_size is None,
         "a cap on key outliers": key.outlier_cap is None,

@@ -108,6 +108,11 @@ class PageBodySide:
         return self._body.pages.outliers[self._number] + self._rest.outliers
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Nothing: all rows of pages have the spec's bits."""
+        return ()
+
+    @property
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every allocated tensor by buffer; the pages' go with the keys."""
         pages = {} if self._number else self._body.pages.tensors

@@ -22,10 +22,10 @@ from kvqtool.page_body import PageBody
 from kvqtool.page_memory import SLABS
 from kvqtool.pages import Pages, PageSide
 from kvqtool.read_path import PageForm
-from kvqtool.rows import Pair, join
+from kvqtool.rows import Pair, Rows, join
 from kvqtool.seam import LayerSeam
 from kvqtool.spec import KvSpec
-from kvqtool.store import Angles, LayerStore, Rows
+from kvqtool.store import Angles, LayerStore
 
 _STATE_COLUMNS: Final = 8
 

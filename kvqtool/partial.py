@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from kvqtool.collect import Collector, Devices
 from kvqtool.container import load_container, save_container
 from kvqtool.errors import BundleError
+from kvqtool.ranges import Collector, Devices
 from kvqtool.ranks import Ranks
 
 KIND: Final = "kvqtool-partial"

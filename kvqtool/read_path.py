@@ -117,6 +117,8 @@ class ReadPath:
 def unreadable(layer: LayerSeam, spec: KvSpec, place: Place) -> str | None:
     """Return why kernels cannot read a layer from pages, or None where they can."""
     geometry = layer.geometry
+    if spec.adaptive:
+        return "bits by token"
     if geometry.key_dim != geometry.value_dim:
         return f"keys of {geometry.key_dim} channels and values of {geometry.value_dim}"
     reason = _unreadable_side(spec.key, is_key=True) or _unreadable_side(spec.value, is_key=False)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from kvqtool.adaptive_store import ATTENTION, AdaptiveStore
 from kvqtool.attach import Session
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
@@ -24,11 +25,13 @@ from kvqtool.memory import (
     dropped_tokens,
     outliers_per_tail,
     split_tokens,
+    units_per_token,
 )
 from kvqtool.models import LoadedModel
 from kvqtool.outliers import row_of_outlier
+from kvqtool.packed import TILED
 from kvqtool.rope import AngleStore
-from kvqtool.side import QuantSpec
+from kvqtool.side import WIDTHS, QuantSpec
 from kvqtool.spec import SIDES
 from kvqtool.store import LayerStore
 
@@ -41,6 +44,7 @@ _KINDS: Final = ("positions", "table")
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 # Attention multiplies two states and sums: far below this it cannot leave float32.
 _LARGEST: Final = 1e15
+_MOST_ATTENTION: Final = 1.001  # a weight of 1, summed in float32
 
 
 @dataclass(frozen=True)
@@ -177,12 +181,21 @@ def _restore_layer(
     sides = zip(
         SIDES, (spec.key, spec.value), (geometry.key_channels, geometry.value_channels), strict=True
     )
+    units = units_per_token(spec, geometry)
     rows = [
-        _rows_of(source, f"{prefix}.{side}", quant, (body, channels)) if body else {}
+        _rows_of(source, f"{prefix}.{side}", quant, (body * units, channels // units))
+        if body
+        else {}
         for side, quant, channels in sides
     ]
     moved = [{name: tensor.to(loaded.device) for name, tensor in side.items()} for side in rows]
     store.restore(exact, (moved[0], moved[1]), saved.tokens)
+    if isinstance(store, AdaptiveStore):
+        name = f"{prefix}.{ATTENTION}"
+        seen = _states(source, name, (1, units, window)).to(loaded.device)
+        if seen.dtype != torch.float32 or not ((seen >= 0) & (seen <= _MOST_ATTENTION)).all():
+            raise _wrong(name, seen, "float32 weights from 0 to 1")
+        store.attention = seen
 
 
 def _rows_of(
@@ -203,11 +216,12 @@ def _rows_of(
     outliers = (
         len(rows["outlier_values"]) if rows.get("outlier_values", torch.tensor(0)).dim() else 0
     )
+    counts = _width_counts(prefix, rows)
     for name, buffer in body_buffers(spec, channels, body, outliers, "float32").items():
-        if tuple(rows[name].shape) != buffer.shape or str(rows[name].dtype) != (
-            f"torch.{buffer.dtype}"
-        ):
-            raise _wrong(f"{prefix}.{name}", rows[name], f"{buffer.dtype} {buffer.shape}")
+        expected = (counts[TILED[name]], *buffer.shape[1:]) if name in TILED else buffer.shape
+        dtype = str(rows[name].dtype).removeprefix("torch.")
+        if (tuple(rows[name].shape), dtype) != (expected, buffer.dtype):
+            raise _wrong(f"{prefix}.{name}", rows[name], f"{buffer.dtype} {expected}")
         if rows[name].is_floating_point() and not torch.isfinite(rows[name]).all():
             raise BundleError(f"saved cache holds {prefix}.{name} that is no number; make it again")
     for name in ("ranges", "group_ranges", "norms"):
@@ -220,6 +234,17 @@ def _rows_of(
             "channels; make it again"
         )
     return rows
+
+
+def _width_counts(prefix: str, rows: dict[str, Tensor]) -> dict[int, int]:
+    """Return how many rows have each width, where rows have their own."""
+    widths = rows.get("widths")
+    if widths is None:
+        return {}
+    counts = {width: int((widths == width).sum()) for width in WIDTHS}
+    if sum(counts.values()) != widths.numel():
+        raise BundleError(f"saved cache holds {prefix}.widths that are none; make it again")
+    return counts
 
 
 def _outliers_fit(rows: dict[str, Tensor], body: int, channels: int, per_row: int) -> bool:

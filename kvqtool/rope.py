@@ -15,8 +15,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kvqtool.buffers import PagedBuffer
 from kvqtool.memory import PAGE_TOKENS
-from kvqtool.packed import PagedBuffer
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvqtool.codebook import Codebook
 from kvqtool.errors import RunError
-from kvqtool.side import QuantSpec
+from kvqtool.hadamard import turn, turn_back
+from kvqtool.methods import get_method
+from kvqtool.side import EXACT
+from kvqtool.spec import KvSpec
 
 Pair = tuple[Tensor, Tensor]
+Rows = dict[str, Tensor]
 
 
 def to_rows(states: Tensor) -> Tensor:
@@ -38,19 +43,62 @@ def from_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
     return states.permute(1, 2, 0, 3).to(dtype)
 
 
-def stored_dtype(states: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """Give fp its states in the model's dtype; codecs take float32."""
-    return states.to(dtype) if spec.method == "fp" else states
-
-
-def check_finite(states: Tensor, layer: int) -> None:
-    """Raise RunError for states of a layer that hold NaN or infinity."""
-    if not torch.isfinite(states).all():
-        raise RunError(
-            f"layer {layer} produced NaN or infinite states; run in float32 or check the model"
-        )
-
-
 def join(left: Pair, right: Pair) -> Pair:
     """Put keys and values of later tokens behind those of earlier ones, (B, H, T, D) each."""
     return torch.cat([left[0], right[0]], dim=2), torch.cat([left[1], right[1]], dim=2)
+
+
+def flatten_pair(states: Pair, spec: KvSpec, layer: int) -> Pair:
+    """(T, B, H, D) each -> (T * B, H * D) as they are encoded, rotated where the scheme says so.
+
+    Raises:
+        RunError: for states of a layer that hold NaN or infinity.
+    """
+    if not all(torch.isfinite(side).all() for side in states):
+        raise RunError(
+            f"layer {layer} produced NaN or infinite states; run in float32 or check the model"
+        )
+    key, value = (
+        by_group(turn(side, quant).flatten(2), quant.token_group)
+        for side, quant in zip(states, (spec.key, spec.value), strict=True)
+    )
+    return key, value
+
+
+def split_pair(rows: Pair, spec: KvSpec, batch: int, heads: int) -> Pair:
+    """(T * B, H * D) each -> (T, B, H, D): the inverse of `flatten_pair`, to within rounding."""
+    sides = zip(rows, (spec.key, spec.value), strict=True)
+    shape = len(rows[0]) // batch, batch, heads, -1
+    key, value = (
+        turn_back(by_token(side, batch, quant.token_group).view(shape), quant)
+        for side, quant in sides
+    )
+    return key, value
+
+
+def encode_pair(
+    states: Pair, spec: KvSpec, codebooks: tuple[Codebook, Codebook], dtype: torch.dtype
+) -> tuple[Rows, Rows]:
+    """Encode rows of keys and values, (rows, channels) float32 each; fp keeps them in `dtype`."""
+    key, value = (
+        get_method(quant.method).quantize(
+            side.to(dtype) if quant.method == EXACT else side, book, quant
+        )
+        for side, quant, book in zip(states, (spec.key, spec.value), codebooks, strict=True)
+    )
+    return key, value
+
+
+def decode_pair(
+    rows: tuple[Rows, Rows],
+    spec: KvSpec,
+    codebooks: tuple[Codebook, Codebook],
+    channels: tuple[int, int],
+) -> Pair:
+    """Decode what `encode_pair` gave."""
+    sides = zip(rows, (spec.key, spec.value), codebooks, channels, strict=True)
+    key, value = (
+        get_method(quant.method).dequantize(side, book, quant, count)
+        for side, quant, book, count in sides
+    )
+    return key, value

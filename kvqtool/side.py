@@ -14,16 +14,18 @@ METHOD_BITS: Final[dict[str, tuple[int, ...]]] = {
     "kivi": (2, 3, 4, 8),
     "had": (2, 3, 4, 8),
     "tq": (2, 3, 4),
+    "qaq": (2, 3, 4, 8),
 }
+# What a token's codes can take where each token has its own width (`QuantSpec.error_budget`).
+WIDTHS: Final = (0, 2, 3, 4, 8)
+ADAPTIVE_METHODS: Final = ("qaq", "nuq")
 EXACT: Final = "fp"
 GROUPED: Final = "kivi"  # the method whose keys share ranges in groups of tokens
 NORMED: Final = "tq"  # the method that keeps a norm where others keep scale and offset
 ROTATING: Final = ("had", NORMED)  # methods that rotate the heads of keys and of values
-GROUPING: Final = (
-    "int",
-    GROUPED,
-    *ROTATING,
-)  # methods with groups of channels
+ONLINE: Final = (GROUPED, *ROTATING)  # methods that find all they need as tokens come
+GROUPING: Final = ("int", *ONLINE)  # methods with groups of channels
+PER_TOKEN: Final = (EXACT, "qaq")  # methods that never have ranges per channel
 WEIGHTINGS: Final = ("fisher-scale", "fisher", "none")
 
 
@@ -32,8 +34,9 @@ class QuantSpec:
     """How one side (keys or values) of the cache is stored.
 
     Args:
-        method: `nuq`, `int`, `nf`, `kivi`, `had`, `tq`, or `fp` (exact, in the model's dtype).
-        bits: stored bits per code; 16 stands for `fp`.
+        method: `nuq`, `int`, `nf`, `kivi`, `had`, `tq`, `qaq`, or `fp` (exact, in the model's
+            dtype).
+        bits: stored bits per code; 16 stands for `fp`, 0 for tokens that have each their own.
         outlier_fraction: share of elements kept exactly, both tails together (0.01 is 1 %).
         group_size: channels of one token that share a scale and an offset, or a norm (`tq`);
             None for the side's default.
@@ -51,6 +54,9 @@ class QuantSpec:
         rotated: heads are stored rotated by a Hadamard matrix: values where asked for, keys and
             values by ROTATING methods.
         token_group: tokens of one key channel that share a scale and an offset (`kivi`).
+        error_budget: QAQ's tolerance, from which each token's bits follow: the standard deviation
+            that rounding may cause in an attention weight (keys) or in an output coordinate
+            (values); None for fixed bits.
     """
 
     method: str
@@ -66,9 +72,12 @@ class QuantSpec:
     compensated: bool = False
     rotated: bool = False
     token_group: int | None = None
+    error_budget: float | None = None
 
     def __post_init__(self) -> None:
         known = METHOD_BITS.get(self.method, (16,) if self.method == EXACT else ())
+        if self.is_adaptive and self.method in ADAPTIVE_METHODS:
+            known = WIDTHS
         if self.bits not in known:
             names = " ".join(f"{m}{b}" for m, widths in METHOD_BITS.items() for b in widths)
             raise SpecError(f"unknown method {self.method}{self.bits}; use fp or one of: {names}")
@@ -82,6 +91,7 @@ class QuantSpec:
             )
         self._check_groups()
         self._check_online()
+        self._check_qaq()
         if self.method == EXACT and (
             self.outlier_fraction
             or self.moment_match
@@ -133,7 +143,7 @@ class QuantSpec:
     def _check_online(self) -> None:
         """Check the methods that find all they need in the states as they come."""
         name, size = f"{self.method}{self.bits}", self.token_group or self.group_size
-        if self.method in (GROUPED, *ROTATING) and (
+        if self.method in ONLINE and (
             self.per_channel
             or self.outlier_fraction
             or self.compensated
@@ -150,6 +160,25 @@ class QuantSpec:
             )
         if self.token_group is not None and self.method != GROUPED:
             raise SpecError(f"{name}: groups of tokens are for {GROUPED}")
+
+    def _check_qaq(self) -> None:
+        if self.method == "qaq" and (self.pre_rope or self.per_channel or self.compensated):
+            raise SpecError(
+                "qaq quantizes keys and values per token, keys after RoPE, by nearest mid-point; "
+                "for channels, keys before RoPE or comp add nuq, as in qaq-nuq-comp"
+            )
+        if self.error_budget is not None and self.method not in ADAPTIVE_METHODS:
+            raise SpecError(
+                f"{self.method}{self.bits} has the same bits for every token; "
+                "drop the error budget or use qaq"
+            )
+        if self.error_budget is not None and not 0 < self.error_budget < float("inf"):
+            raise SpecError(f"error budget {self.error_budget:g} must be above 0; use 0.01")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether each token has its own bits."""
+        return self.error_budget is not None
 
     @property
     def fits_levels(self) -> bool:

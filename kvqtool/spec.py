@@ -4,9 +4,12 @@ The short string is the scheme's name everywhere: command line, bundle, reports.
 
     fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken]
     [-nofisher|-fisher] [-pc] [-comp] [-vrot]
+    qaq [-nuq] [-kE] [-vE] [-wN] [-head] [-released] [the rest]
 
 `METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4,
-kivi2 kivi3 kivi4 kivi8, had2 had3 had4 had8 (rotated heads), tq2 tq3 tq4 (TurboQuant).
+kivi2 kivi3 kivi4 kivi8, had2 had3 had4 had8 (rotated heads), tq2 tq3 tq4 (TurboQuant),
+qaq2 qaq3 qaq4 qaq8 (QAQ's mid-points per token, keys after RoPE). `qaq` without bits decides them
+token by token: to error budgets E of keys and values, when a token leaves the last N.
 Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). `@mixed` at
 the end lets calibration spend the scheme's bytes unevenly: every layer's keys and values get the
 width and outlier share that the loss asks for; `@2.75` spends that many bits a number instead.
@@ -21,8 +24,10 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Final
 
+from kvqtool.adaptive import WINDOW, WORDS, Adaptive, read_budget, read_words
 from kvqtool.errors import SpecError
-from kvqtool.side import EXACT, GROUPED, ROTATING, QuantSpec
+from kvqtool.side import EXACT, GROUPED, ONLINE, PER_TOKEN, ROTATING, QuantSpec
+from kvqtool.words import agree, side_words
 
 # The best recipe measured at each width (docs/quality.md).
 PRESETS: Final[dict[str, str]] = {
@@ -30,7 +35,7 @@ PRESETS: Final[dict[str, str]] = {
 }
 DEFAULT_SPEC: Final = "kvq3"
 SIDES: Final = ("key", "value")
-_ONLINE: Final = (EXACT, GROUPED, *ROTATING)  # methods without ranges by calibration
+_NO_CHANNELS: Final = (*PER_TOKEN, *ONLINE)  # methods without ranges by calibration
 _MIXED: Final = re.compile(r"@(mixed|[0-9]{1,2}(?:\.[0-9]{1,6})?)$")
 
 
@@ -46,6 +51,7 @@ class KvSpec:
         mixed: calibration chooses widths and outlier shares layer by layer.
         target_bits: effective bits a number that it may spend; None for those that the scheme would
             take as it stands.
+        adaptive: how tokens come to bits of their own; None where bits are fixed.
     """
 
     key: QuantSpec
@@ -54,6 +60,7 @@ class KvSpec:
     residual_length: int = 0
     mixed: bool = False
     target_bits: float | None = None
+    adaptive: Adaptive | None = None
 
     def __post_init__(self) -> None:
         if self.value.per_channel or self.value.pre_rope or self.value.channel_levels:
@@ -68,6 +75,7 @@ class KvSpec:
             )
         if (self.key.method == EXACT) != (self.value.method == EXACT):
             raise SpecError("fp is for both sides at once; quantize keys and values, or neither")
+        self._check_adaptive()
         if self.mixed and not all(
             side.fits_levels and side.needs_gradients for side in (self.key, self.value)
         ):
@@ -75,6 +83,19 @@ class KvSpec:
                 "@mixed spends bytes by Fisher information, on nuq keys and values; "
                 "use nuq without -nofisher, or drop @mixed"
             )
+
+    def _check_adaptive(self) -> None:
+        sides = {self.key.is_adaptive, self.value.is_adaptive}
+        if sides != {self.adaptive is not None}:
+            raise SpecError("bits per token are for keys and values both; write qaq for each")
+        if self.adaptive is None:
+            return
+        if self.residual_length < 1:
+            raise SpecError("-w0: a token needs a query that has seen it; use -w1 or more")
+        if self.adaptive.level == "head" and {self.key.method, self.value.method} != {"qaq"}:
+            raise SpecError("-head is for qaq; nuq codebooks hold for a layer, drop -head or nuq")
+        if self.mixed:
+            raise SpecError("@mixed fixes bits by layer, qaq decides them by token; keep one")
 
     def __str__(self) -> str:
         key, value = self._print(self.key, is_key=True), self._print(self.value, is_key=False)
@@ -98,6 +119,7 @@ class KvSpec:
             rotated=self.value.rotated,
             group_size=self.key.group_size or self.key.token_group,
             token_group=None,
+            error_budget=self.value.error_budget,
         )
         return alone == self.value
 
@@ -118,10 +140,14 @@ class KvSpec:
     def name(self) -> str:
         """The short name of a preset, or the spec string."""
         text = str(self)
-        return next((name for name, recipe in PRESETS.items() if recipe == text), text)
+        return {recipe: name for name, recipe in PRESETS.items()}.get(text, text)
 
     def _print(self, spec: QuantSpec, *, is_key: bool) -> str:
         parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
+        if self.adaptive is not None:
+            budgets = self.key.error_budget, self.value.error_budget
+            head = ["qaq", "nuq"] if spec.method == "nuq" else ["qaq"]
+            parts = head + self.adaptive.words(budgets, self.residual_length)
         if spec.outlier_fraction:
             parts.append(f"{(Decimal(str(spec.outlier_fraction)) * 100).normalize():f}%")
         if spec.group_size or spec.token_group:
@@ -130,13 +156,13 @@ class KvSpec:
             parts.append(f"cap{spec.outlier_cap}")
         if self.sink_tokens:
             parts.append(f"sink{self.sink_tokens}")
-        if self.residual_length:
+        if self.residual_length and self.adaptive is None:
             parts.append(f"r{self.residual_length}")
         parts += ["qnorm"] * spec.moment_match
-        if is_key:
+        if is_key and spec.method != "qaq":
             parts += ["postrope"] * (not spec.pre_rope)
             parts += ["pertoken"] * (
-                not spec.per_channel and spec.group_size is None and spec.method not in _ONLINE
+                not spec.per_channel and spec.group_size is None and spec.method not in _NO_CHANNELS
             )
         parts += {"fisher-scale": [], "fisher": ["fisher"], "none": ["nofisher"]}[spec.weighting]
         parts += ["pc"] * spec.channel_levels
@@ -147,7 +173,12 @@ class KvSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether a bundle made by calibration is needed to use this scheme."""
-        return self.key.needs_calibration or self.value.needs_calibration
+        return any((self.key.needs_calibration, self.value.needs_calibration, self.needs_queries))
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether calibration has to measure the model's queries."""
+        return self.adaptive is not None and self.adaptive.formula == "paper"
 
     @property
     def needs_gradients(self) -> bool:
@@ -155,10 +186,6 @@ class KvSpec:
         return self.key.needs_gradients or self.value.needs_gradients
 
 
-_HEAD: Final = re.compile(r"(nuq|int|nf|kivi|had|tq)([0-9]{1,9})|fp")
-_NUMBERED: Final = re.compile(r"(sink|cap|r|g)([0-9]{1,9})")
-_PERCENT: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,99})?)%")
-_FLAGS: Final = ("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc", "comp", "vrot")
 _KEY_ONLY: Final = ("postrope", "pertoken", "pc", "cap")
 
 
@@ -182,8 +209,9 @@ def parse_spec(text: str) -> KvSpec:
         raise SpecError(
             f"spec {text!r} has {len(sides)} parts; write KEYS/VALUES, as in nuq4-1%/nuq3-1%"
         )
-    words = [_side_words(side, text) for side in sides]
-    shared = {name: _agree(name, words, text) for name in ("sink", "r")}
+    words = [side_words(side, text) for side in sides]
+    shared = {name: agree(name, words, text) for name in ("sink", "r", *WORDS)}
+    is_adaptive = any(not side["bits"] for side in words)
     key, value = words[0], words[-1]
     misplaced = [w for w in _KEY_ONLY if w in value] if len(words) == 2 else []
     if misplaced:
@@ -191,58 +219,20 @@ def parse_spec(text: str) -> KvSpec:
     if len(words) == 2 and "vrot" in key:
         raise SpecError(f"spec {text!r}: vrot is for values; write it after the /")
     return KvSpec(
-        key=_quant_spec(key, is_key=True),
-        value=_quant_spec(value if len(words) == 2 else _of_values(value), is_key=False),
-        sink_tokens=shared["sink"],
-        residual_length=shared["r"],
+        key=_quant_spec(key, shared, is_key=True),
+        value=_quant_spec(value if len(words) == 2 else _of_values(value), shared, is_key=False),
+        sink_tokens=int(shared["sink"] or 0),
+        residual_length=int(shared["w"] or WINDOW) if is_adaptive else int(shared["r"] or 0),
         mixed=mixed is not None,
         target_bits=float(mixed[1]) if mixed and mixed[1] != "mixed" else None,
+        adaptive=read_words(shared) if is_adaptive else None,
     )
 
 
-def _side_words(side: str, text: str) -> dict[str, str]:
-    """Split one side into its words: {'method': 'nuq', 'bits': '3', 'percent': '1', 'sink': '1',
-    'pc': ''}.
-    """
-    head, *rest = side.split("-")
-    match = _HEAD.fullmatch(head)
-    if match is None:
-        raise SpecError(
-            f"spec {text!r}: {head!r} is not a method with bits; start with nuq3, int4, nf4 or fp"
-        )
-    words = {"method": match[1] or EXACT, "bits": match[2] or "16"}
-    for word in rest:
-        percent, numbered = _PERCENT.fullmatch(word), _NUMBERED.fullmatch(word)
-        if percent:
-            name, value = "percent", percent[1]
-        elif numbered:
-            name, value = numbered[1], numbered[2]
-        elif word in _FLAGS:
-            name, value = word, ""
-        else:
-            known = "1% g64 cap4 sink1 r128 " + " ".join(_FLAGS)
-            raise SpecError(f"spec {text!r}: {word!r} is not a modifier; known: {known}")
-        if name in words:
-            raise SpecError(f"spec {text!r}: {name} is given twice; keep one")
-        words[name] = value
-    if "fisher" in words and "nofisher" in words:
-        raise SpecError(f"spec {text!r}: fisher and nofisher exclude each other; keep one")
-    return words
-
-
-def _agree(name: str, sides: list[dict[str, str]], text: str) -> int:
-    found = {int(words[name]) for words in sides if name in words}
-    if len(found) > 1:
-        raise SpecError(
-            f"spec {text!r}: {name} differs between keys and values; it holds for the whole cache"
-        )
-    return found.pop() if found else 0
-
-
-def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
+def _quant_spec(words: dict[str, str], shared: dict[str, str | None], *, is_key: bool) -> QuantSpec:
     method, size = words["method"], int(words["g"]) if "g" in words else None
-    per_channel = is_key and method not in _ONLINE and "pertoken" not in words and "g" not in words
-    if method in _ONLINE and method != EXACT and words.keys() & {"pertoken", "vrot"}:
+    per_channel = is_key and method not in _NO_CHANNELS and not words.keys() & {"pertoken", "g"}
+    if method in ONLINE and words.keys() & {"pertoken", "vrot"}:
         raise SpecError(
             f"{method}{words['bits']} finds its ranges as tokens come; drop -pertoken and -vrot"
         )
@@ -253,13 +243,13 @@ def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
         )
     return QuantSpec(
         method=method,
-        bits=int(words["bits"]),
+        bits=int(words["bits"] or 0),
         outlier_fraction=float(Fraction(words.get("percent", "0")) / 100),
         group_size=None if by_tokens else size,
         token_group=size if by_tokens else None,
         outlier_cap=int(words["cap"]) if is_key and "cap" in words else None,
         moment_match="qnorm" in words,
-        pre_rope=is_key and "postrope" not in words,
+        pre_rope=is_key and "postrope" not in words and method != "qaq",
         per_channel=per_channel,
         weighting="fisher"
         if "fisher" in words
@@ -269,6 +259,7 @@ def _quant_spec(words: dict[str, str], *, is_key: bool) -> QuantSpec:
         channel_levels=is_key and "pc" in words,
         compensated="comp" in words,
         rotated=method in ROTATING or (not is_key and "vrot" in words),
+        error_budget=read_budget(shared, is_key=is_key) if not words["bits"] else None,
     )
 
 

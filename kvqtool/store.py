@@ -15,26 +15,24 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.errors import RunError
-from kvqtool.hadamard import turn, turn_back
 from kvqtool.memory import LayerGeometry, dropped_tokens, packed_tokens
-from kvqtool.methods import get_method
 from kvqtool.packed import Body, PackedBody
 from kvqtool.padding import keep_padded_sinks, put_padded_sinks
 from kvqtool.rows import (
     Pair,
-    by_group,
-    by_token,
-    check_finite,
+    Rows,
+    decode_pair,
+    encode_pair,
+    flatten_pair,
     from_rows,
     join,
-    stored_dtype,
+    split_pair,
     to_rows,
 )
 from kvqtool.seam import LayerSeam
 from kvqtool.spec import SIDES, KvSpec
 
 Angles = Callable[[int, int], tuple[Tensor, Tensor]]
-Rows = dict[str, Tensor]
 # More than any speculative decoding takes back at once.
 _HELD_TOKENS: Final = 256
 
@@ -42,12 +40,7 @@ _HELD_TOKENS: Final = 256
 class LayerStore:
     """Everything one layer has stored, and the only code that encodes and decodes it."""
 
-    def __init__(
-        self,
-        spec: KvSpec,
-        codebooks: tuple[Codebook, Codebook],
-        seam: LayerSeam,
-    ) -> None:
+    def __init__(self, spec: KvSpec, codebooks: tuple[Codebook, Codebook], seam: LayerSeam) -> None:
         """Start empty.
 
         Args:
@@ -111,6 +104,11 @@ class LayerStore:
         Raises:
             RunError: when a state is not finite.
         """
+        self.take(key, value)
+        self.commit(angles, held=_HELD_TOKENS if hold else 0)
+
+    def take(self, key: Tensor, value: Tensor) -> None:
+        """Store new tokens exactly, encoding none; see `append`."""
         if self._bodies is None:
             self._start(key, value)
         arriving, before = (key, value), self.tokens
@@ -122,7 +120,6 @@ class LayerStore:
         self.tokens += arriving[0].shape[2]
         keep_padded_sinks(self._exact["sink"], self.padding, arriving, before)
         self._exact["window"] = join(self._exact["window"], (key, value))
-        self.commit(angles, held=_HELD_TOKENS if hold else 0)
 
     def commit(self, angles: Angles, *, held: int = 0) -> None:
         """Encode what is past the recent window, but for the last `held` tokens of it."""
@@ -227,12 +224,7 @@ class LayerStore:
             for side, t in zip(SIDES, pair, strict=True)
         }
 
-    def restore(
-        self,
-        exact: dict[str, tuple[Tensor, Tensor]],
-        rows: tuple[dict[str, Tensor], dict[str, Tensor]],
-        tokens: int,
-    ) -> None:
+    def restore(self, exact: dict[str, Pair], rows: tuple[Rows, Rows], tokens: int) -> None:
         """Fill an empty store with what a store of `tokens` tokens held: sink and window states,
         and encoded rows.
         """
@@ -281,24 +273,22 @@ class LayerStore:
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + tokens))
             states[0] = self.rotation.unrotate(states[0], cos, sin)
-        encoded = []
-        specs = (self.spec.key, self.spec.value)
-        for side, spec, book in zip(states, specs, self._codebooks, strict=True):
-            check_finite(side, self.layer)
-            flat = by_group(turn(side, spec).flatten(2), spec.token_group)
-            stored = stored_dtype(flat, spec, leaving[0].dtype)
-            encoded.append(get_method(spec.method).quantize(stored, book, spec))
-        return encoded[0], encoded[1]
+        flat = flatten_pair((states[0], states[1]), self.spec, self.layer)
+        return self._encode_rows(flat, leaving[0].dtype)
+
+    def _encode_rows(self, states: Pair, dtype: torch.dtype) -> tuple[Rows, Rows]:
+        """Encode rows (tokens * batch, channels) of the tokens that follow the body."""
+        return encode_pair(states, self.spec, self._codebooks, dtype)
+
+    def _decode_rows(self, rows: tuple[Rows, Rows]) -> Pair:
+        """Decode what `_encode_rows` gave: (tokens * batch, channels) float32 each."""
+        channels = self.bodies[0].channels, self.bodies[1].channels
+        return decode_pair(rows, self.spec, self._codebooks, channels)
 
     def _decode(self, rows: tuple[Rows, Rows], start: int, angles: Angles) -> Pair:
         """Decode rows of the tokens from `start` on: keys after RoPE and values, (B, H, T, D)."""
-        states = []
-        specs, geometry = (self.spec.key, self.spec.value), self.geometry
-        for side, spec, book, body in zip(rows, specs, self._codebooks, self.bodies, strict=True):
-            flat = get_method(spec.method).dequantize(side, book, spec, body.channels)
-            tokens = by_token(flat, self.batch, spec.token_group)
-            heads = tokens.view(*tokens.shape[:2], geometry.num_kv_heads, -1)
-            states.append(turn_back(heads, spec))
+        flat, heads = self._decode_rows(rows), self.geometry.num_kv_heads
+        states = list(split_pair(flat, self.spec, self.batch, heads))
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
             states[0] = self.rotation.rotate(states[0], cos, sin)

@@ -7,11 +7,17 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from kvqtool.accounting import paper_bits, paper_bytes
+from kvqtool.adaptive_layer import AdaptiveLayer
+from kvqtool.adaptive_store import AdaptiveStore
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache, is_rotated
 from kvqtool.layer import KvqLayer
-from kvqtool.memory import paper_bytes
+from kvqtool.packed import PackedBody
 from kvqtool.seam import LayerSeam, Seam
+from kvqtool.side import WIDTHS
+from kvqtool.spec import SIDES
+from kvqtool.store import LayerStore
 
 # What a call that read a layer one way ran, on CUDA and elsewhere; "materialise" is torch decoding
 # the whole layer for stock attention.
@@ -61,13 +67,30 @@ def measure(cache: KvqCache) -> CacheUsage:
         batch=batch,
         cache_bytes=cache.nbytes,
         cache_bytes_fp16=2 * batch * sum(count * s.geometry.elements for count, s in seen),
-        paper_bytes=sum(
-            paper_bytes(store.spec, (store.geometry,), batch, count) for count, store in seen
-        ),
+        paper_bytes=sum(_paper_bytes(store, batch, count) for count, store in seen),
         effective_bits=8 * cache.nbytes / elements,
         outliers=sum(body.outliers for store in stores for body in store.bodies),
         quantized_share=0.0 if is_fp else packed / sum(count for count, _ in held),
     )
+
+
+def _paper_bytes(store: LayerStore, batch: int, tokens: int) -> float:
+    """Return a layer's bytes by KVQuant's accounting, at the bits its tokens have."""
+    if not isinstance(store, AdaptiveStore):
+        return paper_bytes(store.spec, (store.geometry,), batch, tokens)
+    sides = zip((store.spec.key, store.spec.value), store.bodies, strict=True)
+    return sum(
+        paper_bits(spec, body.channels, mean_bits(body)) * body.channels * body.units
+        for spec, body in sides
+    ) * (batch * tokens / 8)
+
+
+def mean_bits(body: PackedBody) -> float:
+    """Return the bits of a packed side's codes: the spec's, or the mean of its rows' own."""
+    rows = sum(body.widths)
+    if not body.spec.is_adaptive or not rows:
+        return body.spec.bits
+    return sum(bits * count for bits, count in zip(WIDTHS, body.widths, strict=True)) / rows
 
 
 def describe_layers(seam: Seam, bundle: Bundle) -> list[dict[str, Any]]:
@@ -82,7 +105,7 @@ def layer_report(cache: KvqCache) -> list[dict[str, Any]]:
         rotated = layer.is_packed and is_rotated(layer, cache.bundle)
         row["angles"] = cache.angles[layer.group].kind if rotated else None
         row["cache_bytes"] = _layer_bytes(cache, layer)
-        row |= _read_path(cache, layer)
+        row |= _read_path(cache, layer) | _widths(cache, layer)
     return rows
 
 
@@ -114,8 +137,8 @@ def _layer_row(bundle: Bundle, layer: LayerSeam) -> dict[str, Any]:
         "rope": layer.note,
         "key_storage": _key_form(layer, rotated) if packed else None,
         "key_axis": axis if packed and spec.key.method != "fp" else None,
-        "key_bits": spec.key.bits if packed else None,
-        "value_bits": spec.value.bits if packed else None,
+        "key_bits": spec.key.bits if packed and not spec.adaptive else None,
+        "value_bits": spec.value.bits if packed and not spec.adaptive else None,
     }
 
 
@@ -130,6 +153,18 @@ def _read_path(cache: KvqCache, layer: LayerSeam) -> dict[str, Any]:
         "read_reason": held.path.reason,
         "read_calls": dict(held.path.calls),
     }
+
+
+def _widths(cache: KvqCache, layer: LayerSeam) -> dict[str, Any]:
+    """Return the bits that a layer's tokens have come to; nothing where the spec fixes them."""
+    held = cache.layers[layer.index]
+    if not isinstance(held, AdaptiveLayer) or held.store.is_empty:
+        return {}
+    found: dict[str, Any] = {}
+    for side, body in zip(SIDES, held.store.bodies, strict=True):
+        found[f"{side}_bits"] = mean_bits(body) if body.tokens else None
+        found[f"{side}_widths"] = list(body.widths)
+    return found
 
 
 def _key_form(layer: LayerSeam, rotated: bool) -> str:

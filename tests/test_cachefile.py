@@ -38,7 +38,7 @@ DOCUMENT = Text(
     "0123",
 )
 SPEC = "nuq3-1%-sink1"
-SPECS = (
+FIXED = (
     "fp-sink2-r7",
     SPEC,
     "nuq2-2%-cap3-sink4-r9",
@@ -46,6 +46,7 @@ SPECS = (
     "kivi2-g16-sink1-r3",
     "had4-g16/tq3-g8",
 )
+ADAPTIVE = "qaq-k0.03-v1-w4-2%-sink1"
 GREEDY = Sampling(max_new_tokens=8)
 DRAWN = Sampling(max_new_tokens=8, temperature=0.9, top_p=0.95, top_k=200, seed=3)
 Quantized = Callable[..., Path]
@@ -100,7 +101,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", (*FIXED, ADAPTIVE))
 class TestResume:
     @pytest.mark.parametrize("sampling", (GREEDY, DRAWN), ids=("greedy", "sampling"))
     @pytest.mark.parametrize("prefill", ("exact", "decode-exact"))
@@ -140,22 +141,6 @@ class TestResume:
                 logits = builtin.model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
         assert resume(builtin, quantized(spec), prompt, GREEDY).token_ids == tokens
 
-    def test_states_from_a_file_make_the_same_cache_as_the_text(
-        self,
-        builtin: LoadedModel,
-        calibrated: Callable[[str], Bundle],
-        quantized: Quantized,
-        states: tuple[dict[str, Tensor], Path],
-        spec: str,
-    ) -> None:
-        named, path = states
-        save_file(named, path)
-        by_text = load_cache(quantized(spec))
-        quantize_states(builtin, calibrated(spec), path, path.with_name("from-states"))
-        by_states = load_cache(path.with_name("from-states"))
-        assert by_states.tokens == by_text.tokens
-        assert same(by_states.tensors, by_text.tensors)
-
     def test_saving_what_was_restored_gives_the_same_tensors(
         self, builtin: LoadedModel, quantized: Quantized, spec: str
     ) -> None:
@@ -165,6 +150,54 @@ class TestResume:
         again = {f"layers.{s.layer}.{n}": t for s in cache.stores for n, t in s.canonical().items()}
         again |= {f"angles.{g}": angles.canonical() for g, angles in cache.angles.items()}
         assert same(again, saved.tensors)
+
+
+@pytest.mark.parametrize("spec", FIXED)
+def test_states_from_a_file_make_the_same_cache_as_the_text(
+    builtin: LoadedModel,
+    calibrated: Callable[[str], Bundle],
+    quantized: Quantized,
+    states: tuple[dict[str, Tensor], Path],
+    spec: str,
+) -> None:
+    named, path = states
+    save_file(named, path)
+    by_text = load_cache(quantized(spec))
+    quantize_states(builtin, calibrated(spec), path, path.with_name("from-states"))
+    by_states = load_cache(path.with_name("from-states"))
+    assert by_states.tokens == by_text.tokens
+    assert same(by_states.tensors, by_text.tensors)
+
+
+def test_states_without_queries_are_refused_where_bits_need_attention(
+    builtin: LoadedModel,
+    calibrated: Callable[[str], Bundle],
+    states: tuple[dict[str, Tensor], Path],
+) -> None:
+    named, path = states
+    save_file(named, path)
+    with pytest.raises(InputError, match="states have no queries; use --text"):
+        quantize_states(builtin, calibrated(ADAPTIVE), path, path.with_name("refused"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("key.widths", 5, "widths that are none"),
+        ("key.widths", 0, "key.words"),
+        ("window.attention", 2.0, "weights from 0 to 1"),
+    ],
+)
+def test_widths_and_attention_that_cannot_be_are_refused(
+    builtin: LoadedModel, quantized: Quantized, name: str, value: float, said: str
+) -> None:
+    saved = load_cache(quantized(ADAPTIVE))
+    saved.tensors[f"layers.1.{name}"].fill_(value)
+    with (
+        attach(builtin.model, saved.bundle) as session,
+        pytest.raises(BundleError, match=said),
+    ):
+        restore_cache(session, saved, builtin)
 
 
 class TestReport:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from kvqtool.cli import COMMANDS, app
 from kvqtool.side import METHOD_BITS
-from kvqtool.spec import _FLAGS as MODIFIERS
+from kvqtool.words import FLAGS as MODIFIERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -143,7 +143,9 @@ def test_every_method_and_modifier_is_documented() -> None:
         assert all(f"`{method}{bits}`" in page for bits in widths)
     table = section(page, "Modifiers")
     documented = re.findall(r"^\| `-(\w+%?)`", table, flags=re.M)
-    assert sorted(documented) == sorted([*MODIFIERS, "F%", "gN", "capN", "sinkN", "rN"])
+    assert sorted(documented) == sorted(
+        [*MODIFIERS, "F%", "gN", "capN", "sinkN", "rN", "kE", "vE", "wN"]
+    )
 
 
 @pytest.mark.parametrize(

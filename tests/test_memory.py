@@ -5,7 +5,9 @@ import math
 
 import pytest
 
+from kvqtool.accounting import paper_bits, paper_bytes
 from kvqtool.errors import InputError
+from kvqtool.layers import Angles, CacheLayer, CacheModel
 from kvqtool.memory import (
     PAGE_TOKENS,
     Buffer,
@@ -14,25 +16,30 @@ from kvqtool.memory import (
     body_buffers,
     capacity,
     count_dtype,
-    exact_bytes,
     expected_outliers,
     groups_per_token,
     index_dtype,
     layer_buffers,
     most_outliers,
     outliers_per_tail,
-    paper_bits,
-    paper_bytes,
-    planned_bytes,
     position_buffer,
     split_tokens,
-    words_per_token,
+    words_per_row,
 )
-from kvqtool.spec import parse_spec
+from kvqtool.spec import KvSpec, parse_spec
 
 GIB = 2**30
 LLAMA_7B = (LayerGeometry(num_kv_heads=32, key_dim=128, value_dim=128),) * 32
 SMALL = LayerGeometry(num_kv_heads=3, key_dim=64, value_dim=64)
+
+
+def model_of(spec: KvSpec, layers: tuple[LayerGeometry, ...], batch: int, dtype: str) -> CacheModel:
+    rotated = Angles("0", layers[0].key_dim)
+    return CacheModel(
+        tuple(CacheLayer("full", layer, angles=rotated) for layer in layers), spec, batch, dtype
+    )
+
+
 SPECS = (
     *("fp", "nuq4", "nuq3-1%-sink1", "nuq2-1%-sink1-r32", "int4-g64", "int3-1%-pertoken"),
     *("nf4-1%-cap4", "nuq8-1%/nuq3-0.5%", "int2-1%-postrope-r130", "nuq3-1%-pc-sink5"),
@@ -138,7 +145,7 @@ class TestShapes:
         [(32, 3, 3), (33, 3, 4), (8, 2, 1), (192, 3, 18), (80, 3, 8), (1024, 8, 256), (40, 4, 5)],
     )
     def test_the_last_word_is_padded(self, channels: int, bits: int, words: int) -> None:
-        assert words_per_token(parse_spec(f"nuq{bits}").key, channels) == words
+        assert words_per_row(bits, channels) == words
 
     @pytest.mark.parametrize(
         ("channels", "index", "count"),
@@ -229,7 +236,7 @@ class TestTotals:
         key = rows * 18 * 4 + rows + 7 * (2 + 1)
         value = rows * 18 * 4 + rows * 2 * 2 + 398 * (2 + 1)
         sink = 2 * 3 * 64 * 2
-        found = planned_bytes(spec, (SMALL,), 1, 200, [Outliers(7, 398)], "float16")
+        found = model_of(spec, (SMALL,), 1, "float16").bytes_given(200, [Outliers(7, 398)])
         assert found == key + value + sink + position_buffer(1, 200).nbytes
         assert position_buffer(1, 200).nbytes == 256 * 4
 
@@ -244,8 +251,8 @@ class TestTotals:
             for layer, count in zip(layers, counts, strict=True)
         ]
         summed = sum(buffer.nbytes for buffers in table for buffer in buffers.values())
-        total = planned_bytes(parsed, layers, batch, tokens, counts, "bfloat16")
-        assert total == summed + position_buffer(batch, tokens).nbytes
+        total = model_of(parsed, layers, batch, "bfloat16").bytes_given(tokens, counts)
+        assert total == summed + parsed.key.pre_rope * position_buffer(batch, tokens).nbytes
 
     @pytest.mark.parametrize("spec", SPECS)
     def test_more_tokens_never_cost_less(self, spec: str) -> None:
@@ -254,28 +261,28 @@ class TestTotals:
         for tokens in range(3 * PAGE_TOKENS):
             rows = split_tokens(parsed, tokens)[1]
             counts = [expected_outliers(parsed, SMALL, rows)]
-            totals.append(planned_bytes(parsed, (SMALL,), 1, tokens, counts, "float16"))
+            totals.append(model_of(parsed, (SMALL,), 1, "float16").bytes_given(tokens, counts))
         assert all(a <= b for a, b in itertools.pairwise(totals))
 
     def test_more_bits_cost_more(self) -> None:
         totals = [
-            planned_bytes(
-                parse_spec(f"nuq{b}"), LLAMA_7B, 1, 4096, [Outliers(0, 0)] * 32, "float16"
+            model_of(parse_spec(f"nuq{b}"), LLAMA_7B, 1, "float16").bytes_given(
+                4096, [Outliers(0, 0)] * 32
             )
             for b in (2, 3, 4, 8)
         ]
         assert all(a < b for a, b in itertools.pairwise(totals))
 
     def test_exact_bytes_are_two_an_element(self) -> None:
-        assert exact_bytes(LLAMA_7B, 1, 131072) == 64 * GIB
-        assert exact_bytes((SMALL,), 3, 10) == 3 * 10 * 384 * 2
+        assert model_of(parse_spec("fp"), LLAMA_7B, 1, "float16").fp16_bytes(131072) == 64 * GIB
+        assert model_of(parse_spec("fp"), (SMALL,), 3, "float16").fp16_bytes(10) == 3 * 10 * 384 * 2
 
     def test_allocated_bytes_of_llama_7b_stay_near_the_papers(self) -> None:
         spec, tokens = parse_spec("nuq3-1%"), 131072
         counts = [expected_outliers(spec, LLAMA_7B[0], tokens)] * 32
-        allocated = planned_bytes(spec, LLAMA_7B, 1, tokens, counts, "float16")
+        allocated = model_of(spec, LLAMA_7B, 1, "float16").bytes_given(tokens, counts)
         assert allocated == pytest.approx(paper_bytes(spec, LLAMA_7B, 1, tokens), rel=0.01)
 
     def test_one_count_for_each_layer(self) -> None:
         with pytest.raises(ValueError, match="zip"):
-            planned_bytes(parse_spec("nuq3"), LLAMA_7B, 1, 10, [Outliers(0, 0)], "float16")
+            model_of(parse_spec("nuq3"), LLAMA_7B, 1, "float16").bytes_given(10, [Outliers(0, 0)])

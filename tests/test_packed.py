@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvqtool.buffers import PagedBuffer, RunBuffer
 from kvqtool.memory import PAGE_TOKENS, body_buffers, capacity
-from kvqtool.packed import PackedBody, PagedBuffer, RunBuffer, gather_rows
+from kvqtool.packed import PackedBody, gather_rows
 from kvqtool.spec import parse_spec
 
 LENGTHS = (1, PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 3 * PAGE_TOKENS + 5)

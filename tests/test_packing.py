@@ -36,6 +36,7 @@ def test_pages_hold_outliers() -> None:
     [
         ("nuq8-1%", "codes of 8 bits"),
         ("nuq3-1%-pertoken", "keys with a range per token"),
+        ("qaq-nuq-1%", "bits by token"),
         ("nuq3-1%-cap4", "a cap on key outliers"),
         ("nuq3-1%-comp", "compensated rounding"),
         ("nuq3-1%-vrot", "rotated values"),

@@ -32,6 +32,9 @@ SPECS = (
     "nuq2-2%-sink2-r5-pc-comp/nuq3-comp-vrot",
     "kivi3-g16-sink1-r5",
     "had4-g64/tq4-g64",
+    "qaq-k0.03-v1-w4-2%-sink1",
+    "qaq-k0.03-v1-w5-head-released",
+    "qaq-nuq-k0.1-v0.5-w3-1%-sink1-pc-comp/qaq-nuq-k0.1-v0.5-w3-1%-sink1-comp-vrot",
 )
 
 

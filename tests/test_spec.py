@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvqtool.adaptive import Adaptive
 from kvqtool.errors import SpecError
 from kvqtool.side import METHOD_BITS, WEIGHTINGS, QuantSpec
 from kvqtool.spec import DEFAULT_SPEC, PRESETS, KvSpec, parse_spec
@@ -39,6 +40,7 @@ WORDS = {
     "had": (("", "-g64"), SHARED_WORDS, ("", "-postrope")),
     "tq": (("", "-g64"), SHARED_WORDS, ("", "-postrope")),
     "nf": (("", "-1%"), ("", "-cap4"), SHARED_WORDS, ("", "-postrope"), ("", "-pertoken")),
+    "qaq": (("", "-1%"), SHARED_WORDS, ("", "-vrot")),
 }
 
 
@@ -137,6 +139,23 @@ class TestMeaning:
     def test_two_strings_compensate_each_for_itself(self) -> None:
         spec = parse_spec("nuq3/nuq3-comp")
         assert (spec.key.compensated, spec.value.compensated) == (False, True)
+
+    def test_qaq_without_bits_decides_them_by_token(self) -> None:
+        spec = parse_spec("qaq-k0.1-v0.05-1%-w7-head-released")
+        assert spec.adaptive == Adaptive("head", "released")
+        assert (spec.key.error_budget, spec.value.error_budget) == (0.1, 0.05)
+        assert (spec.residual_length, spec.key.outlier_fraction) == (7, 0.01)
+        assert not (spec.key.pre_rope or spec.key.per_channel or spec.needs_calibration)
+
+    def test_qaq_says_its_defaults(self) -> None:
+        assert str(parse_spec("qaq-1%")) == "qaq-k0.01-v0.05-w5-1%"
+        assert parse_spec("qaq").needs_queries
+
+    def test_qaq_bits_over_nuq_codebooks_keep_what_nuq_does(self) -> None:
+        spec, plain = parse_spec("qaq-nuq-1%-sink1-pc"), parse_spec("nuq4-1%-sink1-pc")
+        bare = replace(spec.key, error_budget=None, bits=4)
+        assert bare == plain.key
+        assert spec.needs_gradients
 
     def test_order_and_surrounding_space_do_not_matter(self) -> None:
         assert parse_spec(" nuq3-sink1-qnorm-1% \n") == parse_spec("nuq3-1%-sink1-qnorm")
@@ -245,6 +264,35 @@ def valid_specs() -> Iterator[KvSpec]:
                 continue
 
 
+ADAPTIVE_WORDS = (
+    ("", "-nuq"),
+    ("-k0.01", "-k12.5"),
+    ("-v0.05",),
+    ("-w1", "-w128"),
+    ("", "-head"),
+    ("", "-released"),
+    ("", "-1%"),
+    ("", "-sink4"),
+    ("", "-pc"),
+    ("", "-comp"),
+    ("", "-vrot"),
+)
+
+
+def test_qaq_strings_print_as_they_are_written_or_are_refused() -> None:
+    printed = 0
+    for parts in itertools.product(["qaq"], *ADAPTIVE_WORDS):
+        text = "".join(parts)
+        is_plain = "-nuq" not in text
+        if ("-head" in text and not is_plain) or (is_plain and ("-pc" in text or "-comp" in text)):
+            with pytest.raises(SpecError):
+                parse_spec(text)
+        else:
+            assert str(parse_spec(text)) == text
+            printed += 1
+    assert printed > 150
+
+
 class TestRefusal:
     @pytest.mark.parametrize(
         ("text", "value", "remedy"),
@@ -289,6 +337,17 @@ class TestRefusal:
             ("nuq3/nuq3-postrope", "postrope", "write it before the /"),
             ("nuq3/nuq3-1%-cap4", "cap", "write it before the /"),
             ("nuq3/nuq3-pertoken", "pertoken", "write it before the /"),
+            ("qaq0", "qaq0", "qaq2 qaq3 qaq4 qaq8"),
+            ("qaq-r5", "r does not go with qaq", "window is -wN"),
+            ("qaq-g64", "g does not go with qaq", "drop one"),
+            ("nuq3-w5", "w does not go with nuq3", "drop one"),
+            ("qaq-w0", "-w0", "use -w1 or more"),
+            ("qaq-k0", "0", "use 0.01"),
+            ("qaq-comp", "comp", "add nuq, as in qaq-nuq-comp"),
+            ("qaq-nuq-head", "-head", "drop -head or nuq"),
+            ("qaq/nuq3", "both", "write qaq for each"),
+            ("qaq@mixed", "@mixed", "keep one"),
+            ("qaq-k1/qaq-k2", "k differs", "holds for the whole cache"),
         ],
     )
     def test_a_string_is_refused_with_value_and_remedy(

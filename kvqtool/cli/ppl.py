@@ -33,7 +33,7 @@ Examples:
   kvqtool ppl builtin --spec int4-g64 --seq-len 256 --windows 2 --max-ppl-ratio 2 --json
 """
 ProtocolName = Literal["decode-exact", "true-decode", "prefill-exact"]
-TaskName = Literal["perplexity", "passkey"]
+TaskName = Literal["perplexity", "passkey", "choices"]
 
 
 def run(
@@ -66,7 +66,11 @@ def run(
     ] = "decode-exact",
     task: Annotated[
         TaskName,
-        typer.Option("--task", help="passkey: ask for numbers hidden in the text instead."),
+        typer.Option(
+            "--task",
+            help="passkey: ask for numbers hidden in the text instead; choices: answer the "
+            "multiple-choice questions of --dataset, a .jsonl of question, choices and answer.",
+        ),
     ] = "perplexity",
     lengths: Annotated[
         str,
@@ -110,8 +114,8 @@ def run(
     tokens = _lengths(lengths)
     gates = {"--max-ppl-ratio": max_ppl_ratio, "--max-kld": max_kld}
     gates["--min-compression"] = min_compression
-    if task == "passkey":
-        _refuse_gates(gates)
+    if task != "perplexity":
+        _check_task(task, dataset, gates)
     refuse_shared_stdin(dataset, calibration_dataset)
     if output is not None:
         check_output(output, force)
@@ -122,6 +126,9 @@ def run(
     from kvqtool.data import evaluation_windows, load_text
     from kvqtool.perplexity import evaluate
 
+    if task == "choices":
+        _choose(loaded, str(dataset), scheme.prepare(loaded, out), out)
+        return
     text = load_text(dataset, part="evaluation", text_column=text_column)
     if task == "passkey":
         _ask(loaded, text, scheme.prepare(loaded, out), (tokens, trials, seed), out)
@@ -167,6 +174,17 @@ def _ask(
     out.result(spec=result.spec, model=loaded.identity.name, result=result, table=table)
 
 
+def _choose(loaded: LoadedModel, dataset: str, bundle: Bundle, out: Output) -> None:
+    """Run the multiple-choice task and print it."""
+    from kvqtool.choices import choose
+
+    with out.progress() as progress:
+        result = choose(loaded, dataset, bundle, progress)
+    note_layers(result.layers, out)
+    name = loaded.identity.name
+    out.result(spec=result.spec, model=name, result=result, table=values_table(result))
+
+
 def _lengths(text: str) -> list[int]:
     """Parse the prompt lengths."""
     parts = text.split(",")
@@ -175,8 +193,10 @@ def _lengths(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _refuse_gates(gates: dict[str, float | None]) -> None:
-    """Refuse gates on what the passkey task does not measure."""
+def _check_task(task: str, dataset: str | None, gates: dict[str, float | None]) -> None:
+    """Refuse gates on what another task does not measure, and choices without questions."""
+    if task == "choices" and dataset is None:
+        raise InputError("--task choices needs questions; name a .jsonl file with --dataset")
     for name, limit in gates.items():
         if limit is not None:
-            raise InputError(f"{name} is a gate on perplexity; drop it or drop --task passkey")
+            raise InputError(f"{name} is a gate on perplexity; drop it or drop --task {task}")

@@ -29,10 +29,15 @@ def _layer_line(layer: dict[str, Any]) -> str:
         return layer["rope"]
     window = f" {layer['window']}" if layer["window"] else ""
     axis = f" per {layer['key_axis']}" if layer["key_axis"] else ""
+    key, value = (_bits(layer[f"{side}_bits"]) for side in ("key", "value"))
     return (
         f"{layer['kind']}{window}, rotation {layer['rope']}, keys {layer['key_storage']}{axis} "
-        f"{layer['key_bits']} bits, values {layer['value_bits']} bits{_read(layer)}"
+        f"{key}, values {value}{_read(layer)}"
     )
+
+
+def _bits(bits: float | None) -> str:
+    return "bits by token" if bits is None else f"{bits:.3g} bits"
 
 
 def _read(layer: dict[str, Any]) -> str:

@@ -1,0 +1,65 @@
+"""QAQ's bits per token as a value: which numbers share them, and by which formula they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final
+
+from kvqtool.errors import SpecError
+
+LEVELS: Final = ("layer", "head")
+FORMULAS: Final = ("paper", "released")
+# What a spec leaves out: about 3.3 effective bits of the built-in model; the paper's window.
+KEY_BUDGET: Final = "0.01"
+VALUE_BUDGET: Final = "0.05"
+WINDOW: Final = "5"
+# Words of a spec that are about bits by token; they hold for the whole cache.
+WORDS: Final = ("k", "v", "w", "head", "released")
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """How tokens come to their bits; the tolerances are each side's `error_budget`.
+
+    Args:
+        level: what shares bits, range and outliers: `layer` is a token's numbers in all KV heads of
+            a layer, `head` those in one. Keys and values are apart either way.
+        formula: `paper`, or `released` for the arithmetic of the authors' code.
+    """
+
+    level: str = "layer"
+    formula: str = "paper"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("level", self.level, LEVELS),
+            ("formula", self.formula, FORMULAS),
+        ):
+            if value not in known:
+                raise SpecError(f"unknown {name} {value!r}; use one of: {', '.join(known)}")
+
+    def units(self, num_kv_heads: int) -> int:
+        """Return how many widths a token has on a side of a layer."""
+        return num_kv_heads if self.level == "head" else 1
+
+    def words(self, budgets: tuple[float | None, float | None], window: int) -> list[str]:
+        """Return the words of a spec: budgets of keys and values, the window, and what differs."""
+        key, value = (f"{Decimal(str(each)).normalize():f}" for each in budgets)
+        parts = [f"k{key}", f"v{value}", f"w{window}"]
+        return parts + ["head"] * (self.level == "head") + ["released"] * (self.formula != "paper")
+
+
+def read_words(words: Mapping[str, str | None]) -> Adaptive:
+    """Return the rule that words of a spec name; absent ones are None."""
+    return Adaptive(
+        "layer" if words["head"] is None else "head",
+        "paper" if words["released"] is None else "released",
+    )
+
+
+def read_budget(words: Mapping[str, str | None], *, is_key: bool) -> float:
+    """Return the error budget that words of a spec name, or the default."""
+    name, default = ("k", KEY_BUDGET) if is_key else ("v", VALUE_BUDGET)
+    return float(words[name] or default)

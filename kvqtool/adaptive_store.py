@@ -1,0 +1,187 @@
+"""A layer's cache whose tokens are given bits as they leave the recent window (QAQ).
+
+The window holds the last n tokens exactly, and beside each the greatest attention weight that it
+got while it was there. When a token leaves, its key's bits follow from its range, its value's from
+its range and that weight; they are decided once. The tokens that T of QAQ's formulas counts are
+those seen by then.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvqtool.adaptive import Adaptive
+from kvqtool.codec import normalize
+from kvqtool.mixed import decode_mixed, encode_mixed, spread_of
+from kvqtool.packed import PackedBody
+from kvqtool.rows import Pair, Rows
+from kvqtool.store import Angles, LayerStore
+from kvqtool.tolerance import (
+    RELEASED_QUERY_NORM,
+    key_tolerance,
+    needed_bits,
+    stored_width,
+    value_tolerance,
+)
+
+ATTENTION: Final = "window.attention"
+
+
+class AdaptiveStore(LayerStore):
+    """A `LayerStore` of a spec with `adaptive`: tokens that were taken wait for `settle`."""
+
+    def clear(self) -> None:
+        """Forget everything."""
+        super().clear()
+        self.is_waiting = False
+        self._seen: Tensor | None = None
+        self._decided_at: int | None = None
+
+    @property
+    def rule(self) -> Adaptive:
+        """How bits are decided."""
+        assert self.spec.adaptive is not None, "only such specs come here"
+        return self.spec.adaptive
+
+    @property
+    def units(self) -> int:
+        """Rows of a token of one sequence: what shares bits."""
+        return self.rule.units(self.geometry.num_kv_heads)
+
+    @property
+    def bodies(self) -> tuple[PackedBody, PackedBody]:
+        """The packed keys and values."""
+        key, value = super().bodies
+        assert isinstance(key, PackedBody) and isinstance(value, PackedBody), "no pages here"
+        return key, value
+
+    @property
+    def attention(self) -> Tensor:
+        """(batch, units, window) float32: the greatest weight of each exact token so far."""
+        assert self._seen is not None, "the layer has stored nothing yet"
+        return self._seen
+
+    @attention.setter
+    def attention(self, seen: Tensor) -> None:
+        self._seen = seen
+
+    @property
+    def leaving(self) -> int:
+        """Tokens that are past the window and not yet encoded."""
+        return self._split_window()[0][0].shape[2]
+
+    def take(self, key: Tensor, value: Tensor) -> None:
+        """Store new tokens exactly; `settle` has to follow once their queries have been seen."""
+        super().take(key, value)
+        fresh = self.window[0].shape[2] - self.attention.shape[2]
+        self.attention = torch.nn.functional.pad(self.attention, (0, fresh))
+        self.is_waiting = True
+
+    def settle(self, greatest: Tensor, angles: Angles, *, together: bool = False) -> None:
+        """Take note of attention and encode what has left the window.
+
+        Args:
+            greatest: (batch, num_kv_heads, tail) greatest weight that queries gave to each of the
+                last `tail` tokens, those of a group of heads together.
+            angles: as in `append`.
+            together: all tokens are decided now, at the end of a prompt; otherwise each as of when
+                decoding would have.
+        """
+        if self.rule.level == "layer":
+            greatest = greatest.amax(1, keepdim=True)
+        tail = min(greatest.shape[2], self.attention.shape[2])
+        ends = self.attention.shape[2] - tail, greatest.shape[2] - tail
+        known, new = self.attention[..., ends[0] :], greatest[..., ends[1] :].float()
+        self.attention = torch.cat([self.attention[..., : ends[0]], known.maximum(new)], dim=2)
+        self._decided_at = self.tokens if together else None
+        self.commit(angles)
+        self._decided_at = None
+        self.is_waiting = False
+
+    def commit(self, angles: Angles, *, held: int = 0) -> None:
+        """Encode what is past the window by the attention noted so far."""
+        super().commit(angles)
+        gone = self.attention.shape[2] - self.window[0].shape[2]
+        self.attention = self.attention[..., gone:].clone()
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens; those still in the window keep the attention they got,
+        from queries that are gone too.
+        """
+        super().truncate(tokens)
+        self.attention = self.attention[..., : self.window[0].shape[2]].clone()
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep, repeat or reorder sequences."""
+        super().select(sequences)
+        self.attention = self.attention[sequences]
+
+    @property
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Every allocated tensor, by the buffer names of `memory.layer_buffers`."""
+        return {} if self.is_empty else super().tensors | {ATTENTION: [self.attention]}
+
+    def canonical(self) -> dict[str, Tensor]:
+        """Return the layer's content in the layout of saved caches."""
+        return super().canonical() | {ATTENTION: self.attention}
+
+    def _start(self, key: Tensor, value: Tensor) -> None:
+        super()._start(key, value)
+        self._seen = key.new_zeros(key.shape[0], self.units, 0, dtype=torch.float32)
+
+    def _new_bodies(self, channels: tuple[int, int], batch: int) -> tuple[PackedBody, PackedBody]:
+        key = PackedBody(self.spec.key, channels[0] // self.units, batch, self.units)
+        return key, PackedBody(self.spec.value, channels[1] // self.units, batch, self.units)
+
+    def _encode_rows(self, states: Pair, dtype: torch.dtype) -> tuple[Rows, Rows]:
+        tokens = len(states[0]) // self.batch
+        seen = self.attention[..., :tokens].permute(2, 0, 1)
+        counts = self._counts(tokens).to(seen.device)[..., None]
+        key_budget, value_budget = self.spec.key.error_budget, self.spec.value.error_budget
+        assert key_budget is not None and value_budget is not None, "the spec is adaptive"
+        sigmas = (
+            key_tolerance(counts, key_budget, self._query_norm()),
+            value_tolerance(counts, value_budget, seen),
+        )
+        return self._encode_side(0, states[0], sigmas[0]), self._encode_side(
+            1, states[1], sigmas[1]
+        )
+
+    def _encode_side(self, index: int, states: Tensor, sigma: Tensor) -> Rows:
+        """Encode keys (0) or values (1) to a tolerance (tokens, batch, units)."""
+        spec, book = (self.spec.key, self.spec.value)[index], self._codebooks[index]
+        flat = states.reshape(len(states) * self.units, -1)
+        ranged = normalize(flat, book, spec)
+        spread = spread_of(ranged).view(-1, self.batch, self.units)
+        widths = stored_width(needed_bits(spread, sigma, self.rule.formula)).flatten()
+        return encode_mixed(flat, widths, book, spec, ranged)
+
+    def _decode_rows(self, rows: tuple[Rows, Rows]) -> Pair:
+        sides = zip(
+            rows, (self.spec.key, self.spec.value), self._codebooks, self.bodies, strict=True
+        )
+        key, value = (decode_mixed(r, book, s, body.channels) for r, s, book, body in sides)
+        return key.view(-1, key.shape[1] * self.units), value.view(-1, value.shape[1] * self.units)
+
+    def _counts(self, tokens: int) -> Tensor:
+        """Return T of the first `tokens` of the window, (tokens, batch): what was seen when their
+        bits were decided, padding left out.
+        """
+        first = self.tokens - self.window[0].shape[2]
+        counts = torch.arange(first, first + tokens) + self.spec.residual_length
+        if self._decided_at is not None:
+            counts = torch.full_like(counts, self._decided_at)
+        padding = torch.tensor(self.padding or (0,) * self.batch)
+        counts = (counts[:, None] - padding).clamp_min(1)
+        return counts.clamp_max(self.sliding_window) if self.sliding_window else counts
+
+    def _query_norm(self) -> Tensor | float:
+        """Return |Q|^2 of the units, (units,): the greatest of a layer's heads where they share."""
+        if self.rule.formula == "released":
+            return RELEASED_QUERY_NORM
+        norms = self._codebooks[0].query_norm
+        assert norms is not None, "calibration measured it"
+        return norms.amax(0, keepdim=True) if self.rule.level == "layer" else norms
