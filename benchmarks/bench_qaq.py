@@ -172,8 +172,12 @@ def _table(options: argparse.Namespace, loaded: LoadedModel, learned: Windows) -
         note(f"tuning {name}")
         ratio, start = tuner.best_ratio(bundle, targets[0])
         for target in targets:
-            found, _, start = tuner.reach(bundle, ratio, target, start)
+            found, score, scale = tuner.reach(bundle, ratio, target, start)
+            if abs(score.effective_bits / target - 1) > 0.05:
+                note(f"{name} has no {target:g} bits: {score.effective_bits:.3f} are nearest")
+                continue
             chosen.append((name, found))
+            start = scale
     text = load_text(options.dataset, part="evaluation")
     windows = evaluation_windows(
         text,
@@ -189,8 +193,8 @@ def _table(options: argparse.Namespace, loaded: LoadedModel, learned: Windows) -
         answers = choose(loaded, options.choices, bundle) if options.choices else None
         results.append(
             {"family": name}
-            | {k: v for k, v in asdict(result).items() if k != "protocol"}
-            | {"choices": asdict(answers) if answers else None}
+            | {k: v for k, v in asdict(result).items() if k not in ("protocol", "layers")}
+            | {"choices": asdict(answers) | {"layers": None} if answers else None}
         )
     results.sort(key=lambda row: -row["effective_bits"])
     _print_table(results)

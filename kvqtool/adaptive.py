@@ -11,9 +11,9 @@ from kvqtool.errors import SpecError
 
 LEVELS: Final = ("layer", "head")
 FORMULAS: Final = ("paper", "released")
-# What a spec leaves out: about 3.3 effective bits of the built-in model; the paper's window.
+# What a spec leaves out: about 3 effective bits of the built-in model; the paper's window.
 KEY_BUDGET: Final = "0.01"
-VALUE_BUDGET: Final = "0.05"
+VALUE_BUDGET: Final = "3"
 WINDOW: Final = "5"
 # Words of a spec that are about bits by token; they hold for the whole cache.
 WORDS: Final = ("k", "v", "w", "head", "released")

@@ -256,19 +256,19 @@ class TestReproducible:
 def test_memory_does_not_grow_with_windows(
     loaded: LoadedModel, windows: Windows, monkeypatch: pytest.MonkeyPatch, spec: str
 ) -> None:
-    from kvqtool import collect
+    from kvqtool import collect, ranges
     from kvqtool.histogram import LevelHistogram
     from kvqtool.quantiles import ChannelQuantiles
 
     def sizes(count: int) -> Sequence[int]:
         made: list[Any] = []
-        for kind in (LevelHistogram, ChannelQuantiles):
+        for module, kind in ((collect, LevelHistogram), (ranges, ChannelQuantiles)):
 
             def keep(*args: Any, kind: Any = kind) -> Any:
                 made.append(kind(*args))
                 return made[-1]
 
-            monkeypatch.setattr(collect, kind.__name__, keep)
+            monkeypatch.setattr(module, kind.__name__, keep)
         bundle_of(loaded, dataclasses.replace(windows, ids=windows.ids[:count]), spec)
         return [
             sum(t.untyped_storage().nbytes() for t in vars(each).values() if isinstance(t, Tensor))

@@ -148,7 +148,7 @@ class TestMeaning:
         assert not (spec.key.pre_rope or spec.key.per_channel or spec.needs_calibration)
 
     def test_qaq_says_its_defaults(self) -> None:
-        assert str(parse_spec("qaq-1%")) == "qaq-k0.01-v0.05-w5-1%"
+        assert str(parse_spec("qaq-1%")) == "qaq-k0.01-v3-w5-1%"
         assert parse_spec("qaq").needs_queries
 
     def test_qaq_bits_over_nuq_codebooks_keep_what_nuq_does(self) -> None:
