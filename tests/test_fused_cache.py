@@ -180,6 +180,8 @@ def test_bytes_are_those_of_every_tensor(builtin: LoadedModel, calibrated: Maker
         ("int4-g64", "range per token"),
         ("nuq8-1%", "8 bits"),
         ("nuq3-1%-pertoken", "range per token"),
+        ("qaq4", "stored as qaq"),
+        ("qaq-k0.03-v1-w4", "bits by token"),
     ],
 )
 def test_schemes_without_a_kernel_are_refused_or_said(
