@@ -27,11 +27,16 @@ class Picture:
 
         Raises:
             InputError: when matplotlib is missing, the file cannot be written, or the scheme fits
-                no codebooks.
+                no codebooks or several.
         """
         if not (scheme.key.fits_levels and scheme.value.fits_levels):
             raise InputError(
                 f"{scheme.name} has no fitted codebooks to draw; use a nuq spec, or drop --plot"
+            )
+        if scheme.adaptive:
+            raise InputError(
+                f"{scheme.name} has codebooks of several widths, which a picture cannot show; "
+                "use a spec of fixed bits, or drop --plot"
             )
         self._path, self._force = path, force
         self._figure = new_figure(path, _SIZE, force=force)

@@ -85,6 +85,7 @@ def test_a_calibration_is_drawn(
     [
         (("--plot", "b.txt"), "'txt' is no picture; end it in one of:"),
         (("--plot", "b.png", "--spec", "int4"), "int4 has no fitted codebooks to draw; use a nuq"),
+        (("--plot", "b.png", "--spec", "qaq-nuq"), "has codebooks of several widths"),
         (("--plot", "none/b.png"), "output folder none is missing"),
     ],
 )
