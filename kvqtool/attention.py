@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvqtool.errors import RunError
+from kvqtool.scratch import QUERIES_AT_ONCE
 
 BAND: Final = "kvqtool_band"
 _BAND_ATTRIBUTE: Final = "_kvqtool_band"
@@ -27,7 +28,6 @@ _PACKED_ATTRIBUTE: Final = "_kvqtool_packed"
 _WITNESS_ATTRIBUTE: Final = "_kvqtool_witness"
 # What some models' attention takes beside keys and values, and neither a band nor a kernel knows.
 _UNKNOWN: Final = ("s_aux", "position_bias")
-_QUERIES_AT_ONCE: Final = 256
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def _mixed_attention(
 
 def query_blocks(queries: int) -> Iterator[slice]:
     """Cut queries into runs, so that weights take memory by tokens, not by their square."""
-    for start in range(0, queries, _QUERIES_AT_ONCE):
-        yield slice(start, min(start + _QUERIES_AT_ONCE, queries))
+    for start in range(0, queries, QUERIES_AT_ONCE):
+        yield slice(start, min(start + QUERIES_AT_ONCE, queries))
 
 
 def mixed_weights(
@@ -201,4 +201,4 @@ def mixed_weights(
     seen = (age >= 0)[None, None] if mask is None else mask[:, :, rows]
     unseen = ~seen[:, :, None]
     score = score.masked_fill(unseen, torch.finfo(torch.float32).min)
-    return score.softmax(-1).masked_fill(unseen, 0.0), recent
+    return score.softmax(-1).masked_fill_(unseen, 0.0), recent

@@ -26,6 +26,7 @@ from kvqtool.spec import KvSpec
 
 READ_PATH: Final = "torch (materialise)"
 _FLOAT: Final = ITEM_BYTES["float32"]
+QUERIES_AT_ONCE: Final = 256  # whose weights are written out where a recent window is mixed
 # Codes of one period whose lowest bit lies in the fullest of its words: see bits.pack_codes.
 _LANES: Final = {2: 1.0, 3: 11 / 32, 4: 1.0, 8: 1.0}
 
@@ -161,9 +162,10 @@ def attention_scratch(layer: CacheLayer, step: Step) -> int:
     if not step.has_mask(layer):
         return 0
     if step.cache.spec.has_window and layer.is_packed:
-        ages = ITEM_BYTES["int64"] * step.fresh * seen
+        rows = min(step.fresh, QUERIES_AT_ONCE)
+        ages = ITEM_BYTES["int64"] * rows * seen
         tail = _window_bytes(layer, step) + step.item * step.fresh * layer.geometry.elements
-        return step.num_heads * scores * (2 * _FLOAT + step.item) + ages + tail
+        return 2 * _FLOAT * step.num_heads * step.cache.batch * rows * seen + ages + tail
     return repeated + step.item * scores
 
 
