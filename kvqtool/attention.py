@@ -139,8 +139,8 @@ def band_attention(
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if options.get(unsupported) is not None:
             raise RunError(
-                f"a recent window (-r) does not work with attention that uses {unsupported}; "
-                "drop -r"
+                f"a recent window does not work with attention that uses {unsupported}; "
+                "use a spec that keeps none (no -r, kivi or qaq)"
             )
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     if band.watch is not None:

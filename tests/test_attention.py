@@ -94,5 +94,5 @@ def test_keys_without_a_band_take_plain_attention() -> None:
 def test_attention_that_a_band_would_get_wrong_is_refused(option: str) -> None:
     query, key, value, *exact = states(4, 4)
     marked = mark_band(key, Band(exact[0], exact[1], torch.tensor([2])))
-    with pytest.raises(RunError, match=rf"-r\) does not work with attention that uses {option}"):
+    with pytest.raises(RunError, match=rf"window does not work with attention that uses {option}"):
         band_attention(NOTHING, query, marked, value, None, **{option: torch.ones(1)})
