@@ -186,7 +186,7 @@ def _fp16(shape: Shape) -> Iterator[Contender]:
     variant = Variant(
         HEAD_DIM, 16, 16, False, False, False, groups_of(shape.num_heads, shape.num_kv_heads)
     )
-    yield _contender("fp16 template", shape, variant, random_pages(shape, variant))
+    yield contender("fp16 template", shape, variant, random_pages(shape, variant))
 
 
 def packed_variant(shape: Shape, text: str, given: str = "") -> Variant:
@@ -203,10 +203,10 @@ def _packed(shape: Shape, text: str, given: str = "") -> Contender:
     value = parse_spec(text).value
     per_token = 2 * outliers_per_tail(value, shape.num_kv_heads * HEAD_DIM)
     name = f"{text} {given}".strip()
-    return _contender(name, shape, variant, random_pages(shape, variant, per_token))
+    return contender(name, shape, variant, random_pages(shape, variant, per_token))
 
 
-def _contender(name: str, shape: Shape, variant: Variant, pages: Pages) -> Contender:
+def contender(name: str, shape: Shape, variant: Variant, pages: Pages) -> Contender:
     """Wrap pages with everything else a launch reads: one sink, random tables."""
     steps, half = HEAD_DIM // 16, HEAD_DIM // 2
     inv_freq = 500_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)

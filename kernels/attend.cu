@@ -1,10 +1,12 @@
 // Attention of one query token straight from the packed cache.
 //
-// Grid: any number of blocks of WARPS warps; all slabs of all sequences and KV heads, and the exact
-// tokens in units of 64, are laid end to end and cut into equal ranges, one a block. Within a block
-// each warp takes an equal part of the range, keeps DEPTH - 1 chunks of codes under way and ends
-// with its own softmax; the block joins its warps, and the last block to arrive joins the blocks of
-// a (sequence, head). Nothing depends on the host: lengths lie on the device, counters return to 0.
+// Grid: any number of blocks of WARPS warps. The slabs of a (sequence, KV head) and its exact tokens
+// in units of 64 are a segment. Each segment is cut into equal parts, one a block, where that leaves
+// no block much more than its share; else all segments are laid end to end and cut into equal
+// ranges. Within a block each warp takes an equal part of the range, keeps DEPTH - 1 chunks of codes
+// under way and ends with its own softmax; the block joins its warps, and the last block to arrive
+// joins the blocks of a segment. Nothing depends on the host: lengths lie on the device, counters
+// return to 0.
 //
 // `query`, `output`  (batch, num_heads, HEAD_DIM) half, or bfloat16 with BF16
 // `slabs`            pages of 128 tokens, in each KV heads, two slabs each: keys, then values
@@ -67,6 +69,7 @@ struct Cache {
 struct Segment {
     u32 sequence, kv_head, first_head, heads, index;
     u32 first_slab, slabs, sink_units, units, start;  // start: among the units of all segments
+    u32 first_block, blocks;                          // that share it
 };
 
 // A slab's number among all, its half page's number among all, and its lists of outliers: first quad
@@ -89,30 +92,71 @@ DEVICE u32 segments_of(const Cache& cache) {
     return cache.num_kv_heads * ((heads + GROUP - 1) / GROUP);
 }
 
-DEVICE u32 total_units(const Cache& cache) {
-    u32 total = 0;
-    Segment segment;
-    for (u32 b = 0; b < cache.batch; b++)
-        total += segment_sizes(cache, b, segment) * segments_of(cache);
-    return total;
+// How the work is cut: whether every block has units of one segment only, or `share` units of all
+// there are, the first `longer` blocks one more.
+struct Cut {
+    bool whole;
+    u32 share, longer;
+};
+
+DEVICE u32 parts_of(u32 units, u32 share) {
+    return units ? larger(units / share, 1) : 0;
 }
 
-DEVICE Segment find_segment(const Cache& cache, u32 unit) {
+// Plan the cut for at most `blocks` blocks; returns how many have work.
+DEVICE u32 plan(const Cache& cache, u32 blocks, Cut& cut) {
+    u32 many = segments_of(cache), total = 0, used = 0, longest = 0;
     Segment segment;
-    u32 many = segments_of(cache), start = 0, b = 0;
+    for (u32 b = 0; b < cache.batch; b++) total += segment_sizes(cache, b, segment) * many;
+    u32 share = larger((total + blocks - 1) / blocks, 1);
+    for (u32 b = 0; b < cache.batch; b++) {
+        u32 units = segment_sizes(cache, b, segment), parts = parts_of(units, share);
+        used += parts * many;
+        if (parts) longest = larger(longest, (units + parts - 1) / parts);
+    }
+    cut.whole = used <= blocks && longest <= share + WARPS;
+    if (cut.whole) {
+        cut.share = share, cut.longer = 0;
+        return used;
+    }
+    blocks = smaller(blocks, total);
+    cut.share = total / blocks, cut.longer = total % blocks;
+    return blocks;
+}
+
+// The first unit of a block, and the block that has a unit, where blocks have units of all segments.
+DEVICE u32 unit_of(const Cut& cut, u32 block) {
+    return block * cut.share + smaller(block, cut.longer);
+}
+DEVICE u32 block_of(const Cut& cut, u32 unit) {
+    u32 by_longer = unit / (cut.share + 1);
+    return by_longer < cut.longer ? by_longer : (unit - cut.longer) / cut.share;
+}
+
+// The segment to which a unit belongs, or where every block has but one, to which a block belongs.
+DEVICE Segment find_segment(const Cache& cache, const Cut& cut, u32 at) {
+    Segment segment;
+    u32 many = segments_of(cache), passed = 0, start = 0, b = 0, size;
     for (;; b++) {
         segment.units = segment_sizes(cache, b, segment);
-        if (unit - start < segment.units * many || b + 1 == cache.batch) break;
-        start += segment.units * many;
+        size = cut.whole ? parts_of(segment.units, cut.share) : segment.units;
+        if (at - passed < size * many || b + 1 == cache.batch) break;
+        passed += size * many, start += segment.units * many;
     }
-    u32 within = (unit - start) / segment.units, heads = cache.num_heads / cache.num_kv_heads;
-    u32 parts = many / cache.num_kv_heads, part = within % parts;
+    u32 within = (at - passed) / size, heads = cache.num_heads / cache.num_kv_heads;
+    u32 groups = many / cache.num_kv_heads, group = within % groups;
     segment.sequence = b;
-    segment.kv_head = within / parts;
-    segment.first_head = segment.kv_head * heads + part * GROUP;
-    segment.heads = smaller(GROUP, heads - part * GROUP);
+    segment.kv_head = within / groups;
+    segment.first_head = segment.kv_head * heads + group * GROUP;
+    segment.heads = smaller(GROUP, heads - group * GROUP);
     segment.index = b * many + within;
     segment.start = start + within * segment.units;
+    if (cut.whole) {
+        segment.first_block = passed + within * size, segment.blocks = size;
+    } else {
+        segment.first_block = block_of(cut, segment.start);
+        segment.blocks = block_of(cut, segment.start + segment.units - 1) + 1 - segment.first_block;
+    }
     return segment;
 }
 
@@ -223,15 +267,25 @@ DEVICE const u8* take(const Cache& cache, const Stream& stream, u32 number) {
 // Begin to read slabs [first, stop) of a segment.
 DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream, u32 first, u32 stop) {
     stream.number = segment.first_slab + first, stream.last = segment.first_slab + stop - 1;
-    if (first >= stop) return;
+    if (first >= stop) {
+        await_copies<0>();  // nothing of its own is under way
+        return;
+    }
     look_ahead(cache, segment, stream);
     turn_to(cache, segment, stream);
     sync_warp();
     KVQ_UNROLL for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
 }
 
-// The list of a slab's outliers: the first LISTED in shared memory, the rest where they are.
-struct List {
+// The list of a slab's outliers: in shared memory, or the first LISTED there and the rest where they
+// are.
+struct Near {
+    const u32* near;
+    DEVICE u32 operator()(u32 i) const {
+        return near[i];
+    }
+};
+struct Far {
     const u32 *near, *all;
     DEVICE u32 operator()(u32 i) const {
         return i < LISTED ? near[i] : all[i];
@@ -275,21 +329,18 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u3
     const u8* side = side_of(stream, stream.parity);
     float score[4][4] = {};
     const u8* words = take(cache, stream, 0);
+    const u32* listed = (const u32*)(side + 256);
     if constexpr (OUTLIERS) {
-        int* sparse = (int*)warp.sparse;
-        for (u32 i = warp.lane; i < SPARSE_ROW * GROUP; i += 32) sparse[i] = 0;
+        clear_sparse(warp);
         sync_warp();
-        List list{(const u32*)(side + 256), outliers_at(cache, slab, 0)};
-        key_outliers(warp, list, outlier_words(slab, 0), number % 2 * 4);
-        sync_warp();
-        if (2 * warp.column < GROUP) {
-            const int* row = sparse + 2 * warp.column * SPARSE_ROW + warp.row;
-            KVQ_UNROLL for (int i = 0; i < 16; i++) {
-                if (i % 2 < GROUP)
-                    score[i / 4][i % 4] =
-                        (float)row[i % 2 * SPARSE_ROW + 8 * (i / 2)] * (1.0f / SPARSE_ONE);
-            }
+        u32 count = outlier_words(slab, 0);
+        if (count <= LISTED) {
+            key_outliers(warp, Near{listed}, count, number % 2 * 4);
+        } else {
+            key_outliers(warp, Far{listed, outliers_at(cache, slab, 0)}, count, number % 2 * 4);
         }
+        sync_warp();
+        sparse_scores(warp, score);
     }
     constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
     KVQ_UNROLL for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
@@ -305,8 +356,14 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u3
     soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
     if constexpr (OUTLIERS) {
         sync_warp();
-        List list{(const u32*)(side + 256) + LISTED, outliers_at(cache, slab, 1)};
-        value_outliers(warp, list, outlier_words(slab, 1), slab.lists[3] & SORTED);
+        u32 count = outlier_words(slab, 1);
+        bool sorted = slab.lists[3] & SORTED;
+        if (count <= LISTED) {
+            value_outliers(warp, Near{listed + LISTED}, count, sorted);
+        } else {
+            Far list{listed + LISTED, outliers_at(cache, slab, 1)};
+            value_outliers(warp, list, count, sorted);
+        }
     }
     constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);
     KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {

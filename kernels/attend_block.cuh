@@ -6,12 +6,16 @@ struct Tables {
     const u32* angles;
 };
 
-// The angles of a page's places, and the table of all pairs of 4-bit codes, a copy for each lane.
-DEVICE void fill_tables(const Tables& tables, const Cache& cache, u8* shared) {
-    KVQ_ROLLED for (u32 i = thread_index(); i < ANGLE_BYTES / 16; i += THREADS) {
+// Send for the angles of a page's places.
+DEVICE void send_angles(const Tables& tables, u8* shared) {
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < ANGLE_BYTES / 16; i += THREADS) {
         copy16(shared + LUT_BYTES + 16 * i, (const u8*)tables.angles + 16 * i);
     }
     copies_sent();
+}
+
+// The table of all pairs of 4-bit codes, a copy for each lane, and what is but copied.
+DEVICE void fill_tables(const Tables& tables, const Cache& cache, u8* shared) {
     u64* frequencies = (u64*)(shared + FREQUENCIES_AT);
     u16* order = (u16*)(shared + ORDER_AT);
     KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
@@ -35,7 +39,6 @@ DEVICE void fill_tables(const Tables& tables, const Cache& cache, u8* shared) {
             at[1] = at[3] = levels[code >> 2 & 3] | (u32)levels[code >> 6 & 3] << 16;
         }
     }
-    await_copies<0>();
 }
 
 // A KV head's scales and offsets, or its channels' levels in the form `key_levels` reads.
@@ -74,7 +77,7 @@ DEVICE void fill_query(const Cache& cache, const Segment& segment, const u16* qu
                        float* to) {
     const u16* from =
         query + ((u64)segment.sequence * cache.num_heads + segment.first_head) * HEAD_DIM;
-    KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
         u32 head = i / HEAD_DIM, channel = cache.order[i % HEAD_DIM];
         to[i] = head < segment.heads ? state_value(from[head * HEAD_DIM + channel]) * scale : 0.0f;
     }
@@ -115,13 +118,13 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
 // offset.
 DEVICE void leave_result(Warp& warp, float* join) {
     sync_warp();
-    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
             warp.sum[j] += exchange(warp.sum[j], mask);
             warp.offset[j] += exchange(warp.offset[j], mask);
         }
-        u32 head = 2 * warp.column + j;
-        if (head >= GROUP) continue;
+        u32 head = warp.head + j;
+        if (!has_heads(warp)) continue;
         if (warp.row == 0) {
             join[head * 3] = warp.greatest[j];
             join[head * 3 + 1] = warp.sum[j];
@@ -134,13 +137,14 @@ DEVICE void leave_result(Warp& warp, float* join) {
     }
 }
 
-// One (head, channel) of the block's result: sum of weighted values, reference, sum of weights.
-DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 channel,
+// One (head, channel) of the result of a block whose first `warps` warps have one: sum of weighted
+// values, reference, sum of weights.
+DEVICE void join_warps(const float* join, const u8* corners, u32 warps, u32 head, u32 channel,
                        float (&result)[3]) {
     float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
-    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) highest =
+    KVQ_UNROLL_4 for (u32 w = 0; w < warps; w++) highest =
         greater(highest, join[(w * GROUP + head) * 3]);
-    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) {
+    KVQ_UNROLL_4 for (u32 w = 0; w < warps; w++) {
         const float* part = join + (w * GROUP + head) * 3;
         const float* mix = (const float*)(corners + w * CORNER + CORNER_MIX);
         float factor = exp2_fast(part[0] - highest);
@@ -152,7 +156,7 @@ DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 chann
 
 // One (head, channel) of a segment from the partial results of `parts` blocks.
 DEVICE float join_blocks(const float* partials, u32 parts, u32 head, u32 channel) {
-    constexpr u32 batch = 8;  // so many loads are under way at once
+    constexpr u32 batch = 16;  // so many loads are under way at once
     float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
     KVQ_ROLLED for (u32 first = 0; first < parts; first += batch) {
         float value[batch], reference[batch], share[batch], next = highest;
@@ -199,14 +203,20 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 order,
                 Exact{sink_key, sink_value, sink_capacity},
                 Exact{window_key, window_value, window_capacity}};
-    u64 total = total_units(cache), blocks = smaller(block_count(), (u32)total);
-    if (block_index() >= blocks) return;  // more blocks than units
+    Tables tables{key_table, levels, angles};
+    send_angles(tables, shared);
+    Cut cut;
+    if (block_index() >= plan(cache, block_count(), cut)) {  // more blocks than units
+        await_copies<0>();
+        return;
+    }
 
     u32 number = thread_index() / 32;
     u8* corner = shared + CORNER_AT + number * CORNER;
     float *shared_query = (float*)(shared + QUERY_AT), *join = (float*)(shared + JOIN_AT);
     Warp warp;
     warp.lane = thread_index() % 32, warp.row = warp.lane / 4, warp.column = warp.lane % 4;
+    warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
     warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
     warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
     warp.order = (const u16*)(shared + ORDER_AT);
@@ -220,57 +230,66 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     stream.corner = corner, stream.lane = warp.lane, stream.parity = 0;
     bool ready = false;
 
-    u32 unit = (u32)(total * block_index() / blocks);
-    u32 end = (u32)(total * (block_index() + 1) / blocks);
+    u32 unit = cut.whole ? 0 : unit_of(cut, block_index());
+    u32 end = cut.whole ? 1 : unit_of(cut, block_index() + 1);
     while (unit < end) {
-        Segment segment = find_segment(cache, unit);
-        u32 from = unit - segment.start, count = smaller(end - unit, segment.units - from);
-        u32 begins = from + count * number / WARPS, ends = from + count * (number + 1) / WARPS;
+        Segment segment = find_segment(cache, cut, cut.whole ? block_index() : unit);
+        u32 from = unit - segment.start, until = smaller(end - segment.start, segment.units);
+        if (cut.whole) {
+            u32 part = block_index() - segment.first_block;
+            from = segment.units * part / segment.blocks;
+            until = segment.units * (part + 1) / segment.blocks;
+        }
+        u32 count = until - from, warps = smaller(count, WARPS);
+        u32 begins = from + count * smaller(number, warps) / warps;
+        u32 ends = from + count * smaller(number + 1, warps) / warps;
         begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
-        if (!ready) fill_tables(Tables{key_table, levels, angles}, cache, shared), ready = true;
-        sync_block();
+        if (ready) sync_block();  // all have read what is overwritten
         fill_query(cache, segment, query, scale, shared_query);
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
+        if (!ready) fill_tables(tables, cache, shared);
+        ready = true;
         KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
-        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
         }
         KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
+        await_copies<DEPTH - 1>();  // the angles, which were sent for first
         sync_block();
-        if (begins < ends)
+        if (begins < ends) {
             attend_units(warp, cache, segment, stream, shared_query, begins, ends, cap);
-        leave_result(warp, join + number * GROUP * 3);
+            leave_result(warp, join + number * GROUP * 3);
+        }
         sync_block();
 
-        u32 first = (u32)(((u64)(segment.start + 1) * blocks - 1) / total);
-        u32 last = (u32)(((u64)(segment.start + segment.units) * blocks - 1) / total);
         u16* out = output + ((u64)segment.sequence * num_heads + segment.first_head) * HEAD_DIM;
         float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
         KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
             u32 head = i / HEAD_DIM, channel = i % HEAD_DIM;
             float result[3];
-            join_warps(join, shared + CORNER_AT, head, channel, result);
-            if (first == last) {
+            join_warps(join, shared + CORNER_AT, warps, head, channel, result);
+            if (segment.blocks == 1) {
                 if (head < segment.heads) out[i] = state_bits(result[0] / result[2]);
                 continue;
             }
             part[head * PARTIAL + channel] = result[0];
             if (channel < 2) part[head * PARTIAL + HEAD_DIM + channel] = result[1 + channel];
         }
-        if (first != last) {
+        if (segment.blocks > 1) {
+            u32 last = segment.blocks - 1;
             sync_block();
-            if (thread_index() == 0)
-                join[0] = arrive(counters + segment.index, last - first) == last - first;
+            if (thread_index() == 0) join[0] = arrive(counters + segment.index, last) == last;
             sync_block();
             if (join[0] != 0.0f) {
-                const float* parts = partials + (u64)(first + segment.index) * GROUP * PARTIAL;
+                const float* parts =
+                    partials + (u64)(segment.first_block + segment.index) * GROUP * PARTIAL;
                 KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM;
                                 i += THREADS) {
                     out[i] = state_bits(
-                        join_blocks(parts, last - first + 1, i / HEAD_DIM, i % HEAD_DIM));
+                        join_blocks(parts, segment.blocks, i / HEAD_DIM, i % HEAD_DIM));
                 }
             }
         }
-        unit += count;
+        unit += cut.whole ? 1 : count;
     }
 }

@@ -6,8 +6,10 @@
 // SOFTCAP.
 //
 // Tokens are rows of the score fragments, query heads their columns: lane 4r + c holds tokens r and
-// r + 8 of each tile for heads 2c and 2c + 1. Scores are base-2 logarithms. A value token's scale
-// goes into its weight, so weights are kept relative to the greatest score + log2(scale).
+// r + 8 of each tile for columns 2c and 2c + 1. Up to four heads have two columns each, which say the
+// same, so that a lane has one head to soften; eight have one each. Scores are base-2 logarithms. A
+// value token's scale goes into its weight, so weights are kept relative to the greatest
+// score + log2(scale).
 #pragma once
 #include "unpack.cuh"
 
@@ -31,6 +33,7 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                                              : STEPS * 128;
 constexpr float FAR_BELOW = -1e30f;
 constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
+constexpr int LANE_HEADS = GROUP == 8 ? 2 : 1;  // heads of a lane
 constexpr u32 SPARSE_ROW =
     GROUP == 1 ? 64 : 68;               // sparse scores of a head, padded against conflicts
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
@@ -38,6 +41,7 @@ constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers,
 // A warp's corner of shared memory, and what it has accumulated.
 struct Warp {
     u32 lane, row, column;  // lane = 4 row + column
+    u32 head;               // the first of the lane's heads
     const u8 *lut, *angles, *head_table;
     const u64* frequencies;
     const u16* order;
@@ -47,17 +51,23 @@ struct Warp {
     ByteTable<KEY_BITS == 3 ? 3 : 2> key_levels;
     ByteTable<VALUE_BITS == 3 ? 3 : 2> value_levels;
     float out[STEPS][4];
-    float greatest[2], sum[2], offset[2];
+    float greatest[LANE_HEADS], sum[LANE_HEADS], offset[LANE_HEADS];
 };
 
+// The head that a column of the fragments stands for, and the first one of a lane.
+DEVICE u32 column_head(u32 column) {
+    return GROUP == 8 ? column : column / 2 % GROUP;
+}
+// Whether a lane's heads are its own, not another lane's once more.
+DEVICE bool has_heads(const Warp& warp) {
+    return GROUP >= 4 || warp.column < GROUP;
+}
+
 DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
-    b0 = b1 = 0;
-    if (GROUP == 8 || warp.row < GROUP) {
-        const u32* at =
-            (const u32*)(warp.query + ((step * GROUP + warp.row) * 4 + warp.column) * 8);
-        u32 first = at[0], second = at[1];
-        b0 = pick_bytes(first, second, 0x5410), b1 = pick_bytes(first, second, 0x7632);
-    }
+    const u32* at = (const u32*)(warp.query +
+                                 ((step * GROUP + column_head(warp.row)) * 4 + warp.column) * 8);
+    u32 first = at[0], second = at[1];
+    b0 = pick_bytes(first, second, 0x5410), b1 = pick_bytes(first, second, 0x7632);
 }
 
 // Levels of one tile's codes: channels 8 step + 2 column + {0, 1} of tokens r and r + 8, then their
@@ -199,19 +209,48 @@ DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 fir
     }
 }
 
-// Floats of all heads that a KV head has, read and written at once.
-struct alignas(8) Two {
-    float of[2];
+struct alignas(16) Zeros {
+    u32 of[4];
 };
+
+// Nothing is in the sparse scores.
+DEVICE void clear_sparse(const Warp& warp) {
+    constexpr u32 pieces = SPARSE_ROW * GROUP / 4;
+    KVQ_UNROLL for (u32 i = 0; i < pieces; i += 32) {
+        if (i + 32 <= pieces || i + warp.lane < pieces)
+            ((Zeros*)warp.sparse)[i + warp.lane] = Zeros{{0, 0, 0, 0}};
+    }
+}
+
+// Begin a lane's scores with what outliers add to them.
+DEVICE void sparse_scores(const Warp& warp, float (&score)[4][4]) {
+    const int* at = (const int*)warp.sparse + warp.head * SPARSE_ROW + warp.row;
+    KVQ_UNROLL for (int i = 0; i < 8; i++) {
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
+            score[i / 2][2 * (i & 1) + j] = (float)at[j * SPARSE_ROW + 8 * i] * (1.0f / SPARSE_ONE);
+        }
+    }
+}
+
+// Floats of the heads that a KV head has, read and written at once.
 struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
     float of[GROUP];
 };
 
-// Outliers of values: a word is a half delta above channel << 8 and token << 2. In a sorted list
-// the words of channels that are equal modulo 32 stand together, and each lane takes those of one
-// remainder: no two lanes write to one place. The list's head says where they begin. Lane 31's run
-// to the end, so it meets the padding, zeros, which would mean channel 0: those are passed over.
-// Lists that grew word by word are not sorted; there atomics keep lanes apart.
+// Add an outlier of a value to a head's mix: delta times the token's weight.
+DEVICE void value_outlier(const Warp& warp, u32 word) {
+    float delta = h2_high(word);
+    Heads weights = *(const Heads*)(warp.sparse + (word >> 2 & 63) * GROUP);
+    Heads* at = (Heads*)(warp.mix + (word >> 8 & 255) * GROUP);
+    Heads sum = *at;
+    KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weights.of[h] * delta;
+    *at = sum;
+}
+
+// Outliers of values: a word is a half delta above channel << 8 and token << 2. A sorted list has the
+// first outlier of every channel, then the second ones, and so on: no two lanes write to one place
+// at once. Its head says where each of these ranks begins; the last of them has all the rest, which
+// are added one by one. Lists that grew word by word are not sorted; there atomics keep lanes apart.
 template <typename Words>
 DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool sorted) {
     if (!sorted) {
@@ -224,28 +263,24 @@ DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool 
         }
         return;
     }
-    u32 shift = warp.lane % 4 * 8, i = list(warp.lane / 4) >> shift & 255;
-    u32 end = warp.lane == 31 ? count : list((warp.lane + 1) / 4) >> (shift + 8) % 32 & 255;
-    KVQ_ROLLED for (; i < end; i += 2) {  // two at a time, so that two loads are under way
-        u32 words[2] = {list(i), i + 1 < end ? list(i + 1) : 0};
-        Heads weights[2];
-        KVQ_UNROLL for (int k = 0; k < 2; k++)
-            weights[k] = *(const Heads*)(warp.sparse + (words[k] >> 2 & 63) * GROUP);
-        KVQ_UNROLL for (int k = 0; k < 2; k++) {
-            if (!words[k]) continue;
-            float delta = h2_high(words[k]);
-            Heads* at = (Heads*)(warp.mix + (words[k] >> 8 & 255) * GROUP);
-            Heads sum = *at;
-            KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weights[k].of[h] * delta;
-            *at = sum;
-        }
+    u32 start = list(warp.lane / 4) >> warp.lane % 4 * 8 & 255, begin = STARTS;
+    KVQ_ROLLED for (u32 rank = 1; rank < RANKS; rank++) {
+        u32 end = from_lane(start, rank);
+        if (end == begin) return;
+        KVQ_ROLLED for (u32 i = begin + warp.lane; i < end; i += 32) value_outlier(warp, list(i));
+        sync_warp();
+        begin = end;
     }
+    KVQ_ROLLED for (; begin < count; begin++) {
+        if (warp.lane == 0) value_outlier(warp, list(begin));
+    }
+    sync_warp();
 }
 
-// Bring everything accumulated to a new reference; the factor of head h lies in lanes with
-// column h / 2.
-DEVICE void rescale(Warp& warp, const float (&factor)[2]) {
-    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+// Bring everything accumulated to a new reference; the factor of head h lies in lanes of column
+// h / LANE_HEADS.
+DEVICE void rescale(Warp& warp, const float (&factor)[LANE_HEADS]) {
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         warp.sum[j] *= factor[j];
         warp.offset[j] *= factor[j];
         KVQ_UNROLL for (int m = 0; m < (int)STEPS; m++) {
@@ -256,7 +291,8 @@ DEVICE void rescale(Warp& warp, const float (&factor)[2]) {
     if constexpr (OUTLIERS) {
         sync_warp();
         KVQ_ROLLED for (int h = 0; h < GROUP; h++) {
-            float f = from_lane(h & 1 ? factor[1] : factor[0], h >> 1);
+            float f = LANE_HEADS == 1 ? from_lane(factor[0], h)
+                                      : from_lane(h & 1 ? factor[LANE_HEADS - 1] : factor[0], h >> 1);
             KVQ_ROLLED for (u32 d = warp.lane; d < HEAD_DIM; d += 32) warp.mix[d * GROUP + h] *= f;
         }
         sync_warp();
@@ -274,26 +310,27 @@ DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 firs
             if (token < first || token >= last) score[i / 4][i % 4] = FAR_BELOW;
         }
     }
-    float highest[2] = {FAR_BELOW, FAR_BELOW}, shift[8];
+    float highest[LANE_HEADS], shift[8];
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) highest[j] = FAR_BELOW;
     KVQ_UNROLL for (int i = 0; i < 8; i++) {
         u32 token = 8 * i + warp.row;
         shift[i] = ranges ? log2_fast(greater(h2_low(ranges[token]), 5.9604645e-8f)) : 0.0f;
-        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             float& s = score[i / 2][2 * (i & 1) + j];
             s += shift[i];
             highest[j] = greater(highest[j], s);
         }
     }
-    float factor[2];
+    float factor[LANE_HEADS];
     bool grew = false;
-    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
             highest[j] = greater(highest[j], exchange(highest[j], mask));
         }
         grew |= highest[j] > warp.greatest[j] + LAZY;
     }
     if (any_lane(grew)) {
-        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             float next = greater(warp.greatest[j], highest[j]);
             factor[j] = exp2_fast(warp.greatest[j] - next);
             warp.greatest[j] = next;
@@ -303,21 +340,17 @@ DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 firs
     KVQ_UNROLL for (int i = 0; i < 8; i++) {
         u32 token = 8 * i + warp.row;
         float inverse = ranges ? exp2_fast(-shift[i]) : 1.0f;
-        float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[2], p[2];
-        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[LANE_HEADS], p[LANE_HEADS];
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             weight[j] = exp2_fast(score[i / 2][2 * (i & 1) + j] - warp.greatest[j]);
             p[j] = weight[j] * inverse;
             warp.sum[j] += p[j];
             warp.offset[j] += p[j] * zero;
         }
-        if (OUTLIERS && 2 * warp.column < GROUP) {
-            float* at = warp.sparse + token * GROUP + 2 * warp.column;
-            if constexpr (GROUP == 1) {
-                at[0] = p[0];
-            } else {
-                *(Two*)at = Two{{p[0], p[1]}};
-            }
+        if (OUTLIERS && has_heads(warp)) {
+            float* at = warp.sparse + token * GROUP + warp.head;
+            KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) at[j] = p[j];
         }
-        weights[i / 2][i & 1] = transpose8(h2_from(weight[0], weight[1]));
+        weights[i / 2][i & 1] = transpose8(h2_from(weight[0], weight[LANE_HEADS - 1]));
     }
 }

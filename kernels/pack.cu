@@ -10,7 +10,7 @@
 // `ranges`  (pages, 128) half2: scale and offset
 // `cuts`    (batch, tokens) Cuts
 // `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; SORTED lists of
-//           values begin with 32 bytes, where each reading lane's words are
+//           values begin with 32 bytes, where each rank's words begin
 // Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS.
 #include "pack.cuh"
 
@@ -198,7 +198,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     float* middles = (float*)(staged_value + 64 * ROW);  // of keys, of values
     ValueRow* rows = (ValueRow*)(middles + 32);
     u32* counts = (u32*)(rows + 64);
-    u32* cursors = counts + STEPS;  // where each lane's outliers of values go
+    u32* cursors = counts + STEPS;  // where each rank's outliers of values go
     for (u32 i = thread_index(); i < 32; i += STEPS * 32) {
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
         if (i >= 16 && i < 15 + (1u << VALUE_BITS)) middles[i] = value_middles[i - 16];
@@ -266,10 +266,14 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     u32* words = outlier_words + (u64)where[0] * 4;
     u32 total, before = lanes_before(count_bits(key_flags), lane, total);
     if (lane == 0) counts[step] = total;
-    // A lane of the reader takes channels that are equal modulo 32.
-    u32 owner = step % 2 * 16 + lane / 4;
-    add_shared((int*)cursors + owner, count_bits(value_flags & 0x33333333u));
-    add_shared((int*)cursors + owner + 8, count_bits(value_flags & 0xccccccccu));
+    // The outliers of a lane's two channels are ranked behind those of the lanes before it.
+    u32 ranks[2] = {channel_rank(count_bits(value_flags & 0x33333333u), lane),
+                    channel_rank(count_bits(value_flags & 0xccccccccu), lane)};
+    u32 last[2] = {ranks[0], ranks[1]};
+    KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
+        u32& rank = lowest_bit(left) / 2 % 2 ? last[1] : last[0];
+        add_shared((int*)cursors + smaller(rank++, RANKS - 1), 1);
+    }
     sync_block();
     for (u32 s = 0; s < step; s++) before += counts[s];
     KVQ_ROLLED for (u32 left = key_flags; left; left &= left - 1, before++) {
@@ -311,7 +315,8 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
         Element found =
             value_element(middles + 16, staged_value[token * ROW + at], rows[token],
                           head_channel + at);
-        u32 slot = take_shared(cursors + at % 32, 1);
+        u32& rank = n / 2 % 2 ? ranks[1] : ranks[0];
+        u32 slot = take_shared(cursors + smaller(rank++, RANKS - 1), 1);
         words[slot] = delta_word(found.state, value_dense(decode, rows[token].range, found.code),
                                  at << 8 | token << 2);
     }

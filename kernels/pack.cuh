@@ -228,6 +228,16 @@ DEVICE u32 lanes_before(u32 value, u32 lane, u32& total) {
     return sum - value;
 }
 
+// The sum over the lanes before this one that have the same channel of values.
+DEVICE u32 channel_rank(u32 value, u32 lane) {
+    u32 before = 0;
+    KVQ_UNROLL for (u32 d = 1; d < 4; d++) {
+        u32 below = sum_below(value, d);
+        if (lane % 4 >= d) before += below;
+    }
+    return before;
+}
+
 // The bin in which the `left`-th smallest (or greatest, `above`) element lies, and its rank there.
 template <bool above>
 DEVICE u32 rank_bin(const u32* bins, u32 lane, u32& left) {

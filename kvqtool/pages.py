@@ -19,7 +19,7 @@ from kvqtool.codebook import Codebook
 from kvqtool.codec import channel_affine
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.outliers import row_of_outlier
-from kvqtool.page_memory import MOST_SORTED, QUAD, SLABS, STARTS
+from kvqtool.page_memory import MOST_SORTED, QUAD, RANKS, SLABS, STARTS
 from kvqtool.side import QuantSpec
 from kvqtool.slabs import pack_slabs
 
@@ -196,17 +196,22 @@ def lay_out_lists(owner: Tensor, word: Tensor, lists: int) -> tuple[Tensor, Tens
         The index (lists, 4) int32 and the words int32 of `Pages`.
     """
     device = owner.device
-    # Values stand sorted by the lane that reads them; keys stay in the order of their tokens.
-    lane = torch.where(owner % 2 == 1, word >> 8 & 31, 0)
-    rank = torch.argsort(owner * 32 + lane, stable=True)
-    owner, lane, word = owner[rank], lane[rank], word[rank]
+    # Of values the first outlier of every channel comes first, then the second ones, and so on;
+    # keys stay in the order of their tokens.
+    channel = owner * 256 + torch.where(owner % 2 == 1, word >> 8 & 255, 0)
+    channel, order = channel.sort(stable=True)
+    owner, word = owner[order], word[order]
+    rank = torch.arange(len(owner), device=device) - torch.searchsorted(channel, channel)
+    rank = torch.where(owner % 2 == 1, rank.clamp_max(RANKS - 1), 0)
+    order = torch.argsort(owner * RANKS + rank, stable=True)
+    owner, rank, word = owner[order], rank[order], word[order]
     counts = torch.bincount(owner, minlength=2 * lists)
     head, quads, is_sorted = list_sizes(counts)
     first = quads.cumsum(0) - quads
     packed = torch.zeros(max(int(quads.sum()), 1) * QUAD, dtype=torch.int32, device=device)
     within = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts)[owner]
     packed[first[owner] * QUAD + head[owner] + within] = word
-    starts = torch.bincount(owner * 32 + lane, minlength=64 * lists).view(-1, 32)
+    starts = torch.bincount(owner * RANKS + rank, minlength=2 * RANKS * lists).view(-1, RANKS)
     starts = starts.cumsum(1) - starts + STARTS
     heads = (starts.view(-1, STARTS, 4) << torch.arange(0, 32, 8, device=device)).sum(-1)
     places = (first * QUAD)[is_sorted][:, None] + torch.arange(STARTS, device=device)
@@ -220,7 +225,7 @@ def list_sizes(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         counts: (2 * lists,) outliers of each list, keys and values in turn. Lists of values whose
-            words a byte can count are sorted and begin with 32 bytes: where each lane's words are.
+            words a byte can count are sorted and begin with 32 bytes: where each rank begins.
     """
     is_value = torch.arange(len(counts), device=counts.device) % 2 == 1
     is_sorted = is_value & (counts > 0) & (counts <= MOST_SORTED)
