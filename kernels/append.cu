@@ -108,7 +108,7 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& 
     lane_channels(code, target.head, step, lane, channels);
     KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
         Element found[2];
-        key_pair(code, channels[e], staged, 0, 8 * step + lane % 4 * 2 + e, found);
+        key_pair(channels[e], staged, turn_at(code, 0, 8 * step + lane % 4 * 2 + e), found);
         KVQ_UNROLL for (u32 partner = 0; partner < 2; partner++) {
             u32 row, at, i = 2 * partner + e;
             n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 2 + 4 * partner + e;

@@ -94,6 +94,17 @@ DEVICE u32 h2_mul(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+// Two halves, or bfloat16s, with +0 where they are -0.
+template <bool bfloat>
+DEVICE u32 no_negative_zero(u32 a) {
+    u32 d;
+    if constexpr (bfloat) {
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80), "r"(0));
+    } else {
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3c003c00), "r"(0));
+    }
+    return d;
+}
 DEVICE u32 h2_neg(u32 a) {
     u32 d;
     asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
@@ -168,8 +179,11 @@ DEVICE float div_exact(float a, float b) {
 DEVICE float fma_exact(float a, float b, float c) {
     return __fmaf_rn(a, b, c);
 }
+// 1 / a, rounded as IEEE division is, of a from 2^-100 to 2^100.
 DEVICE float reciprocal_exact(float a) {
-    return __frcp_rn(a);
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(a));
+    return __fmaf_rn(near, __fmaf_rn(-a, near, 1.0f), near);
 }
 
 // c += a b for a 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.

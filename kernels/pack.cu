@@ -1,9 +1,9 @@
 // From the states a model computed to pages: codes, ranges and outliers, the same bits as codec.py.
 //
 // Three kernels, so that lists of outliers get exactly the room they need: `survey_values` finds
-// each token's range and which elements are outliers, `survey_keys` counts them, and, once the host
-// has laid out the lists, `pack_slabs` writes everything. Each float operation is one IEEE
-// operation in the order of codec.py; nothing is contracted.
+// each token's range and which elements are outliers, `pack_slabs` writes codes and says who is an
+// outlier, and, once the host has laid out the lists, `write_lists` fills them. Each float operation
+// is one IEEE operation in the order of codec.py; nothing is contracted.
 //
 // `states`  (batch, num_kv_heads, tokens, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
 // `turns`   (tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
@@ -13,33 +13,6 @@
 //           values begin with 32 bytes, where each rank's words begin
 // Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS.
 #include "pack.cuh"
-
-// Grid: (sequence, KV head, slab). Leaves the number of key outliers in `counts` (lists, 2).
-KERNEL(STEPS * 32)
-survey_keys(const u16* key, const int* page_table, const float* lower, const float* upper,
-            const float* offset, const float* inverse, const float* middles, const u16* order,
-            const float* turns, u32* counts, u32 num_kv_heads, u32 tokens, u32 max_pages) {
-    u16* staged = (u16*)shared_memory();
-    u32 slabs = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
-    Place place = find_place(block_index(), num_kv_heads, slabs, tokens, page_table, max_pages);
-    KeyCode code{lower, upper, offset, inverse, middles, order, turns};
-    stage(key, place, num_kv_heads, tokens, staged);
-    sync_block();
-    KeyChannel channels[2][2];
-    lane_channels(code, place.head, step, lane, channels);
-    u32 found = 0, total;
-    KVQ_UNROLL_4 for (u32 n = 0; n < 16; n++) {
-        u32 token = n / 2 * 8 + lane / 4, e = n % 2;
-        if (token >= place.tokens) continue;
-        Element pair[2];
-        key_pair(code, channels[e], staged + token * ROW, place.slab * 64 + token,
-                 8 * step + lane % 4 * 2 + e, pair);
-        found += pair[0].is_outlier + pair[1].is_outlier;
-    }
-    lanes_before(found, lane, total);
-    u32 list = (place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
-    if (lane == 0 && total) add_global(counts + 2 * list, total);
-}
 
 constexpr u32 LISTED = 128;  // candidates for outliers of a tail
 
@@ -56,17 +29,56 @@ struct Found {
     u32 listed[2];
 };
 
-// The `rank`-th least of a tail's candidates and the one after it; candidates of the upper tail
-// are complemented.
+struct alignas(16) Four {
+    u32 of[4];
+};
+struct alignas(8) Quad {
+    u32 of[2];  // four keys
+};
+
+// The `rank`-th least of a tail's candidates, which are padded to a multiple of four, and the one
+// after it; candidates of the upper tail are complemented. A lane holds some, and counts for each
+// how many are less.
+template <int held>
 DEVICE void rank_items(const u32* items, u32 count, u32 rank, u32 lane, u32& cut, u32& next) {
-    u32 mine[LISTED / 32];
-    KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++)
+    u32 mine[held], below[held], at_cut = ~0u, after = ~0u;
+    KVQ_UNROLL for (u32 k = 0; k < held; k++) {
         mine[k] = lane + 32 * k < count ? items[lane + 32 * k] : ~0u;
-    KVQ_ROLLED for (u32 n = 0; n <= rank; n++) {
-        u32 least = ~0u;
-        KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++) least = smaller(least, mine[k]);
-        cut = next, next = least_of_warp(least);
-        KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++) mine[k] = mine[k] == next ? ~0u : mine[k];
+        below[k] = 0;
+    }
+    KVQ_ROLLED for (u32 i = 0; i < count; i += 4) {
+        Four others = *(const Four*)(items + i);
+        KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
+            KVQ_UNROLL for (u32 k = 0; k < held; k++) below[k] += others.of[j] < mine[k];
+        }
+    }
+    KVQ_UNROLL for (u32 k = 0; k < held; k++) {
+        if (below[k] == rank - 1) at_cut = smaller(at_cut, mine[k]);
+        if (below[k] == rank) after = smaller(after, mine[k]);
+    }
+    cut = least_of_warp(at_cut), next = least_of_warp(after);
+}
+
+DEVICE void rank_tail(const u32* items, u32 count, u32 rank, u32 lane, u32& cut, u32& next) {
+    if (count <= 64) {
+        rank_items<2>(items, count, rank, lane, cut, next);
+    } else {
+        rank_items<LISTED / 32>(items, count, rank, lane, cut, next);
+    }
+}
+
+// The `rank`-th least of the lanes' items, if so many lanes have one: ~0 else.
+DEVICE u32 ranked_lane(u32 item, u32 rank) {
+    u32 below = 0;
+    KVQ_UNROLL for (u32 k = 0; k < 32; k++) below += from_lane(item, k) < item;
+    return least_of_warp(below == rank - 1 ? item : ~0u);
+}
+
+// The items of four neighbouring channels.
+DEVICE void quad_items(const Quad& quad, u32 channel, u32 (&items)[4]) {
+    KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
+        items[2 * k] = quad.of[k] << 16 | (channel + 2 * k);
+        items[2 * k + 1] = (quad.of[k] & 0xffff0000u) | (channel + 2 * k + 1);
     }
 }
 
@@ -76,34 +88,43 @@ DEVICE void rank_items(const u32* items, u32 count, u32 rank, u32 lane, u32& cut
 DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane,
                            u32 lane_least, u32 lane_greatest, Found& found) {
     if (per_tail > 32) return false;
-    u32 low_end = 0, high_end = 0;
-    KVQ_ROLLED for (u32 n = 0; n < per_tail; n++) {
-        low_end = least_of_warp(lane_least), high_end = greatest_of_warp(lane_greatest);
-        if (lane_least == low_end) lane_least = ~0u;
-        if (lane_greatest == high_end) lane_greatest = 0;
-    }
-    u32(&listed)[2] = found.listed;
-    listed[0] = listed[1] = 0;
-    KVQ_UNROLL_4 for (u32 base = 0; base < channels / 2; base += 32) {
-        u32 i = smaller(base + lane, channels / 2 - 1), pair = ((const u32*)scratch.keys)[i];
-        bool exists = base + lane < channels / 2;
-        u32 items[2] = {item_of(pair & 0xffff, 2 * i), item_of(pair >> 16, 2 * i + 1)};
-        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
-            u32 tail = k / 2, item = items[k % 2];
-            bool mine = exists && (tail ? item >= high_end : item <= low_end);
-            u32 all = vote(mine);
-            if (!all) continue;
-            u32 at = listed[tail] + count_bits(all & ((1u << lane) - 1));
-            if (mine && at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
-            listed[tail] += count_bits(all);
+    u32 low_end = ranked_lane(lane_least, per_tail);
+    u32 high_end = ~ranked_lane(~lane_greatest, per_tail);
+    if (low_end == ~0u || high_end == 0) return false;
+    u32* listed = scratch.words + 2 * LISTED;  // of either tail
+    if (lane < 2) listed[lane] = 0;
+    sync_warp();
+    KVQ_ROLLED for (u32 first = 4 * lane; first < channels; first += 8 * 128) {
+        u32 low_flags = 0, high_flags = 0;  // a bit an element
+        KVQ_UNROLL for (u32 k = 0; k < 8; k++) {
+            u32 channel = first + 128 * k, items[4];
+            if (channel >= channels) break;
+            quad_items(*(const Quad*)(scratch.keys + channel), channel, items);
+            KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
+                if (items[j] <= low_end) low_flags |= 1u << (4 * k + j);
+                if (items[j] >= high_end) high_flags |= 1u << (4 * k + j);
+            }
+        }
+        KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
+            KVQ_ROLLED for (u32 left = tail ? high_flags : low_flags; left; left &= left - 1) {
+                u32 n = lowest_bit(left), channel = first + n / 4 * 128 + n % 4;
+                u32 item = item_of(scratch.keys[channel], channel), at = take_shared(listed + tail, 1);
+                if (at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
+            }
         }
     }
     sync_warp();
-    if (listed[0] > LISTED || listed[1] > LISTED) return false;
-    if (listed[0] == per_tail || listed[1] == per_tail) return false;
-    u32 low = 0, next_low = 0, high = 0, next_high = 0;
-    rank_items(scratch.words, listed[0], per_tail, lane, low, next_low);
-    rank_items(scratch.words + LISTED, listed[1], per_tail, lane, high, next_high);
+    KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) found.listed[tail] = listed[tail];
+    if (found.listed[0] > LISTED || found.listed[1] > LISTED) return false;
+    if (found.listed[0] == per_tail || found.listed[1] == per_tail) return false;
+    KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
+        u32 at = found.listed[tail] + lane;  // pad to whole quads
+        if (lane < 3 && at < LISTED) scratch.words[tail * LISTED + at] = ~0u;
+    }
+    sync_warp();
+    u32 low, next_low, high, next_high;
+    rank_tail(scratch.words, found.listed[0], per_tail, lane, low, next_low);
+    rank_tail(scratch.words + LISTED, found.listed[1], per_tail, lane, high, next_high);
     found.cuts = Cuts{low, ~high}, found.rest = Cuts{next_low, ~next_high};
     return next_low < ~high && ~next_high > low;
 }
@@ -145,14 +166,15 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
     Scratch scratch{words, (u16*)(words + 1024)};
     u32 least = ~0u, greatest = 0;  // of this lane
     const u16* row = value + ((u64)sequence * num_kv_heads * tokens + token) * HEAD_DIM;
-    KVQ_UNROLL_4 for (u32 i = lane; i < channels / 2; i += 32) {
-        u32 head = 2 * i / HEAD_DIM, at = 2 * i % HEAD_DIM;
-        u32 pair = *(const u32*)(row + (u64)head * tokens * HEAD_DIM + at);
-        u32 low = order_key((u16)pair), high = order_key((u16)(pair >> 16));
-        ((u32*)scratch.keys)[i] = low | high << 16;
-        u32 first = item_of(low, 2 * i), second = item_of(high, 2 * i + 1);
-        least = smaller(least, smaller(first, second));
-        greatest = larger(greatest, larger(first, second));
+    KVQ_UNROLL_4 for (u32 channel = 4 * lane; channel < channels; channel += 128) {
+        u32 head = channel / HEAD_DIM, at = channel % HEAD_DIM, items[4];
+        Quad states = *(const Quad*)(row + (u64)head * tokens * HEAD_DIM + at);
+        Quad keys{{order_keys(states.of[0]), order_keys(states.of[1])}};
+        *(Quad*)(scratch.keys + channel) = keys;
+        quad_items(keys, channel, items);
+        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+            least = smaller(least, items[k]), greatest = larger(greatest, items[k]);
+        }
     }
     sync_warp();
     u32 page = page_table[sequence * max_pages + token / 128];
@@ -186,90 +208,182 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
     cuts[number] = found.cuts;
 }
 
-// Grid: (sequence, KV head, slab). A warp writes one step of the keys and one of the values.
+// What codes and outliers of a slab are written from.
+struct Source {
+    Place place;
+    KeyCode code;
+    u32 lane, step;
+};
+
+// Where the words of a slab's lists of flags lie: a bit an element, a word a lane of each step, of the
+// keys, then of the values.
+DEVICE u32* flags_of(u32* flags, u64 list, u32 side, u32 thread) {
+    return flags + (list * 2 + side) * STEPS * 32 + thread;
+}
+
+// Of a lane's codes, those of tokens that exist: masks of nibbles of a tile's word.
+DEVICE u32 key_mask(const Source& from, u32 tile) {
+    u32 token = 16 * tile + from.lane / 4, tokens = from.place.tokens;
+    return (token < tokens ? 0x00ff00ffu : 0) | (token + 8 < tokens ? 0xff00ff00u : 0);
+}
+DEVICE u32 value_mask(const Source& from, u32 tile) {
+    u32 token = 16 * tile + from.lane % 4 * 2, tokens = from.place.tokens, mask = 0;
+    KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+        if (token + k / 2 * 8 + k % 2 < tokens) mask |= 0x0f0fu << (k / 2 * 16 + k % 2 * 4);
+    }
+    return mask;
+}
+// A bit for each nibble that is not zero in a mask of whole nibbles.
+DEVICE u32 nibble_bits(u32 mask) {
+    u32 bits = 0;
+    KVQ_UNROLL for (u32 i = 0; i < 8; i++) bits |= (mask >> 4 * i & 1) << i;
+    return bits;
+}
+
+// A lane's codes of a step's keys, a word a tile; returns who is an outlier.
+DEVICE u32 key_codes(const Source& from, const u16* staged, u32 tokens, u32 (&tiles)[4]) {
+    u32 flags = 0, place = 8 * from.step + from.lane % 4 * 2;
+    KeyChannel channels[2][2];
+    lane_channels(from.code, from.place.head, from.step, from.lane, channels);
+    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+        u32 word = 0, found_flags = 0;
+        KVQ_UNROLL for (u32 half = 0; half < 2; half++) {
+            u32 token = t * 16 + half * 8 + from.lane / 4;
+            Turns turns = turns_at(from.code, smaller(from.place.slab * 64 + token, tokens - 1), place);
+            KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
+                Element found[2];
+                key_pair(channels[e], staged + token * ROW, turns.of[e], found);
+                u32 i = half * 2 + e;
+                word |= found[0].code << 4 * i | found[1].code << 4 * (i + 4);
+                if (found[0].is_outlier) found_flags |= 1u << i;
+                if (found[1].is_outlier) found_flags |= 16u << i;
+            }
+        }
+        if (from.place.tokens < 64) {
+            u32 mask = key_mask(from, t);
+            word &= mask, found_flags &= nibble_bits(mask);
+        }
+        flags |= found_flags << 8 * t;
+        KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
+        tiles[3] = word;
+    }
+    return flags;
+}
+
+// A lane's codes of a step's values; returns who may be an outlier, as far as its size says.
+DEVICE u32 value_codes(const Source& from, const u16* staged, const Coded* rows,
+                       const float* middles, u32 (&tiles)[4]) {
+    u32 flags = 0;
+    const u16* channels = staged + 16 * from.step + from.lane / 4;
+    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+        u32 word = 0, found_flags = 0;
+        KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
+            u32 token = t * 16 + n / 2 * 8 + from.lane % 4 * 2 + n % 2;
+            Coded row = rows[token];
+            KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
+                float x = state_value(channels[token * ROW + 8 * upper]);
+                float u = mul_exact(add_exact(x, -row.offset), row.inverse);
+                u32 i = n / 2 * 4 + n % 2 + 2 * upper;
+                word |= nearest<VALUE_BITS>(u, middles) << 4 * i;
+                if (OUTLIERS && (x <= row.low || x >= row.high)) found_flags |= 1u << i;
+            }
+        }
+        if (from.place.tokens < 64) {
+            u32 mask = value_mask(from, t);
+            word &= mask, found_flags &= nibble_bits(mask);
+        }
+        flags |= found_flags << 8 * t;
+        KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
+        tiles[3] = word;
+    }
+    return flags;
+}
+
+// Grid: (sequence, KV head, slab). A warp writes one step of the keys and one of the values, who is an
+// outlier to `flags` (lists, 2, STEPS * 32), and the number of the keys' to `counts` (lists, 2).
 KERNEL(STEPS * 32)
 pack_slabs(const u16* key, const u16* value, const int* page_table, const float* lower,
            const float* upper, const float* offset, const float* inverse, const float* key_middles,
-           const float* value_middles, const u16* order, const float* turns, const u16* levels,
-           const u16* key_levels, const u32* ranges, const Cuts* cuts, const u32* index, u8* slabs,
-           u32* outlier_words, u32 num_kv_heads, u32 tokens, u32 max_pages) {
+           const float* value_middles, const u16* order, const float* turns, const u32* ranges,
+           const Cuts* cuts, u32* counts, u32* flags, u8* slabs, u32 num_kv_heads, u32 tokens,
+           u32 max_pages) {
     u16* staged = (u16*)shared_memory();
     u16* staged_value = staged + 64 * ROW;
-    float* middles = (float*)(staged_value + 64 * ROW);  // of keys, of values
-    ValueRow* rows = (ValueRow*)(middles + 32);
-    u32* counts = (u32*)(rows + 64);
-    u32* cursors = counts + STEPS;  // where each rank's outliers of values go
-    for (u32 i = thread_index(); i < 32; i += STEPS * 32) {
-        if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
-        if (i >= 16 && i < 15 + (1u << VALUE_BITS)) middles[i] = value_middles[i - 16];
-        cursors[i] = 0;
-    }
-    u32 many = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
-    Place place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
-    KeyCode code{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
-                 order, turns};
-    Decode decode{levels, key_levels, (const u32*)key_levels};
+    Coded* rows = (Coded*)(staged_value + 64 * ROW);
+    float* middles = (float*)(rows + 64);  // of keys, of values
+    u32 many = (tokens + 63) / 64, thread = thread_index();
+    Source from;
+    from.lane = thread % 32, from.step = thread / 32;
+    from.place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
+    from.code = KeyCode{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
+                        order, turns};
+    const Place& place = from.place;
     stage(key, place, num_kv_heads, tokens, staged);
     stage(value, place, num_kv_heads, tokens, staged_value);
-    u32 parity = place.slab % 2;
-    for (u32 i = thread_index(); i < place.tokens; i += STEPS * 32) {
-        u32 range = ranges[place.page * 128 + parity * 64 + i];
-        rows[i] = ValueRow{range, inverse_scale(range),
-                           cuts[(u64)place.sequence * tokens + place.slab * 64 + i]};
+    for (u32 i = thread; i < 32; i += STEPS * 32) {
+        if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
+        if (i >= 16 && i < 15 + (1u << VALUE_BITS)) middles[i] = value_middles[i - 16];
     }
-    sync_block();
-    u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + parity;
+    const Cuts* own = cuts + (u64)place.sequence * tokens + place.slab * 64;
+    for (u32 i = thread; i < 64; i += STEPS * 32) {
+        u32 at = smaller(i, place.tokens - 1);
+        rows[i] = coded_row(ranges[place.page * 128 + place.slab % 2 * 64 + at], own[at]);
+    }
+    u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
     u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
-    u32 key_flags = 0, value_flags = 0, tiles[4] = {0, 0, 0, 0};
-    KeyChannel channels[2][2];
-    lane_channels(code, place.head, step, lane, channels);
-    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
-        u32 word = 0;
-        KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
-            u32 e = n % 2, i = n / 2 * 2 + e, token = t * 16 + n / 2 * 8 + lane / 4;
-            if (token >= place.tokens) continue;
-            Element found[2];
-            key_pair(code, channels[e], staged + token * ROW, place.slab * 64 + token,
-                     8 * step + lane % 4 * 2 + e, found);
-            word |= found[0].code << 4 * i | found[1].code << 4 * (i + 4);
-            key_flags |= (u32)found[0].is_outlier << (8 * t + i);
-            key_flags |= (u32)found[1].is_outlier << (8 * t + i + 4);
-        }
-        KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
-        tiles[3] = word;
+    u32 tiles[4] = {0, 0, 0, 0};
+    await_copies<1>();
+    sync_block();
+    u32 found = key_codes(from, staged, tokens, tiles);
+    store_codes<KEY_BITS>(to + from.step * step_bytes(KEY_BITS), from.lane, tiles);
+    if constexpr (OUTLIERS) {
+        *flags_of(flags, list, 0, thread) = found;
+        u32 total = sum_of_warp(count_bits(found));
+        if (from.lane == 0 && total) add_global(counts + 2 * list, total);
     }
-    store_codes<KEY_BITS>(to + step * step_bytes(KEY_BITS), lane, tiles);
-    u32 head_channel = place.head * HEAD_DIM;
-    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
-        u32 word = 0;
-        KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
-            u32 e = n % 2, i = n / 2 * 4 + e, token = t * 16 + n / 2 * 8 + lane % 4 * 2 + e;
-            if (token >= place.tokens) continue;
-            ValueRow row = rows[token];
-            KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
-                u32 at = 16 * step + 8 * upper + lane / 4;
-                Element found =
-                    value_element(middles + 16, staged_value[token * ROW + at], row,
-                                  head_channel + at);
-                word |= found.code << 4 * (i + 2 * upper);
-                value_flags |= (u32)found.is_outlier << (8 * t + i + 2 * upper);
-            }
-        }
-        KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
-        tiles[3] = word;
-    }
-    store_codes<VALUE_BITS>(to + STEPS * step_bytes(KEY_BITS) + step * step_bytes(VALUE_BITS), lane,
-                            tiles);
+    await_copies<0>();
+    sync_block();
+    found = value_codes(from, staged_value, rows, middles + 16, tiles);
+    to += STEPS * step_bytes(KEY_BITS) + from.step * step_bytes(VALUE_BITS);
+    store_codes<VALUE_BITS>(to, from.lane, tiles);
     if constexpr (!OUTLIERS) return;
+    KVQ_ROLLED for (u32 left = found; left; left &= left - 1) {  // among equals some may be none
+        u32 token, at, n = lowest_bit(left);
+        value_place(n, from.step, from.lane, token, at);
+        u32 item = item_of(order_key(staged_value[token * ROW + at]), place.head * HEAD_DIM + at);
+        if (!is_cut(own[token], item)) found &= ~(1u << n);
+    }
+    *flags_of(flags, list, 1, thread) = found;
+}
 
+// Grid: (sequence, KV head, slab). Write the lists of outliers where `index` says, from the flags.
+KERNEL(STEPS * 32)
+write_lists(const u16* key, const u16* value, const int* page_table, const float* lower,
+            const float* upper, const float* offset, const float* inverse,
+            const float* key_middles, const float* value_middles, const u16* order,
+            const float* turns, const u16* levels, const u16* key_levels, const u32* ranges,
+            u32* flags, const u32* index, u32* outlier_words, u32 num_kv_heads, u32 tokens,
+            u32 max_pages) {
+    u32* counts = (u32*)shared_memory();
+    u32* cursors = counts + STEPS;  // where each rank's outliers of values go
+    u32 many = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
+    Place place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
+    u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
+    u32 key_flags = *flags_of(flags, list, 0, thread_index());
+    u32 value_flags = *flags_of(flags, list, 1, thread_index());
+    KeyCode code{lower, upper, offset, inverse, key_middles, order, turns};
+    Decode decode{levels, key_levels, (const u32*)key_levels};
+    const u64 first = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
     const u32* where = index + 4 * list;
     u32* words = outlier_words + (u64)where[0] * 4;
+    for (u32 i = thread_index(); i < RANKS; i += STEPS * 32) cursors[i] = 0;
     u32 total, before = lanes_before(count_bits(key_flags), lane, total);
     if (lane == 0) counts[step] = total;
     // The outliers of a lane's two channels are ranked behind those of the lanes before it.
     u32 ranks[2] = {channel_rank(count_bits(value_flags & 0x33333333u), lane),
                     channel_rank(count_bits(value_flags & 0xccccccccu), lane)};
     u32 last[2] = {ranks[0], ranks[1]};
+    sync_block();
     KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
         u32& rank = lowest_bit(left) / 2 % 2 ? last[1] : last[0];
         add_shared((int*)cursors + smaller(rank++, RANKS - 1), 1);
@@ -279,15 +393,15 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     KVQ_ROLLED for (u32 left = key_flags; left; left &= left - 1, before++) {
         u32 token, at, n = lowest_bit(left);
         key_place(n, step, lane, token, at);
+        u32 low = at % (HEAD_DIM / 2), partner = at / (HEAD_DIM / 2);
+        KeyChannel pair[2] = {key_channel(code, place.head, low),
+                              key_channel(code, place.head, low + HEAD_DIM / 2)};
         Element found[2];
-        u32 e = n % 2, partner = n / 4 % 2;
-        KeyChannel pair[2] = {e ? channels[1][0] : channels[0][0],
-                              e ? channels[1][1] : channels[0][1]};
-        key_pair(code, pair, staged + token * ROW, place.slab * 64 + token,
-                 8 * step + lane % 4 * 2 + e, found);
-        float state = partner ? found[1].state : found[0].state;
-        float dense = key_dense(decode, place.head, at, partner ? found[1].code : found[0].code);
-        words[before] = delta_word(state, dense, key_word(token, at));
+        key_pair(pair, key + (first + token) * HEAD_DIM,
+                 turn_at(code, place.slab * 64 + token, low), found);
+        Element element = partner ? found[1] : found[0];
+        float dense = key_dense(decode, place.head, at, element.code);
+        words[before] = delta_word(element.state, dense, key_word(token, at));
     }
     if (step == STEPS - 1 && lane == 31) {
         for (; before < where[1] * 4; before++) words[before] = 0;
@@ -312,12 +426,12 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
         u32 token, at, n = lowest_bit(left);
         value_place(n, step, lane, token, at);
-        Element found =
-            value_element(middles + 16, staged_value[token * ROW + at], rows[token],
-                          head_channel + at);
+        u32 range = ranges[place.page * 128 + place.slab % 2 * 64 + token];
+        float state = state_value(value[(first + token) * HEAD_DIM + at]);
+        u32 nearest_level = value_code(value_middles, state, range, inverse_scale(range));
         u32& rank = n / 2 % 2 ? ranks[1] : ranks[0];
         u32 slot = take_shared(cursors + smaller(rank++, RANKS - 1), 1);
-        words[slot] = delta_word(found.state, value_dense(decode, rows[token].range, found.code),
-                                 at << 8 | token << 2);
+        words[slot] =
+            delta_word(state, value_dense(decode, range, nearest_level), at << 8 | token << 2);
     }
 }

@@ -23,23 +23,26 @@ DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, cons
     return place;
 }
 
-// Bring 64 tokens of one head to shared memory, zeros past the end.
+struct alignas(16) Eight {
+    u32 of[4];
+};
+
+// Send for 64 tokens of one head, zeros past the end.
 DEVICE void stage(const u16* states, const Place& place, u32 num_kv_heads, u32 tokens, u16* to) {
     const u16* from =
         states +
         (((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64) * HEAD_DIM;
     constexpr u32 pieces = HEAD_DIM / 8;
-    for (u32 i = thread_index(); i < 64 * pieces; i += STEPS * 32) {
-        u32 token = i / pieces;
+    KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+        u32 i = thread_index() + k * STEPS * 32, token = i / pieces;
         u16* at = to + token * ROW + i % pieces * 8;
         if (token < place.tokens) {
             copy16(at, from + (u64)i * 8);
         } else {
-            for (u32 k = 0; k < 8; k++) at[k] = 0;
+            *(Eight*)at = Eight{{0, 0, 0, 0}};
         }
     }
     copies_sent();
-    await_copies<0>();
 }
 
 // How keys are encoded, by channel of the layer: threshold and affine, and the middles between
@@ -53,11 +56,11 @@ struct KeyCode {
 // The index of the nearest level: how many middles lie below u.
 template <int bits>
 DEVICE u32 nearest(float u, const float* middles) {
-    u32 code = 0;
-    KVQ_UNROLL for (u32 step = 1u << (bits - 1); step; step /= 2) {
-        if (middles[code + step - 1] < u) code += step;
+    u32 at = 0;  // in bytes
+    KVQ_UNROLL for (u32 step = 2u << bits; step >= 4; step /= 2) {
+        if (*(const float*)((const u8*)middles + step - 4 + at) < u) at += step;
     }
-    return code;
+    return at / 4;
 }
 
 struct Element {
@@ -110,14 +113,25 @@ DEVICE float divide(float a, float b, float inverse) {
 struct alignas(8) Turn {
     float cosine, sine;
 };
+struct alignas(16) Turns {
+    Turn of[2];
+};
+
+// How a token's keys turn at a place; or at two places from an even one on.
+DEVICE Turn turn_at(const KeyCode& code, u32 token, u32 place) {
+    return ROTATED ? ((const Turn*)code.turns)[(u64)token * (HEAD_DIM / 2) + place] : Turn{1, 0};
+}
+DEVICE Turns turns_at(const KeyCode& code, u32 token, u32 place) {
+    if constexpr (!ROTATED) return Turns{Turn{1, 0}, Turn{1, 0}};
+    return ((const Turns*)code.turns)[((u64)token * (HEAD_DIM / 2) + place) / 2];
+}
 
 // A token's keys at a place and at its partner before RoPE (undone by the exact inverse of the
 // model's own cosine and sine), and their codes.
-DEVICE void key_pair(const KeyCode& code, const KeyChannel (&channels)[2], const u16* row,
-                     u32 token, u32 place, Element (&found)[2]) {
+DEVICE void key_pair(const KeyChannel (&channels)[2], const u16* row, const Turn& turn,
+                     Element (&found)[2]) {
     float x = state_value(row[channels[0].channel]), y = state_value(row[channels[1].channel]);
     if constexpr (ROTATED) {
-        Turn turn = ((const Turn*)code.turns)[(u64)token * (HEAD_DIM / 2) + place];
         float norm =
             add_exact(mul_exact(turn.cosine, turn.cosine), mul_exact(turn.sine, turn.sine));
         float low = add_exact(mul_exact(x, turn.cosine), mul_exact(y, turn.sine));
@@ -142,6 +156,11 @@ DEVICE void lane_channels(const KeyCode& code, u32 head, u32 step, u32 lane,
 // A 16-bit float as an integer of the same order; both zeros are one.
 DEVICE u32 order_key(u16 bits) {
     return bits == 0x8000 ? 0x8000 : bits & 0x8000 ? 0xffffu ^ bits : bits | 0x8000u;
+}
+// The keys of two.
+DEVICE u32 order_keys(u32 pair) {
+    u32 plus = no_negative_zero<BF16>(pair);
+    return plus ^ ((plus >> 15 & 0x00010001u) * 0xffffu | 0x80008000u);
 }
 DEVICE u16 key_bits(u32 key) {
     return (u16)(key & 0x8000 ? key ^ 0x8000 : 0xffff ^ key);
@@ -168,6 +187,10 @@ DEVICE float inverse_scale(u32 range) {
     return scale > 0.0f ? div_exact(1.0f, scale) : 0.0f;
 }
 
+DEVICE u32 value_code(const float* middles, float state, u32 range, float inverse) {
+    return nearest<VALUE_BITS>(mul_exact(add_exact(state, -h2_high(range)), inverse), middles);
+}
+
 // What encoding a token's values takes.
 struct alignas(16) ValueRow {
     u32 range;
@@ -176,9 +199,19 @@ struct alignas(16) ValueRow {
 };
 
 DEVICE Element value_element(const float* middles, u16 bits, const ValueRow& row, u32 channel) {
-    float state = state_value(bits), u = mul_exact(add_exact(state, -h2_high(row.range)), row.inverse);
-    return Element{state, nearest<VALUE_BITS>(u, middles),
+    float state = state_value(bits);
+    return Element{state, value_code(middles, state, row.range, row.inverse),
                    OUTLIERS && is_cut(row.cuts, item_of(order_key(bits), channel))};
+}
+
+// What encoding a token's values takes; states from `low` to `high`, ends apart, are no outliers.
+struct alignas(16) Coded {
+    float offset, inverse, low, high;
+};
+
+DEVICE Coded coded_row(u32 range, const Cuts& cuts) {
+    return Coded{h2_high(range), inverse_scale(range), state_value(key_bits(cuts.low >> 16)),
+                 state_value(key_bits(cuts.high >> 16))};
 }
 
 // Within what a half can say.
@@ -215,6 +248,11 @@ DEVICE void store_codes(u8* step, u32 lane, const u32 (&tiles)[4]) {
             words[2 * lane + t] = tiles[2 * t] | tiles[2 * t + 1] << 2;
         }
     }
+}
+
+DEVICE u32 sum_of_warp(u32 value) {
+    KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) value += exchange(value, mask);
+    return value;
 }
 
 // The sum over all lanes before this one, and over all lanes.

@@ -18,7 +18,7 @@ from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
 from kvqtool.errors import InputError
 from kvqtool.fused import LayerTables, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
-from kvqtool.page_memory import QUAD, SLABS
+from kvqtool.page_memory import QUAD, RANKS, SLABS
 from kvqtool.pages import Pages, folds_levels, list_sizes
 from kvqtool.side import EXACT, GROUPED, ROTATING
 from kvqtool.spec import KvSpec
@@ -125,20 +125,24 @@ def pack(
     table = table.view(blocks, batch).T.contiguous()
     ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
     cuts = torch.empty(batch, tokens, 2, dtype=torch.int32, device=device)
+    flags = torch.empty(0, dtype=torch.int32, device=device)
     counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
     kernels, grids = pack_kernels(variant), _grids(key.shape, variant)
     shape: list[Argument] = [heads, tokens, blocks]
     keys = [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
     rest: list[Argument] = [ranges, cuts, counts, batch, *shape, code.per_tail]
     run(kernels["survey_values"], grids["survey_values"], [value, table, *rest])
+    packed = counts.new_empty(blocks * batch, heads, SLABS, variant.slab_words)
+    packed[-batch:] = 0  # a slab past the last token is not written
     if variant.outliers:
-        rest = [tables.order, turns, counts, *shape]
-        run(kernels["survey_keys"], grids["slabs"], [key, table, *keys, *rest])
-    index, words = _lay_out(counts)
-    packed = counts.new_zeros(blocks * batch, heads, SLABS, variant.slab_words)
+        flags = counts.new_empty(blocks * batch, heads, SLABS, 2, 32 * variant.steps)
     given = [key, value, table, *keys, code.value_middles, tables.order, turns]
-    rest = [tables.levels, tables.key_table, ranges, cuts, index, packed, words, *shape]
-    run(kernels["pack_slabs"], grids["slabs"], [*given, *rest])
+    rest = [ranges, cuts, counts, flags, packed, *shape]
+    run(kernels["pack_slabs"], grids["pack_slabs"], [*given, *rest])
+    index, words = _lay_out(counts)
+    if variant.outliers:
+        rest = [tables.levels, tables.key_table, ranges, flags, index, words, *shape]
+        run(kernels["write_lists"], grids["write_lists"], [*given, *rest])
     return Pages(packed, ranges, index, words, table)
 
 
@@ -191,7 +195,7 @@ def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _grids(shape: torch.Size, variant: Variant) -> dict[str, tuple[int, int, int]]:
     """Return launch shapes: a warp a token of all heads; a block a slab, with room for its keys,
-    values and counts.
+    values and what its tokens have; a block a slab, with room for counts.
     """
     batch, heads, tokens, head_dim = shape
     rows = 2 * SLAB_TOKENS * (head_dim + 8) * 2 + SLAB_TOKENS * 16  # states, what a token has
@@ -199,12 +203,13 @@ def _grids(shape: torch.Size, variant: Variant) -> dict[str, tuple[int, int, int
     values = -(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * heads * head_dim + 4096)
     return {
         "survey_values": values,
-        "slabs": (slabs, 32 * variant.steps, rows + 4 * (64 + variant.steps)),
+        "pack_slabs": (slabs, 32 * variant.steps, rows + 4 * 32),
+        "write_lists": (slabs, 32 * variant.steps, 4 * (RANKS + variant.steps)),
     }
 
 
 def pack_kernels(variant: Variant) -> dict[str, Kernel]:
     """Return the functions of kernels/pack.cu for a variant."""
     macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
-    names = ("survey_values", "survey_keys", "pack_slabs")
+    names = ("survey_values", "pack_slabs", "write_lists")
     return {name: Kernel("pack", name, macros) for name in names}

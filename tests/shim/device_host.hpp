@@ -230,6 +230,10 @@ inline u32 h2_fma(u32 a, u32 b, u32 c) {
 inline u32 h2_mul(u32 a, u32 b) {
     return h2_pack((double)h2_low(a) * h2_low(b), (double)h2_high(a) * h2_high(b));
 }
+template <bool bfloat>
+inline u32 no_negative_zero(u32 a) {
+    return ((a & 0xffff) == 0x8000 ? 0 : a & 0xffff) | (a >> 16 == 0x8000 ? 0 : a >> 16) << 16;
+}
 inline u32 h2_neg(u32 a) {
     return a ^ 0x80008000u;
 }
