@@ -45,6 +45,7 @@ constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
 constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
+constexpr u32 RAW_AT = CORNER_AT + DEPTH * SLOT + SIDES * SIDE;  // where the first warp's query will be
 constexpr u32 CORNER_SIDE = DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
               CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
@@ -59,7 +60,7 @@ struct Cache {
     const u8* slabs;
     const u32 *ranges, *outlier_index, *outlier_words;
     const int *page_table, *state;
-    u32 batch, num_heads, num_kv_heads, max_pages;
+    u32 batch, group_heads, num_kv_heads, max_pages;  // group_heads: query heads of a KV head
     const u64* frequencies;
     const u16* order;
     Exact sinks, window;
@@ -68,8 +69,9 @@ struct Cache {
 // A KV head of a sequence with up to GROUP of its query heads: the work of one softmax.
 struct Segment {
     u32 sequence, kv_head, first_head, heads, index;
-    u32 first_slab, slabs, sink_units, units, start;  // start: among the units of all segments
-    u32 first_block, blocks;                          // that share it
+    u32 first_slab, slabs, sink_units, units;
+    u32 start;                // among the units of all segments; else among the blocks
+    u32 first_block, blocks;  // that share it
 };
 
 // A slab's number among all, its half page's number among all, and its lists of outliers: first quad
@@ -78,7 +80,9 @@ struct Slab {
     u32 index, ranges, lists[4];
 };
 
+// Units of a KV head of a sequence; none past the last sequence.
 DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
+    if (sequence >= cache.batch) return 0;
     const int* state = cache.state + 8 * sequence;
     segment.first_slab = (u32)state[4] / 64;
     segment.slabs = ((u32)state[0] + 63) / 64 - segment.first_slab;
@@ -86,10 +90,12 @@ DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
     return segment.slabs + segment.sink_units + ((u32)state[2] + 63) / 64;
 }
 
-// Segments of a sequence follow each other, KV head by KV head.
+// Segments of a KV head, and of a sequence, which follow each other.
+DEVICE u32 segments_of_head(const Cache& cache) {
+    return (cache.group_heads + GROUP - 1) / GROUP;
+}
 DEVICE u32 segments_of(const Cache& cache) {
-    u32 heads = cache.num_heads / cache.num_kv_heads;
-    return cache.num_kv_heads * ((heads + GROUP - 1) / GROUP);
+    return cache.num_kv_heads * segments_of_head(cache);
 }
 
 // How the work is cut: whether every block has units of one segment only, or `share` units of all
@@ -103,22 +109,22 @@ DEVICE u32 parts_of(u32 units, u32 share) {
     return units ? larger(units / share, 1) : 0;
 }
 
-// Plan the cut for at most `blocks` blocks; returns how many have work.
-DEVICE u32 plan(const Cache& cache, u32 blocks, Cut& cut) {
+// Plan the cut for at most `blocks` blocks, a lane a sequence; returns how many have work.
+DEVICE u32 plan(const Cache& cache, u32 blocks, u32 lane, Cut& cut) {
     u32 many = segments_of(cache), total = 0, used = 0, longest = 0;
     Segment segment;
-    for (u32 b = 0; b < cache.batch; b++) total += segment_sizes(cache, b, segment) * many;
-    u32 share = larger((total + blocks - 1) / blocks, 1);
-    for (u32 b = 0; b < cache.batch; b++) {
-        u32 units = segment_sizes(cache, b, segment), parts = parts_of(units, share);
-        used += parts * many;
-        if (parts) longest = larger(longest, (units + parts - 1) / parts);
+    KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32)
+        total += sum_of_warp(segment_sizes(cache, first + lane, segment));
+    total *= many;
+    cut.share = larger((total + blocks - 1) / blocks, 1), cut.longer = 0;
+    KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32) {
+        u32 units = segment_sizes(cache, first + lane, segment), parts = parts_of(units, cut.share);
+        used += sum_of_warp(parts);
+        longest = larger(longest, parts ? (units + parts - 1) / parts : 0);
     }
-    cut.whole = used <= blocks && longest <= share + WARPS;
-    if (cut.whole) {
-        cut.share = share, cut.longer = 0;
-        return used;
-    }
+    used *= many, longest = greatest_of_warp(longest);
+    cut.whole = used <= blocks && longest <= cut.share + WARPS;
+    if (cut.whole) return used;
     blocks = smaller(blocks, total);
     cut.share = total / blocks, cut.longer = total % blocks;
     return blocks;
@@ -134,25 +140,40 @@ DEVICE u32 block_of(const Cut& cut, u32 unit) {
 }
 
 // The segment to which a unit belongs, or where every block has but one, to which a block belongs.
-DEVICE Segment find_segment(const Cache& cache, const Cut& cut, u32 at) {
+DEVICE Segment find_segment(const Cache& cache, const Cut& cut, u32 at, u32 lane) {
     Segment segment;
-    u32 many = segments_of(cache), passed = 0, start = 0, b = 0, size;
-    for (;; b++) {
-        segment.units = segment_sizes(cache, b, segment);
+    u32 many = segments_of(cache), passed = 0, first = 0, size, owner;
+    for (;; first += 32) {  // a lane a sequence
+        segment.units = segment_sizes(cache, first + lane, segment);
         size = cut.whole ? parts_of(segment.units, cut.share) : segment.units;
-        if (at - passed < size * many || b + 1 == cache.batch) break;
-        passed += size * many, start += segment.units * many;
+        u32 until = size * many;
+        KVQ_UNROLL for (u32 d = 1; d < 32; d *= 2) {
+            u32 below = sum_below(until, d);
+            if (lane >= d) until += below;
+        }
+        u32 found = vote(at - passed < until);
+        if (found || first + 32 >= cache.batch) {
+            owner = found ? lowest_bit(found) : 0;
+            passed += from_lane(until, owner) - from_lane(size, owner) * many;
+            break;
+        }
+        passed += from_lane(until, 31);
     }
-    u32 within = (at - passed) / size, heads = cache.num_heads / cache.num_kv_heads;
-    u32 groups = many / cache.num_kv_heads, group = within % groups;
-    segment.sequence = b;
-    segment.kv_head = within / groups;
-    segment.first_head = segment.kv_head * heads + group * GROUP;
-    segment.heads = smaller(GROUP, heads - group * GROUP);
-    segment.index = b * many + within;
-    segment.start = start + within * segment.units;
+    segment.sequence = first + owner;
+    segment.units = from_lane(segment.units, owner);
+    segment.slabs = from_lane(segment.slabs, owner);
+    segment.first_slab = from_lane(segment.first_slab, owner);
+    segment.sink_units = from_lane(segment.sink_units, owner);
+    size = larger(from_lane(size, owner), 1);
+    u32 within = (at - passed) / size, groups = segments_of_head(cache), group = 0;
+    segment.kv_head = within;
+    if (groups > 1) segment.kv_head = within / groups, group = within % groups;
+    segment.first_head = segment.kv_head * cache.group_heads + group * GROUP;
+    segment.heads = smaller(GROUP, cache.group_heads - group * GROUP);
+    segment.index = segment.sequence * many + within;
+    segment.start = passed + within * size;
     if (cut.whole) {
-        segment.first_block = passed + within * size, segment.blocks = size;
+        segment.first_block = segment.start, segment.blocks = size;
     } else {
         segment.first_block = block_of(cut, segment.start);
         segment.blocks = block_of(cut, segment.start + segment.units - 1) + 1 - segment.first_block;

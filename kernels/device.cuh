@@ -70,6 +70,9 @@ DEVICE u32 least_of_warp(u32 value) {
 DEVICE u32 greatest_of_warp(u32 value) {
     return __reduce_max_sync(0xffffffffu, value);
 }
+DEVICE u32 sum_of_warp(u32 value) {
+    return __reduce_add_sync(0xffffffffu, value);
+}
 DEVICE u32 count_bits(u32 value) {
     return __popc(value);
 }

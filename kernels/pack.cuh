@@ -250,11 +250,6 @@ DEVICE void store_codes(u8* step, u32 lane, const u32 (&tiles)[4]) {
     }
 }
 
-DEVICE u32 sum_of_warp(u32 value) {
-    KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) value += exchange(value, mask);
-    return value;
-}
-
 // The sum over all lanes before this one, and over all lanes.
 DEVICE u32 lanes_before(u32 value, u32 lane, u32& total) {
     u32 sum = value;

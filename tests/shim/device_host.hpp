@@ -174,6 +174,11 @@ inline u32 least_of_warp(u32 value) {
 inline u32 greatest_of_warp(u32 value) {
     return ~least_of_warp(~value);
 }
+inline u32 sum_of_warp(u32 value) {
+    u32 *all = shim::gather(value), sum = 0;
+    for (u32 i = 0; i < 32; i++) sum += all[i];
+    return sum;
+}
 inline u32 count_bits(u32 value) {
     return __builtin_popcount(value);
 }
