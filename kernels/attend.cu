@@ -47,7 +47,7 @@ constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
 constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
 constexpr u32 RAW_AT = CORNER_AT + DEPTH * SLOT + SIDES * SIDE;  // where the first warp's query will be
 constexpr u32 CORNER_SIDE = DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
-              CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
+              CORNER_SPARSE = CORNER_QUERY + STEPS * QUERY_STEP;
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
 static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
@@ -238,7 +238,7 @@ DEVICE const u32* outliers_at(const Cache& cache, const Slab& slab, u32 side) {
     return cache.outlier_words + (u64)slab.lists[2 * side] * 4;
 }
 DEVICE u32 outlier_words(const Slab& slab, u32 side) {
-    return (slab.lists[2 * side + 1] & ~SORTED) * 4;
+    return (slab.lists[2 * side + 1] & ~IN_ROUNDS) * 4;
 }
 
 // Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.
@@ -327,7 +327,7 @@ DEVICE void turn_query(const Warp& warp, const float* query, int position) {
         }
         KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
             float low = query[h * HEAD_DIM + i], high = query[h * HEAD_DIM + i + HEAD_DIM / 2];
-            u32* at = (u32*)(warp.query + ((i / 8 * GROUP + h) * 4 + i % 8 / 2) * 8) + i % 2;
+            u32* at = (u32*)(warp.query + query_at(i / 8, h, i % 8 / 2)) + i % 2;
             *at = h2_from(low * cosine + high * sine, high * cosine - low * sine);
         }
     }
@@ -378,12 +378,12 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u3
     if constexpr (OUTLIERS) {
         sync_warp();
         u32 count = outlier_words(slab, 1);
-        bool sorted = slab.lists[3] & SORTED;
+        bool in_rounds = slab.lists[3] & IN_ROUNDS;
         if (count <= LISTED) {
-            value_outliers(warp, Near{listed + LISTED}, count, sorted);
+            value_outliers(warp, Near{listed + LISTED}, count, in_rounds);
         } else {
             Far list{listed + LISTED, outliers_at(cache, slab, 1)};
-            value_outliers(warp, list, count, sorted);
+            value_outliers(warp, list, count, in_rounds);
         }
     }
     constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);

@@ -34,6 +34,7 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
 constexpr float FAR_BELOW = -1e30f;
 constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
 constexpr int LANE_HEADS = GROUP == 8 ? 2 : 1;  // heads of a lane
+constexpr u32 QUERY_STEP = GROUP * 32 + (GROUP > 1 ? 32 : 0);  // bytes, padded against conflicts
 constexpr u32 SPARSE_ROW =
     GROUP == 1 ? 64 : 68;               // sparse scores of a head, padded against conflicts
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
@@ -45,7 +46,7 @@ struct Warp {
     const u8 *lut, *angles, *head_table;
     const u64* frequencies;
     const u16* order;
-    u8* query;      // (STEPS, GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
+    u8* query;      // of each step (GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
     float* sparse;  // outliers' share of the scores, then the tokens' weights, (64, GROUP)
     float* mix;     // (HEAD_DIM, GROUP): outliers' share of the output
     ByteTable<KEY_BITS == 3 ? 3 : 2> key_levels;
@@ -63,9 +64,13 @@ DEVICE bool has_heads(const Warp& warp) {
     return GROUP >= 4 || warp.column < GROUP;
 }
 
+// Where a head's query for a lane's column of a step lies.
+DEVICE u32 query_at(u32 step, u32 head, u32 column) {
+    return step * QUERY_STEP + (head * 4 + column) * 8;
+}
+
 DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
-    const u32* at = (const u32*)(warp.query +
-                                 ((step * GROUP + column_head(warp.row)) * 4 + warp.column) * 8);
+    const u32* at = (const u32*)(warp.query + query_at(step, column_head(warp.row), warp.column));
     u32 first = at[0], second = at[1];
     b0 = pick_bytes(first, second, 0x5410), b1 = pick_bytes(first, second, 0x7632);
 }
@@ -191,7 +196,7 @@ DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
     } else if (where.upper) {
         u = 0.0f, v = delta;
     }
-    const u8* query = warp.query + (where.step * GROUP * 4 + where.column) * 8 + 4 * where.odd;
+    const u8* query = warp.query + query_at(where.step, 0, where.column) + 4 * where.odd;
     int* score = (int*)warp.sparse + where.token;
     KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
         u32 pair = *(const u32*)(query + 32 * h);
@@ -247,13 +252,12 @@ DEVICE void value_outlier(const Warp& warp, u32 word) {
     *at = sum;
 }
 
-// Outliers of values: a word is a half delta above channel << 8 and token << 2. A sorted list has the
-// first outlier of every channel, then the second ones, and so on: no two lanes write to one place
-// at once. Its head says where each of these ranks begins; the last of them has all the rest, which
-// are added one by one. Lists that grew word by word are not sorted; there atomics keep lanes apart.
+// Outliers of values: a word is a half delta above channel << 8 and token << 2. A list in rounds has
+// words of different channels in each round, so that no two lanes write to one place. Lists that grew
+// word by word are in no rounds; there atomics keep lanes apart.
 template <typename Words>
-DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool sorted) {
-    if (!sorted) {
+DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool in_rounds) {
+    if (!in_rounds) {
         KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
             u32 word = list(i);
             const float* weight = warp.sparse + (word >> 2 & 63) * GROUP;
@@ -263,18 +267,14 @@ DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool 
         }
         return;
     }
-    u32 start = list(warp.lane / 4) >> warp.lane % 4 * 8 & 255, begin = STARTS;
-    KVQ_ROLLED for (u32 rank = 1; rank < RANKS; rank++) {
-        u32 end = from_lane(start, rank);
-        if (end == begin) return;
-        KVQ_ROLLED for (u32 i = begin + warp.lane; i < end; i += 32) value_outlier(warp, list(i));
+    u32 rounds = list(0), size = list(1), longer = list(2), i = HEADER + warp.lane;
+    u32 word = list(smaller(i, count - 1));
+    KVQ_ROLLED for (u32 round = 0; round < rounds; round++) {
+        u32 own = size + (round < longer), now = word;
+        i += own, word = list(smaller(i, count - 1));  // of the next round
+        if (warp.lane < own) value_outlier(warp, now);
         sync_warp();
-        begin = end;
     }
-    KVQ_ROLLED for (; begin < count; begin++) {
-        if (warp.lane == 0) value_outlier(warp, list(begin));
-    }
-    sync_warp();
 }
 
 // Bring everything accumulated to a new reference; the factor of head h lies in lanes of column

@@ -39,7 +39,7 @@ template <bool is_key>
 DEVICE void add_outliers(const Source& from, float* tile) {
     const u32* list = from.index + (is_key ? 0 : 2);
     const u32* words = from.outlier_words + (u64)list[0] * 4;
-    u32 first = list[1] & SORTED ? STARTS : 0, last = (list[1] & ~SORTED) * 4;
+    u32 first = list[1] & IN_ROUNDS ? HEADER : 0, last = (list[1] & ~IN_ROUNDS) * 4;
     for (u32 i = first + thread_index(); i < last; i += STEPS * 32) {
         u32 word = words[i], token = word >> 2 & 63, at = word >> 8 & 255;
         if constexpr (is_key) {

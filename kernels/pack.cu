@@ -9,8 +9,8 @@
 // `turns`   (tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
 // `ranges`  (pages, 128) half2: scale and offset
 // `cuts`    (batch, tokens) Cuts
-// `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; SORTED lists of
-//           values begin with 32 bytes, where each rank's words begin
+// `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; lists of values
+//           IN_ROUNDS begin with HEADER words (kvqtool/pages.py)
 // Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS.
 #include "pack.cuh"
 
@@ -356,6 +356,22 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     *flags_of(flags, list, 1, thread) = found;
 }
 
+// From the outliers of each channel to those of the channels before it, and the rounds of the list:
+// their number, size, how many have one more, and the outliers of all.
+DEVICE void deal_rounds(u32* channels, u32* rounds, u32 lane) {
+    u32 before = 0, most = 1, total;
+    KVQ_UNROLL for (u32 base = 0; base < HEAD_DIM; base += 32) {
+        u32 count = channels[base + lane], at = lanes_before(count, lane, total);
+        most = larger(most, count);
+        channels[base + lane] = before + at;
+        before += total;
+    }
+    most = larger(greatest_of_warp(most), (before + 31) / 32);
+    if (lane == 0) {
+        rounds[0] = most, rounds[1] = before / most, rounds[2] = before % most, rounds[3] = before;
+    }
+}
+
 // Grid: (sequence, KV head, slab). Write the lists of outliers where `index` says, from the flags.
 KERNEL(STEPS * 32)
 write_lists(const u16* key, const u16* value, const int* page_table, const float* lower,
@@ -364,8 +380,9 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
             const float* turns, const u16* levels, const u16* key_levels, const u32* ranges,
             u32* flags, const u32* index, u32* outlier_words, u32 num_kv_heads, u32 tokens,
             u32 max_pages) {
-    u32* counts = (u32*)shared_memory();
-    u32* cursors = counts + STEPS;  // where each rank's outliers of values go
+    u32* counts = (u32*)shared_memory();   // of keys, a step each
+    u32* channels = counts + STEPS;         // outliers of each channel of values, then of those before
+    u32* rounds = channels + HEAD_DIM;      // how many, their size, and how many have one more
     u32 many = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
     Place place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
     u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
@@ -376,19 +393,19 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
     const u64 first = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
     const u32* where = index + 4 * list;
     u32* words = outlier_words + (u64)where[0] * 4;
-    for (u32 i = thread_index(); i < RANKS; i += STEPS * 32) cursors[i] = 0;
     u32 total, before = lanes_before(count_bits(key_flags), lane, total);
     if (lane == 0) counts[step] = total;
-    // The outliers of a lane's two channels are ranked behind those of the lanes before it.
-    u32 ranks[2] = {channel_rank(count_bits(value_flags & 0x33333333u), lane),
-                    channel_rank(count_bits(value_flags & 0xccccccccu), lane)};
-    u32 last[2] = {ranks[0], ranks[1]};
-    sync_block();
-    KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
-        u32& rank = lowest_bit(left) / 2 % 2 ? last[1] : last[0];
-        add_shared((int*)cursors + smaller(rank++, RANKS - 1), 1);
+    // The outliers of a lane's two channels come behind those of the lanes before it.
+    u32 places[2], own = 16 * step + lane / 4;
+    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
+        u32 count = count_bits(value_flags & 0x33333333u << 2 * upper);
+        places[upper] = channel_rank(count, lane);
+        if (lane % 4 == 3) channels[own + 8 * upper] = places[upper] + count;
     }
     sync_block();
+    if (step == 0) deal_rounds(channels, rounds, lane);
+    sync_block();
+    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) places[upper] += channels[own + 8 * upper];
     for (u32 s = 0; s < step; s++) before += counts[s];
     KVQ_ROLLED for (u32 left = key_flags; left; left &= left - 1, before++) {
         u32 token, at, n = lowest_bit(left);
@@ -406,31 +423,22 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
     if (step == STEPS - 1 && lane == 31) {
         for (; before < where[1] * 4; before++) words[before] = 0;
     }
-    bool sorted = where[3] & SORTED;
-    u32 room = (where[3] & ~SORTED) * 4;
+    u32 room = (where[3] & ~IN_ROUNDS) * 4;
     words = outlier_words + (u64)where[2] * 4;
-    if (step == 0) {
-        u32 start = lanes_before(cursors[lane], lane, total) + (sorted ? STARTS : 0);
-        sync_warp();
-        cursors[lane] = start;
-        sync_warp();
-        if (sorted && lane < STARTS) {
-            u32 word = 0;
-            KVQ_UNROLL for (u32 k = 0; k < 4; k++) word |= cursors[4 * lane + k] << 8 * k;
-            words[lane] = word;
-        }
-        u32 end = total + (sorted ? STARTS : 0);
-        if (lane < room - end && room) words[end + lane] = 0;
+    if (room && step == 0) {
+        u32 end = HEADER + rounds[3];
+        if (lane < HEADER) words[lane] = lane < 3 ? rounds[lane] : 0;
+        if (lane < room - end) words[end + lane] = 0;
     }
-    sync_block();
     KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
         u32 token, at, n = lowest_bit(left);
         value_place(n, step, lane, token, at);
         u32 range = ranges[place.page * 128 + place.slab % 2 * 64 + token];
         float state = state_value(value[(first + token) * HEAD_DIM + at]);
         u32 nearest_level = value_code(value_middles, state, range, inverse_scale(range));
-        u32& rank = n / 2 % 2 ? ranks[1] : ranks[0];
-        u32 slot = take_shared(cursors + smaller(rank++, RANKS - 1), 1);
+        u32& place = n / 2 % 2 ? places[1] : places[0];
+        u32 round = place % rounds[0];
+        u32 slot = HEADER + round * rounds[1] + smaller(round, rounds[2]) + place++ / rounds[0];
         words[slot] =
             delta_word(state, value_dense(decode, range, nearest_level), at << 8 | token << 2);
     }

@@ -8,9 +8,8 @@
 #include "device.cuh"
 
 constexpr u32 STEPS = HEAD_DIM / 16;
-constexpr u32 SORTED = 0x80000000u;  // beside the quads of values' lists
-constexpr u32 STARTS = 8;            // words of a sorted list's head, a byte a rank
-constexpr u32 RANKS = 4 * STARTS;
+constexpr u32 IN_ROUNDS = 0x80000000u;  // beside the quads of values' lists
+constexpr u32 HEADER = 4;               // words before the first outlier of a list in rounds
 
 // A model's states: half, or bfloat16 with BF16.
 DEVICE float state_value(u16 bits) {

@@ -18,7 +18,7 @@ from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
 from kvqtool.errors import InputError
 from kvqtool.fused import LayerTables, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
-from kvqtool.page_memory import QUAD, RANKS, SLABS
+from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, folds_levels, list_sizes
 from kvqtool.side import EXACT, GROUPED, ROTATING
 from kvqtool.spec import KvSpec
@@ -185,9 +185,9 @@ def expect_code(code: CodeTables, variant: Variant, heads: int) -> list[Expected
 
 def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return (index, words) with room for lists of so many outliers; waits for the GPU."""
-    _, quads, is_sorted = list_sizes(counts.flatten())
+    _, quads, in_rounds = list_sizes(counts.flatten())
     first = quads.cumsum(0) - quads
-    sizes = quads - (is_sorted.long() << 31)  # bit 31 of an int32
+    sizes = quads - (in_rounds.long() << 31)  # bit 31 of an int32
     index = torch.stack([first, sizes], dim=1).to(torch.int32).view(*counts.shape[:3], 4)
     size = max(int(quads.sum()), 1) * QUAD
     return index, torch.zeros(size, dtype=torch.int32, device=counts.device)
@@ -204,7 +204,7 @@ def _grids(shape: torch.Size, variant: Variant) -> dict[str, tuple[int, int, int
     return {
         "survey_values": values,
         "pack_slabs": (slabs, 32 * variant.steps, rows + 4 * 32),
-        "write_lists": (slabs, 32 * variant.steps, 4 * (RANKS + variant.steps)),
+        "write_lists": (slabs, 32 * variant.steps, 4 * (head_dim + variant.steps + 4)),
     }
 
 

@@ -148,7 +148,7 @@ class Variant:
     def _corner_bytes(self) -> int:
         slot = max(128 * b * (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
         side = 256 + (896 if self.outliers else 0)
-        mix = self.head_dim * self.group * (2 + 4)
+        mix = self.head_dim * self.group * (2 + 4) + (32 * self.steps if self.group > 1 else 0)
         if self.outliers:
             mix += 256 if self.group == 1 else 272 * self.group
         sides = 1 if self.depth - 1 <= self._chunks[1] else 2

@@ -14,7 +14,7 @@ from kvqtool.codec import encode
 from kvqtool.cuda import Launcher
 from kvqtool.fused import LayerTables
 from kvqtool.packing import CodeTables, code_tables
-from kvqtool.page_memory import STARTS
+from kvqtool.page_memory import HEADER
 from kvqtool.pages import Pages, build_pages
 from kvqtool.rope import Rotation
 from kvqtool.spec import parse_spec
@@ -112,7 +112,7 @@ def same_lists(found: Pages, expected: Pages) -> None:
 def lists_of(pages: Pages) -> Iterator[Tensor]:
     """Yield each list's outliers, without its head and its padding."""
     for first, quads in pages.outlier_index.view(-1, 2).tolist():
-        begin = 4 * first + (STARTS if quads < 0 else 0)
+        begin = 4 * first + (HEADER if quads < 0 else 0)
         words = pages.outlier_words[begin : 4 * (first + (quads & 0x7FFFFFFF))]
         yield words[words != 0].sort()[0]
 
