@@ -267,12 +267,17 @@ DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool 
         }
         return;
     }
-    u32 rounds = list(0), size = list(1), longer = list(2), i = HEADER + warp.lane;
-    u32 word = list(smaller(i, count - 1));
+    // Words whose channels are equal modulo 8, which share banks, follow each other: eight lanes that
+    // are served at once take every `apart`-th word.
+    u32 rounds = list(0), size = list(1), longer = list(2);
+    u32 apart = smaller(size / 8 + 1, 4);  // a round has at most 32
+    u32 place = warp.lane % 8 * apart + warp.lane / 8, begin = HEADER;
+    if (warp.lane / 8 >= apart) place = 32;  // no word
+    u32 word = list(smaller(begin + place, count - 1));
     KVQ_ROLLED for (u32 round = 0; round < rounds; round++) {
         u32 own = size + (round < longer), now = word;
-        i += own, word = list(smaller(i, count - 1));  // of the next round
-        if (warp.lane < own) value_outlier(warp, now);
+        begin += own, word = list(smaller(begin + place, count - 1));  // of the next round
+        if (place < own) value_outlier(warp, now);
         sync_warp();
     }
 }

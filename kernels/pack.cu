@@ -396,16 +396,16 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
     u32 total, before = lanes_before(count_bits(key_flags), lane, total);
     if (lane == 0) counts[step] = total;
     // The outliers of a lane's two channels come behind those of the lanes before it.
-    u32 places[2], own = 16 * step + lane / 4;
+    u32 places[2], own = lane / 4 * (HEAD_DIM / 8) + 2 * step;  // by the remainder modulo 8 first
     KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
         u32 count = count_bits(value_flags & 0x33333333u << 2 * upper);
         places[upper] = channel_rank(count, lane);
-        if (lane % 4 == 3) channels[own + 8 * upper] = places[upper] + count;
+        if (lane % 4 == 3) channels[own + upper] = places[upper] + count;
     }
     sync_block();
     if (step == 0) deal_rounds(channels, rounds, lane);
     sync_block();
-    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) places[upper] += channels[own + 8 * upper];
+    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) places[upper] += channels[own + upper];
     for (u32 s = 0; s < step; s++) before += counts[s];
     KVQ_ROLLED for (u32 left = key_flags; left; left &= left - 1, before++) {
         u32 token, at, n = lowest_bit(left);

@@ -196,8 +196,10 @@ def lay_out_lists(owner: Tensor, word: Tensor, lists: int) -> tuple[Tensor, Tens
         The index (lists, 4) int32 and the words int32 of `Pages`.
     """
     device = owner.device
-    # Values by channel, dealt out to rounds; keys stay in the order of their tokens.
-    channel = owner * 256 + torch.where(owner % 2 == 1, word >> 8 & 255, 0)
+    # Values by channel, those of the same banks first, dealt out to rounds; keys stay in the order
+    # of their tokens.
+    channel = word >> 8 & 255
+    channel = owner * 256 + torch.where(owner % 2 == 1, channel % 8 * 32 + channel // 8, 0)
     channel, order = channel.sort(stable=True)
     owner, word = owner[order], word[order]
     counts = torch.bincount(owner, minlength=2 * lists)
@@ -225,8 +227,8 @@ def list_sizes(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         counts: (2 * lists,) outliers of each list, keys and values in turn. Lists of values are in
             rounds: up to 32 words of different channels each, which lanes add at once. There are R
             rounds, the most outliers of a channel or a 32nd of all; outlier n in the order of
-            channels is in round n modulo R. Before the first stand R, the size of a round, and how
-            many rounds have one more.
+            channels, by their remainder modulo 8 first, is in round n modulo R. Before the first
+            stand R, the size of a round, and how many rounds have one more.
     """
     is_value = torch.arange(len(counts), device=counts.device) % 2 == 1
     in_rounds = is_value & (counts > 0)
