@@ -65,8 +65,9 @@ DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32* bins, Cu
 // Put codes n, of a lane's 32 in a step, into their words.
 template <int bits>
 DEVICE void replace_codes(u8* step, u32 lane, const u32* n, const u32* codes, u32 count) {
-    u32 tiles[4];
-    selectors<bits>(step, lane, tiles);
+    u32 words[bits], tiles[4];
+    read_words<bits>(step, lane, words);
+    selectors<bits>(words, tiles);
     for (u32 i = 0; i < count; i++) {
         u32 shift = 4 * (n[i] % 8);
         KVQ_UNROLL for (u32 t = 0; t < 4; t++) {

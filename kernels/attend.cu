@@ -38,18 +38,18 @@ constexpr u32 LISTED = 112;  // outliers of a slab and side that are copied ahea
 constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
 // What goes with the next slab arrives while values are read, when this slab's is used up; else two
 // buffers take turns.
-constexpr u32 SIDES = DEPTH - 1 <= CHUNKS - KEY_CHUNKS ? 1 : 2;
+constexpr u32 SIDES = AHEAD || DEPTH - 1 <= CHUNKS - KEY_CHUNKS ? 1 : 2;
 constexpr u32 PARTIAL = HEAD_DIM + 2;
 // Shared memory: tables, the query, what warps hand to each other, then each warp's corner.
 constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE;
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
 constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
-constexpr u32 RAW_AT = CORNER_AT + DEPTH * SLOT + SIDES * SIDE;  // where the first warp's query will be
-constexpr u32 CORNER_SIDE = DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
+constexpr u32 CORNER_SIDE = AHEAD ? 0 : DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
               CORNER_SPARSE = CORNER_QUERY + STEPS * QUERY_STEP;
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
+constexpr u32 RAW_AT = CORNER_AT + CORNER_QUERY;  // where the first warp's query will be
 static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
 
 struct Exact {
@@ -190,6 +190,9 @@ struct Stream {
     Slab known;
     Slab slab;                      // the slab that is read
     const u8 *words, *next_words;  // this lane's share of it, and of the next one; null past the last
+    const u8* chunk;                        // of the ring
+    u32 keys[AHEAD ? AHEAD : 1][KEY_BITS];  // of the next steps, where a warp reads ahead
+    u32 values[AHEAD ? AHEAD : 1][VALUE_BITS];
 };
 
 DEVICE u8* side_of(const Stream& stream, u32 which) {
@@ -220,8 +223,44 @@ DEVICE Slab known_slab(const Stream& stream, u32 number) {
     return slab;
 }
 
+// A lane's share: 16 bytes of each 512, or where it reads ahead, its first word.
 DEVICE const u8* words_of(const Cache& cache, const Stream& stream, u32 index) {
-    return cache.slabs + (u64)index * SLAB + 16 * stream.lane;
+    return cache.slabs + (u64)index * SLAB + (AHEAD ? 0 : 16 * stream.lane);
+}
+
+// Bring a slab to the second cache.
+DEVICE void fetch_slab(const u8* words, u32 lane) {
+    KVQ_UNROLL for (u32 i = 0; i < SLAB; i += 4096) {
+        if (i + 4096 <= SLAB || i + 128 * lane < SLAB) fetch_line(words + i + 128 * lane);
+    }
+}
+
+// Read a step's words from the slab.
+template <int bits>
+DEVICE void load_words(const u8* step, u32 lane, u32 (&words)[bits]) {
+    if constexpr (bits == 3 || bits == 16) {
+        KVQ_UNROLL for (int i = 0; i < bits; i++) {
+            u32 word[1];
+            load_once<1>((const u32*)step + word_of<bits>(lane, i), word);
+            words[i] = word[0];
+        }
+    } else {
+        load_once<bits>((const u32*)step + bits * lane, words);
+    }
+}
+
+// Read step `number`, keys first, of this slab or past its end of the next one.
+DEVICE void read_ahead(Stream& stream, u32 number) {
+    constexpr u32 slot = AHEAD ? AHEAD : 1;
+    const u8* words = number < 2 * STEPS || !stream.next_words ? stream.words : stream.next_words;
+    u32 step = number % STEPS;
+    if (number / STEPS % 2) {
+        load_words<VALUE_BITS>(words + KEY_SLAB + step * step_bytes(VALUE_BITS), stream.lane,
+                               stream.values[step % slot]);
+    } else {
+        load_words<KEY_BITS>(words + step * step_bytes(KEY_BITS), stream.lane,
+                             stream.keys[step % slot]);
+    }
 }
 
 // Make `number` the slab that is read.
@@ -295,7 +334,37 @@ DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream, u3
     look_ahead(cache, segment, stream);
     turn_to(cache, segment, stream);
     sync_warp();
-    KVQ_UNROLL for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
+    if constexpr (AHEAD) {
+        fetch_slab(stream.words, stream.lane);
+        KVQ_UNROLL for (u32 i = 0; i < AHEAD; i++) read_ahead(stream, i);
+        send_side(cache, stream.lane, stream.slab, side_of(stream, 0));
+        copies_sent();
+    } else {
+        KVQ_UNROLL for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
+    }
+}
+
+// The words of a step, of keys or of values, and what comes behind it sent for.
+DEVICE void take_keys(const Cache& cache, Stream& stream, u32 step, u32 (&words)[KEY_BITS]) {
+    constexpr u32 many = KEY_CHUNK / step_bytes(KEY_BITS);
+    if constexpr (AHEAD) {
+        KVQ_UNROLL for (int i = 0; i < KEY_BITS; i++) words[i] = stream.keys[step % AHEAD][i];
+        read_ahead(stream, step + AHEAD);
+    } else {
+        if (step % many == 0 && step) stream.chunk = take(cache, stream, step / many);
+        read_words<KEY_BITS>(stream.chunk + step % many * step_bytes(KEY_BITS), stream.lane, words);
+    }
+}
+DEVICE void take_values(const Cache& cache, Stream& stream, u32 step, u32 (&words)[VALUE_BITS]) {
+    constexpr u32 many = VALUE_CHUNK / step_bytes(VALUE_BITS);
+    if constexpr (AHEAD) {
+        KVQ_UNROLL for (int i = 0; i < VALUE_BITS; i++) words[i] = stream.values[step % AHEAD][i];
+        read_ahead(stream, STEPS + step + AHEAD);
+    } else {
+        if (step % many == 0) stream.chunk = take(cache, stream, KEY_CHUNKS + step / many);
+        read_words<VALUE_BITS>(stream.chunk + step % many * step_bytes(VALUE_BITS), stream.lane,
+                               words);
+    }
 }
 
 // The list of a slab's outliers: in shared memory, or the first LISTED there and the rest where they
@@ -343,13 +412,19 @@ DEVICE void cap_scores(float (&score)[4][4], float cap) {
     }
 }
 
-DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u32 first, u32 last,
+DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 first, u32 last,
                         float cap) {
     const Slab& slab = stream.slab;
     u32 number = stream.number;
     const u8* side = side_of(stream, stream.parity);
     float score[4][4] = {};
-    const u8* words = take(cache, stream, 0);
+    if constexpr (AHEAD) {
+        await_copies<0>();
+        sync_warp();
+        if (stream.next_words) fetch_slab(stream.next_words, stream.lane);
+    } else {
+        stream.chunk = take(cache, stream, 0);
+    }
     const u32* listed = (const u32*)(side + 256);
     if constexpr (OUTLIERS) {
         clear_sparse(warp);
@@ -363,13 +438,10 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u3
         sync_warp();
         sparse_scores(warp, score);
     }
-    constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
-    KVQ_UNROLL for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
-        if (chunk) words = take(cache, stream, chunk);
-        KVQ_UNROLL for (u32 s = 0; s < steps; s++) {
-            key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4,
-                     score);
-        }
+    KVQ_UNROLL for (u32 step = 0; step < STEPS; step++) {
+        u32 words[KEY_BITS];
+        take_keys(cache, stream, step, words);
+        key_step(warp, words, step, number % 2 * 4, score);
     }
     cap_scores(score, cap);
     u32 weights[4][2];
@@ -386,10 +458,16 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u3
             value_outliers(warp, list, count, in_rounds);
         }
     }
-    constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);
+    if constexpr (AHEAD) {
+        sync_warp();  // what went with this slab is used up
+        if (stream.next_words)
+            send_side(cache, stream.lane, known_slab(stream, number + 1), side_of(stream, 0));
+        copies_sent();
+    }
     KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
-        if (m % value_steps == 0) words = take(cache, stream, KEY_CHUNKS + m / value_steps);
-        value_step(warp, words + m % value_steps * step_bytes(VALUE_BITS), weights, warp.out[m]);
+        u32 words[VALUE_BITS];
+        take_values(cache, stream, m, words);
+        value_step(warp, words, weights, warp.out[m]);
     }
 }
 

@@ -107,10 +107,10 @@ DEVICE void key_levels(const Warp& warp, u32 step, u32 tile, u32 (&k)[4]) {
 }
 
 // Scores of a step's 16 channels, added to those of the steps before.
-DEVICE void key_step(const Warp& warp, const u8* words, u32 step, u32 first_tile,
+DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u32 first_tile,
                      float (&score)[4][4]) {
     u32 tiles[4], affine[4] = {0, 0, 0, 0}, b0, b1;
-    if constexpr (KEY_BITS != 16) selectors<KEY_BITS == 16 ? 4 : KEY_BITS>(words, warp.lane, tiles);
+    if constexpr (KEY_BITS != 16) selectors<KEY_BITS>(words, tiles);
     if constexpr (KEY_BITS != 16 && !CHANNEL_LEVELS) {
         const u32* at = (const u32*)(warp.head_table + (step * 4 + warp.column) * 16);
         KVQ_UNROLL for (int i = 0; i < 4; i++) affine[i] = at[i];
@@ -119,8 +119,7 @@ DEVICE void key_step(const Warp& warp, const u8* words, u32 step, u32 first_tile
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 k[4];
         if constexpr (KEY_BITS == 16) {
-            const u32* at = (const u32*)words + (32 * t + warp.lane) * 4;
-            KVQ_UNROLL for (int i = 0; i < 4; i++) k[i] = at[i];
+            KVQ_UNROLL for (int i = 0; i < 4; i++) k[i] = words[(4 * t + i) % KEY_BITS];
         } else {
             key_levels(warp, step, tiles[t], k);
             if constexpr (!CHANNEL_LEVELS) {
@@ -149,12 +148,11 @@ struct alignas(8) Pair {
 };
 
 // Add p V of 16 channels for the slab's 64 tokens; `weights` are the tokens' fragments.
-DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4][2],
-                       float (&out)[4]) {
+DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS],
+                       const u32 (&weights)[4][2], float (&out)[4]) {
     if constexpr (VALUE_QUADS) {
-        const u32* pair = (const u32*)words + 2 * warp.lane;
         KVQ_UNROLL for (int i = 0; i < 2; i++) {
-            u32 word = pair[i], first[4], second[4];
+            u32 word = words[i], first[4], second[4];
             KVQ_UNROLL for (int a = 0; a < 4; a++) {
                 u32 at = pick_bytes(word, 8 * warp.lane, 0x5504 | a << 4);
                 Pair found = *(const Pair*)(warp.lut + PAIR_BYTES + at);
@@ -166,14 +164,11 @@ DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4
         return;
     }
     u32 tiles[4];
-    if constexpr (VALUE_BITS != 16) {
-        selectors<VALUE_BITS == 16 ? 4 : VALUE_BITS>(words, warp.lane, tiles);
-    }
+    if constexpr (VALUE_BITS != 16) selectors<VALUE_BITS>(words, tiles);
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 v[4];
         if constexpr (VALUE_BITS == 16) {
-            const u32* at = (const u32*)words + (32 * t + warp.lane) * 4;
-            KVQ_UNROLL for (int i = 0; i < 4; i++) v[i] = at[i];
+            KVQ_UNROLL for (int i = 0; i < 4; i++) v[i] = words[(4 * t + i) % VALUE_BITS];
         } else if constexpr (VALUE_PAIRS) {
             look_up_pairs<LUT_STRIDE>(warp.lut + VALUE_HALF, warp.lane, tiles[t], v);
         } else {

@@ -20,8 +20,9 @@ struct Source {
 template <bool is_key>
 DEVICE void decode_side(const Source& from, float* tile) {
     constexpr u32 bits = is_key ? KEY_BITS : VALUE_BITS;
-    u32 lane = thread_index() % 32, step = thread_index() / 32, tiles[4];
-    selectors<bits>(from.words + step * step_bytes(bits), lane, tiles);
+    u32 lane = thread_index() % 32, step = thread_index() / 32, words[bits], tiles[4];
+    read_words<bits>(from.words + step * step_bytes(bits), lane, words);
+    selectors<bits>(words, tiles);
     KVQ_UNROLL for (u32 n = 0; n < 32; n++) {
         u32 token, at, code = tiles[n / 8] >> 4 * (n % 8) & ((1u << bits) - 1);
         if constexpr (is_key) {

@@ -219,6 +219,25 @@ DEVICE void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// Words of global memory that nobody reads again, and a line of it to be had soon.
+template <int count>
+DEVICE void load_once(const u32* from, u32 (&to)[count]) {
+    if constexpr (count == 4) {
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "l"(from));
+    } else if constexpr (count == 2) {
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(to[0]), "=r"(to[1])
+                     : "l"(from));
+    } else {
+        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+    }
+}
+DEVICE void fetch_line(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 DEVICE void add_shared(float* at, float value) {
     atomicAdd(at, value);
 }

@@ -83,7 +83,7 @@ def _arguments(
     tables = LayerTables(read[10], read[11], read[12], read[13], read[14], reals[0], cap)
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
     flags = bool(levels), bool(rotated), bool(outliers)
-    most_warps, value_table = numbers[9], numbers[10] > 0
+    most_warps, value_table, ahead = numbers[9], numbers[10] > 0, numbers[11]
     return (
         context,
         tables,
@@ -94,5 +94,6 @@ def _arguments(
             *(softcap > 0, bf16 > 0),
             most_warps,
             value_table,
+            ahead,
         ),
     )

@@ -36,6 +36,7 @@ class Variant:
         bfloat16: query, output and exact tokens are bfloat16, not float16.
         most_warps: warps of a block where shared memory has room for them.
         value_table: values of 2 and 3 bits are looked up in shared memory, not in registers.
+        ahead: steps whose codes a warp reads ahead into registers; 0 for a ring in shared memory.
     """
 
     head_dim: int
@@ -49,6 +50,7 @@ class Variant:
     bfloat16: bool = False
     most_warps: int = MOST_WARPS
     value_table: bool = True
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -115,6 +117,7 @@ class Variant:
             ("DEPTH", self.depth),
             ("SHARED_BYTES", self.shared_bytes),
             ("VALUE_TABLE", int(self.value_table)),
+            ("AHEAD", self.ahead),
         )
 
     @cached_property
@@ -152,6 +155,8 @@ class Variant:
         if self.outliers:
             mix += 256 if self.group == 1 else 272 * self.group
         sides = 1 if self.depth - 1 <= self._chunks[1] else 2
+        if self.ahead:
+            return side + mix
         return self.depth * slot + sides * side + mix
 
 
