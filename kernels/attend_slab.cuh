@@ -116,6 +116,12 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
         KVQ_UNROLL for (int i = 0; i < 4; i++) affine[i] = at[i];
     }
     query_fragment(warp, step, b0, b1);
+    u32 eight[2];  // cosine and sine of eight tokens
+    if constexpr (ROTATED && DERIVED) {
+        const u32* turn =
+            (const u32*)(warp.angles + ANGLE_BYTES / 2 + (step * 32 + warp.column) * 8);
+        eight[0] = turn[0], eight[1] = turn[1];
+    }
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 k[4];
         if constexpr (KEY_BITS == 16) {
@@ -129,10 +135,17 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
             }
         }
         if constexpr (ROTATED) {
-            const u32* turn =
-                (const u32*)(warp.angles +
-                             (((first_tile + t) * STEPS + step) * 32 + warp.lane) * 16);
-            u32 cosine[2] = {turn[0], turn[2]}, sine[2] = {turn[1], turn[3]};
+            u32 cosine[2], sine[2];
+            u32 at = ((first_tile + t) * STEPS + step) * 32 + warp.lane;
+            if constexpr (DERIVED) {
+                const u32* turn = (const u32*)(warp.angles + at * 8);
+                cosine[0] = turn[0], sine[0] = turn[1];
+                cosine[1] = h2_fma(cosine[0], eight[0], h2_neg(h2_mul(sine[0], eight[1])));
+                sine[1] = h2_fma(sine[0], eight[0], h2_mul(cosine[0], eight[1]));
+            } else {
+                const u32* turn = (const u32*)(warp.angles + at * 16);
+                cosine[0] = turn[0], sine[0] = turn[1], cosine[1] = turn[2], sine[1] = turn[3];
+            }
             KVQ_UNROLL for (int i = 0; i < 2; i++) {
                 u32 first = h2_fma(k[i], cosine[i], h2_neg(h2_mul(k[i + 2], sine[i])));
                 k[i + 2] = h2_fma(k[i + 2], cosine[i], h2_mul(k[i], sine[i]));
@@ -183,7 +196,10 @@ DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
     KeyWhere where = key_where(word);
     float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
     if constexpr (ROTATED) {
-        const u32* turn = (const u32*)(warp.angles + first_tile * STEPS * 512 + (word & 0xfff8));
+        u32 at = DERIVED ? first_tile * STEPS * 256 + ((word & 0xfff0) >> 1) +
+                               (word & 8 ? ANGLE_BYTES / 2 : 0)
+                         : first_tile * STEPS * 512 + (word & 0xfff8);
+        const u32* turn = (const u32*)(warp.angles + at);
         u32 pair = pick_bytes(turn[0], turn[1], where.odd ? 0x7632 : 0x5410);
         float cosine = h2_low(pair), sine = h2_high(pair);
         u = delta * (where.upper ? -sine : cosine);

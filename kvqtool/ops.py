@@ -84,6 +84,7 @@ def _arguments(
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
     flags = bool(levels), bool(rotated), bool(outliers)
     most_warps, value_table, ahead = numbers[9], numbers[10] > 0, numbers[11]
+    derived = numbers[12] > 0
     return (
         context,
         tables,
@@ -95,5 +96,6 @@ def _arguments(
             most_warps,
             value_table,
             ahead,
+            derived,
         ),
     )

@@ -36,6 +36,7 @@ class Variant:
         bfloat16: query, output and exact tokens are bfloat16, not float16.
         most_warps: warps of a block where shared memory has room for them.
         value_table: values of 2 and 3 bits are looked up in shared memory, not in registers.
+        derived: angles of every second eight tokens are made from those of the eight before.
         ahead: steps whose codes a warp reads ahead into registers; 0 for a ring in shared memory.
     """
 
@@ -51,6 +52,7 @@ class Variant:
     most_warps: int = MOST_WARPS
     value_table: bool = True
     ahead: int = 0
+    derived: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -118,6 +120,7 @@ class Variant:
             ("SHARED_BYTES", self.shared_bytes),
             ("VALUE_TABLE", int(self.value_table)),
             ("AHEAD", self.ahead),
+            ("DERIVED", int(self.derived)),
         )
 
     @cached_property
@@ -177,6 +180,8 @@ def variant_of(
         group,
         softcap,
         bfloat16,
+        ahead=1,
+        derived=spec.key.pre_rope,
     )
     plain = replace(variant, value_table=False)
     chosen = variant if variant.warps == plain.warps else plain

@@ -64,10 +64,10 @@ def test_values_are_picked_from_registers_as_well(spec: str) -> None:
     assert (out - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("fields", [{"ahead": 0, "derived": 0}, {"ahead": 2}], ids=str)
 @pytest.mark.parametrize("spec", ["nuq4-1%", "nuq3-1%", "nuq2-1%"])
-def test_codes_are_read_ahead_as_well(spec: str, ahead: int) -> None:
-    out, expected = attend_on_cpu(Case(spec, (70, 400), sinks=1), 3, ahead=ahead)
+def test_other_ways_to_read_codes_and_angles_agree(spec: str, fields: dict[str, int]) -> None:
+    out, expected = attend_on_cpu(Case(spec, (70, 400), sinks=1), 3, **fields)
     assert (out - expected).abs().max() < TOLERANCE
 
 
