@@ -39,15 +39,15 @@ class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers'
                 "bits by attention; use a spec with fixed bits, like nuq3-1%"
             )
         is_exact = self.store.is_empty and self.prefill == "exact"
-        first = self._first_seen()
+        first = self.first_seen()
         self.store.take(key_states, value_states)
         self.is_initialized = True
         self.path.count("exact" if is_exact else "materialise")
         keys, values, queries = key_states, value_states, key_states.shape[2]
         if not is_exact:
             if queries == 1:
-                self.store.commit(self._read_angles)
-            keys, values = self.store.read(self._read_angles, first)
+                self.store.commit(self.read_angles)
+            keys, values = self.store.read(self.read_angles, first)
         watch = _Observer(is_exact, self, first)
         return mark_band(keys, self.band(keys, queries, watch)), values
 
@@ -79,8 +79,8 @@ class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers'
             The values of tokens from `first` on, where some that queries attend to were encoded.
         """
         is_changed = self.store.leaving > 0 and not together
-        self.store.settle(greatest, self._read_angles, together=together)
-        values = self.store.read(self._read_angles, first)[1] if is_changed else None
+        self.store.settle(greatest, self.read_angles, together=together)
+        values = self.store.read(self.read_angles, first)[1] if is_changed else None
         self.store.drop_unseen()
         return values
 

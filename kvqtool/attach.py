@@ -18,6 +18,7 @@ from kvqtool.probe import call_arguments, hooked, probe, rotary_tables
 from kvqtool.read_path import READ_PATHS, Place, ReadPath, unreadable
 from kvqtool.seam import LayerSeam, Seam
 from kvqtool.spec import KvSpec
+from kvqtool.steady import SteadyCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,9 +142,9 @@ def place_of(model: PreTrainedModel, layer: LayerSeam) -> Place:
     return Place(device, model.dtype, model.config.get_text_config().num_attention_heads)
 
 
-def _caches(arguments: dict[str, Any]) -> list[KvqCache]:
+def _caches(arguments: dict[str, Any]) -> list[KvqCache | SteadyCache]:
     """Return the compressed cache among a call's arguments, whatever its name there."""
-    return [value for value in arguments.values() if isinstance(value, KvqCache)]
+    return [value for value in arguments.values() if isinstance(value, (KvqCache, SteadyCache))]
 
 
 @contextmanager

@@ -41,18 +41,22 @@ def hidden_states(
     return output
 
 
-def next_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+def next_logits(
+    model: PreTrainedModel, ids: Tensor, cache: Cache, positions: Tensor | None = None
+) -> Tensor:
     """Run tokens through a model and its cache and return what comes after the last one.
 
     Args:
         model: a causal language model.
         ids: (batch, tokens) int64.
         cache: written and attended to.
+        positions: (batch, tokens) int64; None where the model counts by its cache.
 
     Returns:
         (batch, vocabulary) float32 logits.
     """
-    hidden = hidden_states(model, {"input_ids": ids}, cache)[:, -1:]
+    inputs = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
+    hidden = hidden_states(model, inputs, cache)[:, -1:]
     with head_of(model) as head:
         return head(hidden)[:, 0]
 

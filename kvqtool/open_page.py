@@ -72,20 +72,36 @@ class OpenPage:
                 not rotated.
             pages: the store this page stands at the head of.
         """
+        self.prepare(states[0], pages)
+        assert self._at is not None
+        self._at[:, 0] = self.tokens
+        self.write(states, self.fixed_turns(turns, states[0]), pages, self._at)
+        self.tokens += 1
+
+    def prepare(self, states: Tensor, pages: PageStore) -> None:
+        """Allocate what is missing, for states (batch, num_kv_heads, any, head_dim)."""
         if self._growing is None:
             self._open(states, pages)
-        assert self._growing is not None and self._states is not None and self._at is not None
+
+    def write(self, states: Pair, turns: Tensor, pages: PageStore, at: Tensor) -> None:
+        """Write one token of every sequence where `at` says, and nothing the host knows: `tokens`
+        stays as it is.
+
+        Args:
+            states: as for `append`.
+            turns: from `fixed_turns`.
+            pages: the store this page stands at the head of, as it was when `prepare` ran.
+            at: (batch, 8) int32, the tokens that are in the page in its first column.
+        """
+        assert self._growing is not None and self._states is not None and self._code is not None
+        place = at[:1, 0].long()
         for kept, fresh in zip(self._states, states, strict=True):
-            kept[:, :, self.tokens] = fresh[:, :, 0]
-        self._at[:, 0] = self.tokens
+            kept.index_copy_(2, place, fresh)
         key, value = (part[:, :, 0].contiguous() for part in states)
-        token = key, value, self._turns(turns, key), self._at
         growing = replace(self._growing, pages=self._place(pages))
         variant = self._reader.variant(key.shape[1], key)
-        assert self._code is not None
-        run = self._run or run_on_gpu
-        append(token, growing, self._code, self._reader.tables_on(key.device), variant, run)
-        self.tokens += 1
+        tables, run = self._reader.tables_on(key.device), self._run or run_on_gpu
+        append((key, value, turns, at), growing, self._code, tables, variant, run)
 
     def load(self, sides: tuple[PageSide, PageSide], states: Pair, pages: PageStore) -> None:
         """Hold tokens that have rows already: fewer than a page has room for, and no others.
@@ -95,8 +111,7 @@ class OpenPage:
             states: their states, (batch, num_kv_heads, tokens, head_dim) each.
             pages: the store this page stands at the head of.
         """
-        if self._growing is None:
-            self._open(states, pages)
+        self.prepare(states[0], pages)
         assert self._growing is not None and self._states is not None
         batch, place = len(states[0]), self._place(pages)
         self.tokens = states[0].shape[2]
@@ -146,19 +161,19 @@ class OpenPage:
         code = [part for part in vars(self._code).values() if isinstance(part, Tensor)]
         return [*self._states, self._growing.counts, self._growing.dropped, self._at, *code]
 
-    def _open(self, states: Pair, pages: PageStore) -> None:
-        batch, heads, _, head_dim = states[0].shape
-        device, channels = states[0].device, heads * head_dim
+    def _open(self, states: Tensor, pages: PageStore) -> None:
+        batch, heads, _, head_dim = states.shape
+        device, channels = states.device, heads * head_dim
         books = self._books[0].to(device), self._books[1].to(device)
         self._code = code_tables(self._spec, books, channels)
         # Room for every element of a slab: nothing is ever dropped.
         most, per_tail = SLAB_TOKENS * head_dim, outliers_per_tail(self._spec.value, channels)
         room = most if self._spec.key.outlier_fraction else 0, min(2 * per_tail * SLAB_TOKENS, most)
-        variant = self._reader.variant(heads, states[0])
+        variant = self._reader.variant(heads, states)
         self._growing = new_pages(variant, batch, heads, 1, room, device)
         pages.reserve(self._growing.pages)
         shape = batch, heads, PAGE_TOKENS, head_dim
-        key, value = (states[0].new_zeros(shape) for _ in range(2))
+        key, value = (states.new_zeros(shape) for _ in range(2))
         self._states = key, value
         self._at = torch.zeros(batch, 8, dtype=torch.int32, device=device)
 
@@ -167,9 +182,11 @@ class OpenPage:
         assert self._growing is not None
         return pages.reserved(self._growing.pages.page_table)
 
-    def _turns(self, turns: Pair | None, key: Tensor) -> Tensor:
-        """Return cosines and sines by place, (batch, head_dim / 2, 2) float32."""
-        batch, _, head_dim = key.shape
+    def fixed_turns(self, turns: Pair | None, states: Tensor) -> Tensor:
+        """Return cosines and sines by place, (batch, head_dim / 2, 2) float32, for states (batch,
+        num_kv_heads, 1, head_dim); `turns` as for `append`.
+        """
+        batch, head_dim, key = len(states), states.shape[3], states
         fixed = torch.zeros(batch, head_dim // 2, 2, device=key.device)
         fixed[..., 0] = 1.0
         if turns is not None:

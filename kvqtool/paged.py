@@ -137,6 +137,43 @@ class PagedStore(LayerStore):
         state[:, 4] = min(behind, packed)
         return PackedContext(pages, ExactTokens(*sink, *window), state)
 
+    @property
+    def open_page(self) -> OpenPage:
+        """The page that takes new tokens."""
+        assert self._open is not None, "the layer keeps rows"
+        return self._open
+
+    @property
+    def can_lend(self) -> bool:
+        """Whether new tokens can go into the open page at all."""
+        return self._open is not None and self.uses_pages and self._open.can_take(self.window[0])
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the next token goes into the open page and nowhere else."""
+        is_whole = not self.is_empty and self.sinks == self.spec.sink_tokens
+        return is_whole and self.can_lend and not self._pages_of().rest[0].tokens
+
+    def lend(self, angles: Angles, position: Tensor | None, start: int) -> PackedContext:
+        """Return `context` with the open page among the pages, for `write_open` to write to."""
+        self.open_page.prepare(self.window[0], self._pages_of().pages)
+        return self.context(angles, position, start)
+
+    def write_open(self, states: Pair, turns: Tensor, at: Tensor) -> None:
+        """Write one token of every sequence; see `OpenPage.write`. The store does not know of it
+        before `settle_open`.
+        """
+        self.open_page.write(states, turns, self._pages_of().pages, at)
+
+    def settle_open(self, tokens: int, angles: Angles) -> None:
+        """Take note of tokens that were written to the open page."""
+        self._angles = angles
+        self.tokens += tokens
+        self.open_page.tokens += tokens
+        if self.open_page.tokens == PAGE_TOKENS:
+            self._settle()
+            self._fill()
+
     def _new_bodies(self, channels: tuple[int, int], batch: int) -> tuple[Body, Body]:
         head_dim = len(self.form.order)
         orders = self.form.order, None

@@ -190,6 +190,14 @@ class AngleStore:
             self._rows.append(torch.stack(fresh, dim=-1))
         self.tokens += fresh[0].shape[0]
 
+    def follow(self, tokens: int) -> None:
+        """Remember tokens that go on from the last one, each a position further."""
+        assert self.first is not None and self._rows is not None, "positions go on by one"
+        self.forget()
+        ahead = torch.arange(self.tokens, self.tokens + tokens, device=self.first.device)
+        self._rows.append((self.first + ahead[:, None]).to(torch.int32))
+        self.tokens += tokens
+
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return (cos, sin) of tokens start..stop-1, each (tokens, batch, width / 2) float32."""
         if self._memo is not None and self._memo[0] == (start, stop):

@@ -25,8 +25,9 @@ from kvqtool.cachefile import (
 from kvqtool.container import load_container, save_container
 from kvqtool.data import Text
 from kvqtool.errors import BundleError, InputError, RunError
-from kvqtool.generation import Sampling, generate, resume
+from kvqtool.generation import Running, generate, resume
 from kvqtool.models import LoadedModel
+from kvqtool.sampling import Sampling
 
 DOCUMENT = Text(
     "A function object is created by a function definition. The only operation on a function "
@@ -115,7 +116,9 @@ class TestResume:
         prefill: str,
     ) -> None:
         path = quantized(spec, prefill=prefill)
-        whole = generate(builtin, calibrated(spec), DOCUMENT.text, sampling, prefill=prefill)
+        whole = generate(
+            builtin, calibrated(spec), DOCUMENT.text, sampling, running=Running(prefill)
+        )
         found = resume(builtin, path, "", sampling)
         assert found.token_ids == whole.token_ids
         assert found.text == whole.text
