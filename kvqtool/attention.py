@@ -67,6 +67,10 @@ class Band:
 class PackedKeys(Protocol):
     """Keys that lie in a cache's pages; a placeholder of NaN carries them to attention."""
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether a query sees whatever the pages say, and no mask is to be looked at."""
+
     def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Return attention's output, (batch, 1, num_heads, head_dim), of one query a sequence."""
 
@@ -129,7 +133,7 @@ def band_attention(
         witness(next((name for name in _UNKNOWN if options.get(name) is not None), None))
     packed: PackedKeys | None = getattr(key, _PACKED_ATTRIBUTE, None)
     if packed is not None:
-        if attention_mask is None or bool(attention_mask.all()):
+        if packed.sees_all or attention_mask is None or bool(attention_mask.all()):
             scaling = options.get("scaling") or query.shape[-1] ** -0.5
             return packed.attend(query, scaling, options.get("softcap")), None
         key, value = packed.expand()

@@ -237,8 +237,15 @@ class _Steps:
         except RuntimeError as error:
             self._steady.forget()
             self._report.mode = "eager"
-            self._report.reason = f"capturing a step failed: {str(error).splitlines()[0]}"
+            self._report.reason = f"capturing a step failed: {_first_cause(error)}"
             return False
         self._graph = graph
         self._report.captured += 1
         return True
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return the first line of the error that came first: what ends a capture hides it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]

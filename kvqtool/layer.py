@@ -214,6 +214,7 @@ class PackedLayer:
     reader: PageReader
     context: PackedContext
     path: ReadPath
+    sees_all: bool = False
 
     def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Return the output of one query a sequence, (batch, 1, num_heads, head_dim)."""

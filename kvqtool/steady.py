@@ -254,6 +254,7 @@ class SteadyKeys:
 
     reader: PageReader
     context: PackedContext
+    sees_all: bool = True
 
     def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Return the output of one query a sequence, (batch, 1, num_heads, head_dim)."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from fused_case import assert_same, text_ids
 from shim.build import HAS_COMPILER, run_on_cpu
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import import_utils
 
 from kvqtool.attach import Session, attached
 from kvqtool.bundle import Bundle
@@ -17,6 +20,7 @@ from kvqtool.decode import ungraphed
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel, load_model
 from kvqtool.open_page import OpenPage
+from kvqtool.reader import PageReader
 from kvqtool.steady import SteadyCache, unsteady
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
@@ -100,6 +104,32 @@ def test_a_step_reads_and_writes_the_same_memory_until_a_page_is_full(
         steady.settle(3)
         assert steady.begin() == 128 - 122
         assert steady.addresses == before
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]  # torch's own signature
+        name = function.name()
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing(
+    half: LoadedModel, calibrated: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under capture transformers makes a mask that it leaves out otherwise."""
+    with attached(half) as session, torch.no_grad():
+        cache = session.new_cache(calibrated(SPEC))
+        next_logits(half.model, text_ids(half, 1, 20), cache)
+        steady = SteadyCache(cache)
+        steady.begin()
+        token, positions = torch.tensor([[0]]), torch.tensor([[20]])
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+        monkeypatch.setattr(PageReader, "attend", lambda _, query, *__: query.transpose(1, 2))
+        with NoWaiting():
+            next_logits(half.model, token, steady, positions)
+            steady.advance()
 
 
 @pytest.mark.parametrize(
