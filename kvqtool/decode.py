@@ -152,6 +152,7 @@ class _Steps:
         self._slots = torch.empty(_SLOTS, len(first), dtype=torch.int64, pin_memory=True)
         self._pool = torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stale: torch.cuda.CUDAGraph | None = None  # keeps the pool until there is another
         self._addresses: tuple[int, ...] = ()
         self._left = self._done = self._sent = 0
         self._is_warm = False
@@ -191,7 +192,7 @@ class _Steps:
     def close(self, surplus: int) -> None:
         """Leave the cache with all tokens fed, but for the last `surplus` of them."""
         self._settle()
-        self._graph = None
+        self._graph = self._stale = None
         if surplus:
             self._cache.crop(-surplus)
 
@@ -204,7 +205,8 @@ class _Steps:
         self._settle()
         self._left = self._steady.begin()
         if self._left and self._steady.addresses != self._addresses:
-            self._graph, self._addresses = None, self._steady.addresses
+            self._stale, self._graph = self._graph or self._stale, None
+            self._addresses = self._steady.addresses
 
     def _forward(self, cache: Any) -> None:
         """Run one step; a graph holds this."""
@@ -239,7 +241,7 @@ class _Steps:
             self._report.mode = "eager"
             self._report.reason = f"capturing a step failed: {_first_cause(error)}"
             return False
-        self._graph = graph
+        self._graph, self._stale = graph, None
         self._report.captured += 1
         return True
 
