@@ -7,6 +7,7 @@ the operation known to torch.
 from __future__ import annotations
 
 from dataclasses import astuple
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from kvqtool.fused import (
 from kvqtool.pages import Pages
 from kvqtool.reading import attend_reference
 from kvqtool.variant import Variant
+
+# Written out, for torch 2.6 cannot infer it from `list[Tensor]`.
+_SCHEMA: Final = (
+    "(Tensor query, Tensor[] read, Tensor(a!)[] written, int[] numbers, float[] reals) -> Tensor"
+)
 
 
 def call_attend(
@@ -40,7 +46,9 @@ def call_attend(
     return out
 
 
-@torch.library.custom_op("kvqtool::attend", mutates_args=("written",), device_types="cuda")
+@torch.library.custom_op(
+    "kvqtool::attend", mutates_args=("written",), device_types="cuda", schema=_SCHEMA
+)
 def _attend_cuda(
     query: Tensor,
     read: list[Tensor],
