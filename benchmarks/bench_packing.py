@@ -58,16 +58,16 @@ def main() -> None:
 def _pack_row(case: PackCase, tokens: int, copy: float) -> dict[str, object]:
     built, repeats = _on_gpu(build_pack(case)), tokens // case.tokens
     key, value = (part.repeat(1, 1, repeats, 1) for part in built.states)
-    turns = built.turns.repeat(repeats, 1, 1)
+    turns = built.turns.repeat(1, repeats, 1, 1)
     times = []
     for _ in range(7):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        pages = pack((key, value), turns, built.code, built.tables, built.variant)
+        packed = pack((key, value), turns, built.code, built.tables, built.variant)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[2:])
-    rate = (2 * 2 * key.numel() + pages.nbytes) / seconds
+    rate = (2 * 2 * key.numel() + packed.pages.nbytes) / seconds
     return {
         "spec": case.spec,
         "num_kv_heads": case.num_kv_heads,
@@ -82,7 +82,7 @@ def _append_row(case: PackCase, launches: int = 32) -> dict[str, object]:
     built = _on_gpu(build_pack(case))
     key, value = (part[:, :, 0].contiguous() for part in built.states)
     state = torch.zeros(case.batch, 8, dtype=torch.int32, device="cuda")
-    turns = built.turns[0].expand(case.batch, -1, -1).contiguous()
+    turns = built.turns[:, 0].contiguous()
     growing = new_pages(built.variant, case.batch, case.num_kv_heads, 2, (1024, 1024), key.device)
 
     def call() -> None:

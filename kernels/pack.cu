@@ -6,11 +6,13 @@
 // operation in the order of codec.py; nothing is contracted.
 //
 // `states`  (batch, num_kv_heads, tokens, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
-// `turns`   (tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
+// `turns`   (batch, tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
 // `ranges`  (pages, 128) half2: scale and offset
 // `cuts`    (batch, tokens) Cuts
 // `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; SORTED lists of
 //           values begin with 32 bytes, where each reading lane's words are
+// `spilled` (2, room) of keys and of values, how many in `spills` (2): outliers that adding delta and
+//           code does not give back, (token * batch + sequence) * channels + channel above the half
 // Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS.
 #include "pack.cuh"
 
@@ -22,7 +24,8 @@ survey_keys(const u16* key, const int* page_table, const float* lower, const flo
     u16* staged = (u16*)shared_memory();
     u32 slabs = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
     Place place = find_place(block_index(), num_kv_heads, slabs, tokens, page_table, max_pages);
-    KeyCode code{lower, upper, offset, inverse, middles, order, turns};
+    KeyCode code{lower, upper, offset, inverse, middles, order,
+                 turns + (u64)place.sequence * tokens * HEAD_DIM};
     stage(key, place, num_kv_heads, tokens, staged);
     sync_block();
     KeyChannel channels[2][2];
@@ -186,13 +189,30 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
     cuts[number] = found.cuts;
 }
 
+// Where outliers go that their words do not give back: this side's, and what places count by.
+struct Spill {
+    u32* count;
+    u64* places;
+    u64 per_token, first;  // elements a token, and those before the slab's first
+};
+
+DEVICE void keep_spilled(const Spill& spill, float state, float dense, u32 word, u32 token,
+                         u32 channel) {
+    u16 stored = float_to_half(clamp_half(state));
+    u16 again = float_to_half(clamp_half(add_exact(dense, h2_high(word))));
+    if (again == stored) return;
+    u64 place = spill.first + token * spill.per_token + channel;
+    spill.places[add_global(spill.count, 1)] = place << 16 | stored;
+}
+
 // Grid: (sequence, KV head, slab). A warp writes one step of the keys and one of the values.
 KERNEL(STEPS * 32)
 pack_slabs(const u16* key, const u16* value, const int* page_table, const float* lower,
            const float* upper, const float* offset, const float* inverse, const float* key_middles,
            const float* value_middles, const u16* order, const float* turns, const u16* levels,
            const u16* key_levels, const u32* ranges, const Cuts* cuts, const u32* index, u8* slabs,
-           u32* outlier_words, u32 num_kv_heads, u32 tokens, u32 max_pages) {
+           u32* outlier_words, u32* spills, u64* spilled, u32 room, u32 batch, u32 num_kv_heads,
+           u32 tokens, u32 max_pages) {
     u16* staged = (u16*)shared_memory();
     u16* staged_value = staged + 64 * ROW;
     float* middles = (float*)(staged_value + 64 * ROW);  // of keys, of values
@@ -207,7 +227,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     u32 many = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
     Place place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
     KeyCode code{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
-                 order, turns};
+                 order, turns + (u64)place.sequence * tokens * HEAD_DIM};
     Decode decode{levels, key_levels, (const u32*)key_levels};
     stage(key, place, num_kv_heads, tokens, staged);
     stage(value, place, num_kv_heads, tokens, staged_value);
@@ -262,6 +282,9 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
                             tiles);
     if constexpr (!OUTLIERS) return;
 
+    Spill spill{spills, spilled, (u64)batch * num_kv_heads * HEAD_DIM,
+                ((u64)place.slab * 64 * batch + place.sequence) * num_kv_heads * HEAD_DIM +
+                    head_channel};
     const u32* where = index + 4 * list;
     u32* words = outlier_words + (u64)where[0] * 4;
     u32 total, before = lanes_before(count_bits(key_flags), lane, total);
@@ -284,13 +307,16 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
         float state = partner ? found[1].state : found[0].state;
         float dense = key_dense(decode, place.head, at, partner ? found[1].code : found[0].code);
         words[before] = delta_word(state, dense, key_word(token, at));
+        u32 channel = partner ? pair[1].channel : pair[0].channel;
+        keep_spilled(spill, state, dense, words[before], token, channel);
     }
     if (step == STEPS - 1 && lane == 31) {
         for (; before < where[1] * 4; before++) words[before] = 0;
     }
     bool sorted = where[3] & SORTED;
-    u32 room = (where[3] & ~SORTED) * 4;
+    u32 list_room = (where[3] & ~SORTED) * 4;
     words = outlier_words + (u64)where[2] * 4;
+    spill.count++, spill.places += room;
     if (step == 0) {
         u32 start = lanes_before(cursors[lane], lane, total) + (sorted ? STARTS : 0);
         sync_warp();
@@ -302,7 +328,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
             words[lane] = word;
         }
         u32 end = total + (sorted ? STARTS : 0);
-        if (lane < room - end && room) words[end + lane] = 0;
+        if (lane < list_room - end && list_room) words[end + lane] = 0;
     }
     sync_block();
     KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
@@ -312,7 +338,8 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
             value_element(middles + 16, staged_value[token * ROW + at], rows[token],
                           head_channel + at);
         u32 slot = take_shared(cursors + at % 32, 1);
-        words[slot] = delta_word(found.state, value_dense(decode, rows[token].range, found.code),
-                                 at << 8 | token << 2);
+        float dense = value_dense(decode, rows[token].range, found.code);
+        words[slot] = delta_word(found.state, dense, at << 8 | token << 2);
+        keep_spilled(spill, found.state, dense, words[slot], token, at);
     }
 }

@@ -20,11 +20,27 @@ from kvqtool.fused import LayerTables, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, folds_levels, list_sizes
+from kvqtool.recover import Exceptions
 from kvqtool.side import EXACT, GROUPED, ROTATING
 from kvqtool.spec import KvSpec
 from kvqtool.variant import Variant
 
 _WARPS = 4  # of a block of `survey_values`
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Pages, and what gives their canonical rows back (`kvqtool/recover.py`).
+
+    Args:
+        pages: the pages.
+        counts: (pages, num_kv_heads, 2 slabs, 2 sides) int32, outliers of each list.
+        exceptions: of keys and of values, counted from the first token.
+    """
+
+    pages: Pages
+    counts: Tensor
+    exceptions: tuple[Exceptions, Exceptions]
 
 
 @dataclass(frozen=True)
@@ -97,49 +113,101 @@ def pack(
     tables: LayerTables,
     variant: Variant,
     run: Launcher = run_on_gpu,
-) -> Pages:
-    """Pack the tokens of a prompt.
+) -> Packed:
+    """Pack the tokens of a prompt; waits for the GPU, to learn how long its lists are.
 
     Args:
         states: keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim) float16 or
             bfloat16, contiguous.
-        turns: (tokens, head_dim / 2, 2) float32, the model's cosine and sine by place.
+        turns: (batch, tokens, head_dim / 2, 2) float32, the model's cosine and sine by place.
         code: `code_tables`.
         tables: the layer's tables.
         variant: the attention kernel's variant.
         run: what runs the kernels.
 
     Returns:
-        Pages; a page's room past the last token is zero.
+        The pages; a page's room past the last token is zero.
 
     Raises:
         InputError: when the variant cannot hold the codes, or a tensor is not what it should be.
     """
-    (key, value), (batch, heads, tokens, _) = states, states[0].shape
+    heads = states[0].shape[1]
     check_tensors(
         [*_expect_prompt(states, turns, variant), *expect_code(code, variant, heads)],
         expect_tables(tables, variant, heads),
     )
-    blocks, device = -(-tokens // PAGE_TOKENS), key.device
-    table = torch.arange(blocks * batch, dtype=torch.int32, device=device)
-    table = table.view(blocks, batch).T.contiguous()
-    ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
-    cuts = torch.empty(batch, tokens, 2, dtype=torch.int32, device=device)
-    counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
-    kernels, grids = pack_kernels(variant), _grids(key.shape, variant)
-    shape: list[Argument] = [heads, tokens, blocks]
-    keys = [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
-    rest: list[Argument] = [ranges, cuts, counts, batch, *shape, code.per_tail]
-    run(kernels["survey_values"], grids["survey_values"], [value, table, *rest])
-    if variant.outliers:
-        rest = [tables.order, turns, counts, *shape]
-        run(kernels["survey_keys"], grids["slabs"], [key, table, *keys, *rest])
-    index, words = _lay_out(counts)
-    packed = counts.new_zeros(blocks * batch, heads, SLABS, variant.slab_words)
-    given = [key, value, table, *keys, code.value_middles, tables.order, turns]
-    rest = [tables.levels, tables.key_table, ranges, cuts, index, packed, words, *shape]
-    run(kernels["pack_slabs"], grids["slabs"], [*given, *rest])
-    return Pages(packed, ranges, index, words, table)
+    return _Prompt(states, turns, code, tables, variant, run).packed()
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The arguments of `pack`, and the kernels' launches."""
+
+    states: tuple[Tensor, Tensor]
+    turns: Tensor
+    code: CodeTables
+    tables: LayerTables
+    variant: Variant
+    run: Launcher
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Batch, KV heads, tokens, pages of a sequence."""
+        batch, heads, tokens, _ = self.states[0].shape
+        return batch, heads, tokens, -(-tokens // PAGE_TOKENS)
+
+    def packed(self) -> Packed:
+        batch, heads, tokens, blocks = self.shape
+        device = self.states[0].device
+        table = torch.arange(blocks * batch, dtype=torch.int32, device=device)
+        table = table.view(blocks, batch).T.contiguous()
+        ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
+        cuts = torch.empty(batch, tokens, 2, dtype=torch.int32, device=device)
+        counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
+        self._survey(table, ranges, cuts, counts)
+        index, words = _lay_out(counts)
+        slabs = counts.new_zeros(blocks * batch, heads, SLABS, self.variant.slab_words)
+        pages = Pages(slabs, ranges, index, words, table)
+        return Packed(pages, counts, self._write(pages, cuts))
+
+    def _survey(self, table: Tensor, ranges: Tensor, cuts: Tensor, counts: Tensor) -> None:
+        """Find each token's range of values and count outliers."""
+        (key, value), (batch, *shape) = self.states, self.shape
+        found: list[Argument] = [ranges, cuts, counts, batch, *shape, self.code.per_tail]
+        self._launch("survey_values", [value, table, *found])
+        if self.variant.outliers:
+            found = [self.tables.order, self.turns, counts, *shape]
+            self._launch("survey_keys", [key, table, *self._keys, *found])
+
+    def _write(self, pages: Pages, cuts: Tensor) -> tuple[Exceptions, Exceptions]:
+        """Write codes and lists of outliers."""
+        tables, room = self.tables, len(pages.outlier_words)
+        spills = cuts.new_zeros(2)
+        spilled = torch.empty(2, room, dtype=torch.int64, device=cuts.device)
+        given = [*self.states, pages.page_table, *self._keys, self.code.value_middles, tables.order]
+        read = [self.turns, tables.levels, tables.key_table, pages.ranges, cuts]
+        written = [pages.outlier_index, pages.slabs, pages.outlier_words, spills, spilled]
+        self._launch("pack_slabs", [*given, *read, *written, room, *self.shape])
+        return _exceptions(spills, spilled)
+
+    @property
+    def _keys(self) -> list[Tensor]:
+        code = self.code
+        return [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
+
+    def _launch(self, name: str, arguments: list[Argument]) -> None:
+        grids = _grids(self.states[0].shape, self.variant)
+        shape = grids["survey_values" if name == "survey_values" else "slabs"]
+        self.run(pack_kernels(self.variant)[name], shape, arguments)
+
+
+def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions]:
+    """Return what the kernel left beside the lists; waits for the GPU."""
+    ordered = [row[:count].sort()[0] for row, count in zip(spilled, spills.tolist(), strict=True)]
+    key, value = (
+        Exceptions(found >> 16, found.to(torch.int16).view(torch.float16)) for found in ordered
+    )
+    return key, value
 
 
 def _expect_prompt(
@@ -150,7 +218,7 @@ def _expect_prompt(
     return [
         ("keys", states[0], variant.states, shape),
         ("values", states[1], variant.states, shape),
-        ("turns", turns, torch.float32, (tokens, variant.head_dim // 2, 2)),
+        ("turns", turns, torch.float32, (batch, tokens, variant.head_dim // 2, 2)),
     ]
 
 

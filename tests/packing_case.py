@@ -13,9 +13,10 @@ from kvqtool.appending import GrowingPages, append, new_pages
 from kvqtool.codec import encode
 from kvqtool.cuda import Launcher
 from kvqtool.fused import LayerTables
-from kvqtool.packing import CodeTables, code_tables
+from kvqtool.packing import CodeTables, Packed, code_tables
 from kvqtool.page_memory import STARTS
-from kvqtool.pages import Pages, build_pages
+from kvqtool.pages import Pages, PageSide, build_pages
+from kvqtool.recover import count_outliers, find_exceptions
 from kvqtool.rope import Rotation
 from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant, variant_of
@@ -59,7 +60,7 @@ class BuiltPack:
     code: CodeTables
     tables: LayerTables
     variant: Variant
-    expected: Pages
+    expected: Packed
 
 
 def build_pack(case: PackCase) -> BuiltPack:
@@ -89,9 +90,27 @@ def build_pack(case: PackCase) -> BuiltPack:
     sides, tables = sides_and_tables(spec, encoded, books, order, inv_freq)
     variant = variant_of(spec, case.head_dim, 1, bfloat16=case.bfloat16)
     code = code_tables(spec, books, case.num_kv_heads * case.head_dim)
-    turns = torch.stack([cos, sin], dim=-1).contiguous()
-    expected = build_pages(*sides, case.batch)
-    return BuiltPack((key, value), turns, code, tables, variant, expected)
+    turns = torch.stack([cos, sin], dim=-1).expand(case.batch, -1, -1, -1).contiguous()
+    return BuiltPack((key, value), turns, code, tables, variant, _expected(sides, case.batch))
+
+
+def _expected(sides: tuple[PageSide, PageSide], batch: int) -> Packed:
+    """Return the pages of canonical rows and what gives the rows back, all by torch."""
+    pages = build_pages(*sides, batch)
+    counts = count_outliers(sides, batch)
+    key, value = (find_exceptions(pages, counts, side, batch) for side in sides)
+    return Packed(pages, counts, (key, value))
+
+
+def same_packed(found: Packed, expected: Packed) -> None:
+    """Raise unless pages are the same, but for the order within lists of outliers, and so is what
+    gives their rows back.
+    """
+    same_pages(found.pages, expected.pages)
+    assert torch.equal(found.counts, expected.counts)
+    for left, right in zip(found.exceptions, expected.exceptions, strict=True):
+        assert torch.equal(left.place, right.place)
+        assert torch.equal(left.value.view(torch.int16), right.value.view(torch.int16))
 
 
 def same_pages(found: Pages, expected: Pages) -> None:
@@ -125,7 +144,7 @@ def append_all(built: BuiltPack, run: Launcher, room: tuple[int, int]) -> Growin
     state = torch.zeros(batch, 8, dtype=torch.int32, device=key.device)
     for t in range(tokens):
         state[:, 0] = t
-        turns = built.turns[t].expand(batch, -1, -1).contiguous()
+        turns = built.turns[:, t].contiguous()
         token = key[:, :, t].contiguous(), value[:, :, t].contiguous(), turns, state
         append(token, growing, built.code, built.tables, built.variant, run)
     return growing

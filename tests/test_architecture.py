@@ -65,7 +65,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("rope", "seam", "padding", "rows", "store", "adaptive_store"),
-        *("read_path", "reader", "open_page", "paged"),
+        *("read_path", "reader", "page_writer", "open_page", "paged"),
     ),
     (
         "identity",

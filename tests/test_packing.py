@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packing_case import CASES, PackCase, build_pack, same_pages
+from packing_case import CASES, PackCase, build_pack, same_packed
 from shim.build import HAS_COMPILER, mostly_slow, run_on_cpu
 
 from kvqtool.codebook import Codebook
@@ -22,13 +22,13 @@ QUICK = (PackCase("nuq4-5%/nuq2-1%", batch=3, tokens=66), PackCase(bfloat16=True
 @pytest.mark.parametrize("case", mostly_slow(QUICK, CASES), ids=str)
 def test_packed_pages_equal_the_codec_bit_for_bit(case: PackCase) -> None:
     built = build_pack(case)
-    pages = pack(built.states, built.turns, built.code, built.tables, built.variant, run_on_cpu)
-    same_pages(pages, built.expected)
+    found = pack(built.states, built.turns, built.code, built.tables, built.variant, run_on_cpu)
+    same_packed(found, built.expected)
 
 
 def test_pages_hold_outliers() -> None:
     built = build_pack(PackCase())
-    assert torch.count_nonzero(built.expected.outlier_words) > 100
+    assert torch.count_nonzero(built.expected.pages.outlier_words) > 100
 
 
 @pytest.mark.parametrize(

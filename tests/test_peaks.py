@@ -101,6 +101,22 @@ def test_codebooks_are_what_a_store_holds(spec: str) -> None:
     assert codebook_bytes(parse_spec(spec), (CacheLayer("full", geometry),)) == held
 
 
+@pytest.mark.parametrize("spec", ["nuq4-1%-sink1", "int4-g32", "kivi2-g32-r32"])
+def test_peaks_of_a_prompt_that_is_encoded_in_parts_are_planned(
+    tiny_llama: TinyLlama, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvqtool.scratch.ROWS_AT_ONCE", 200)
+    model = tiny_llama(head_dim=64, **SIZES).to(torch.bfloat16)
+    seam = probe(model)
+    config = parse_config(model.config.to_dict(), "m")
+    layers = cache_layers(config)
+    shape = ModelShape(config, layers, read_trunk(config), estimated_weights(config, len(layers)))
+    load = Load(shape, parse_spec(spec), Workload(700, dtype="bfloat16"))
+    bundle = synthetic_bundle(load.spec, {x.index: x.geometry for x in seam.packed})
+    found = {row.name: row for row in run_forward(load, 700, (model, seam), bundle)}
+    assert abs(found["prefill peak"].error) < TOLERANCE, found["prefill peak"]
+
+
 def step(spec: str, tokens: int, fresh: int, **options: object) -> tuple[CacheLayer, Step]:
     layer = CacheLayer("full", LayerGeometry(2, 16, 16))
     cached = CacheModel((layer,), parse_spec(spec), 1, "bfloat16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from moved import moved
-from packing_case import CASES, PackCase, build_pack, same_pages
+from packing_case import CASES, PackCase, build_pack, same_packed
 
 from kvqtool.packing import pack
 
@@ -19,8 +19,8 @@ def check(case: PackCase) -> None:
     """Pack on the GPU and compare."""
     built = build_pack(case)
     there = moved(built, "cuda")
-    pages = pack(there.states, there.turns, there.code, there.tables, there.variant)
-    same_pages(moved(pages, "cpu"), built.expected)
+    found = pack(there.states, there.turns, there.code, there.tables, there.variant)
+    same_packed(moved(found, "cpu"), built.expected)
 
 
 @pytest.mark.parametrize("case", (*CASES, *LONG), ids=str)
