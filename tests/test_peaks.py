@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, TinyLlama
-from families import FAMILIES
+from families import FAMILIES, IS_OLD
 
 from kvqtool.architectures import cache_layers
 from kvqtool.attach import attach
@@ -73,6 +73,8 @@ def test_peaks_of_a_run_are_planned(
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gemma2", "gpt_oss", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("chunk", [None, 256])
 def test_peaks_of_other_decoders_are_close(family: str, chunk: int | None) -> None:
+    if family == "gemma2" and IS_OLD:
+        pytest.skip("transformers before 5.23 gives gemma2 sdpa, which leaves out its cap")
     config_class, options = FAMILIES[family]
     longer = {"layer_types": None, "sliding_window": 200} if "sliding_window" in options else {}
     built = getattr(transformers, config_class)(**options | longer | {"num_hidden_layers": 4})
