@@ -44,8 +44,8 @@ class Scoring:
     softcap: float | None = None
 
     def apply(self, products: Tensor) -> Tensor:
-        """Return the scores, float32."""
-        scores = products.float() * self.scaling
+        """Return the scores of products in float32."""
+        scores = products * self.scaling
         return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
 
 
@@ -224,7 +224,7 @@ def mixed_weights(
     grouped = query[:, :, rows].reshape(batch, key.shape[1], groups, rows.stop - rows.start, -1)
 
     def scores(states: Tensor) -> Tensor:
-        return scoring.apply(torch.einsum("bhgqd,bhtd->bhgqt", grouped, states))
+        return scoring.apply(torch.einsum("bhgqd,bhtd->bhgqt", grouped, states).float())
 
     position = torch.arange(tokens - queries, tokens, device=query.device)[rows, None]
     age = position - torch.arange(tokens, device=query.device)
