@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvqtool.adaptive_store import AdaptiveStore
-from kvqtool.attention import Band, Watch, mark_band, mixed_weights, query_blocks
+from kvqtool.attention import Band, Scoring, Watch, mark_band, mixed_weights, query_blocks
 from kvqtool.errors import InputError, RunError
 from kvqtool.layer import KvqLayer
 
@@ -93,7 +93,7 @@ class _Observer(Watch):
     first: int
 
     def look(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         """Find the greatest weight of each token of the window and let the layer settle."""
         queries = query.shape[2]
@@ -103,7 +103,7 @@ class _Observer(Watch):
         first = max(queries - window, 0) if self.sees_exactly else 0
         for block in query_blocks(queries - first):
             rows = slice(first + block.start, first + block.stop)
-            weights, recent = mixed_weights(query, key, band, mask, scaling, rows)
+            weights, recent = mixed_weights(query, key, band, mask, scoring, rows)
             weights = weights[..., key.shape[2] - recent.shape[1] :]
             if not self.sees_exactly:
                 weights = weights * recent

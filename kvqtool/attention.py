@@ -1,9 +1,10 @@
 """Attention functions that kvqtool registers with transformers, by explicit call only.
 
-`kvqtool_band` is sdpa with two exceptions. Where a cache hands over keys that some queries see
+`kvqtool_band` is sdpa with three exceptions. Where a cache hands over keys that some queries see
 exactly and others as packed (the recent window moves along inside a multi-token call), every query
 attends to what decoding would have stored. Where it hands over a placeholder for keys that lie in
-its pages, the fused kernel attends to them.
+its pages, the fused kernel attends to them. Where a model caps its scores, which sdpa does not
+know, they are written out, some queries at once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,24 @@ _UNKNOWN: Final = ("s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How products of queries and keys become scores.
+
+    Args:
+        scaling: their factor.
+        softcap: c of c tanh(score / c), or None.
+    """
+
+    scaling: float
+    softcap: float | None = None
+
+    def apply(self, products: Tensor) -> Tensor:
+        """Return the scores of products in float32."""
+        scores = products * self.scaling
+        return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
+
+
+@dataclass(frozen=True)
 class Watch(ABC):
     """Sees queries before they attend; `sees_exactly`: these attend to exact states only."""
 
@@ -38,7 +57,7 @@ class Watch(ABC):
 
     @abstractmethod
     def look(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         """Take queries and keys, as `band_attention` has them.
 
@@ -115,7 +134,7 @@ def band_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend by kernel where the keys lie in pages, mixing exact and packed scores where they carry
-    a band; plain sdpa otherwise.
+    a band; plain sdpa otherwise, or the same with capped scores.
 
     Args:
         module: the attention module.
@@ -131,32 +150,43 @@ def band_attention(
     witness = getattr(key, _WITNESS_ATTRIBUTE, None)
     if witness is not None:
         witness(next((name for name in _UNKNOWN if options.get(name) is not None), None))
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    scoring = Scoring(scaling, options.get("softcap"))
     packed: PackedKeys | None = getattr(key, _PACKED_ATTRIBUTE, None)
     if packed is not None:
         if packed.sees_all or attention_mask is None or bool(attention_mask.all()):
-            scaling = options.get("scaling") or query.shape[-1] ** -0.5
-            return packed.attend(query, scaling, options.get("softcap")), None
+            return packed.attend(query, scoring.scaling, scoring.softcap), None
         key, value = packed.expand()
     band: Band | None = getattr(key, _BAND_ATTRIBUTE, None)
-    if band is None:
+    if band is not None:
+        for unsupported in _UNKNOWN:
+            if options.get(unsupported) is not None:
+                raise RunError(
+                    f"a recent window does not work with attention that uses {unsupported}; "
+                    "use a spec that keeps none (no -r, kivi or qaq)"
+                )
+        if band.watch is not None:
+            shown = band.watch.look(query, key, attention_mask, scoring)
+            value = value if shown is None else shown
+            band = None if band.watch.sees_exactly else band
+    if band is None and scoring.softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    for unsupported in ("softcap", "s_aux", "position_bias"):
-        if options.get(unsupported) is not None:
-            raise RunError(
-                f"a recent window does not work with attention that uses {unsupported}; "
-                "use a spec that keeps none (no -r, kivi or qaq)"
-            )
-    scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    if band.watch is not None:
-        shown = band.watch.look(query, key, attention_mask, scaling)
-        value = value if shown is None else shown
-        if band.watch.sees_exactly:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _mixed_attention(query, (key, value), band, attention_mask, scaling), None
+    band = band or _empty_band(key, value, query.shape[2])
+    return _mixed_attention(query, (key, value), band, attention_mask, scoring), None
+
+
+def _empty_band(key: Tensor, value: Tensor, queries: int) -> Band:
+    """Return a band of no exact states."""
+    nothing = torch.full((queries,), key.shape[2], device=key.device)
+    return Band(key[:, :, :0], value[:, :, :0], nothing)
 
 
 def _mixed_attention(
-    query: Tensor, packed: tuple[Tensor, Tensor], band: Band, mask: Tensor | None, scaling: float
+    query: Tensor,
+    packed: tuple[Tensor, Tensor],
+    band: Band,
+    mask: Tensor | None,
+    scoring: Scoring,
 ) -> Tensor:
     """S = where(exact, q.K_exact, q.K_packed); one softmax; P_exact V_exact + P_packed
     V_packed.
@@ -164,7 +194,7 @@ def _mixed_attention(
     key, value = packed
     out, tail = [], band.key.shape[2]
     for rows in query_blocks(query.shape[2]):
-        weights, recent = mixed_weights(query, key, band, mask, scaling, rows)
+        weights, recent = mixed_weights(query, key, band, mask, scoring, rows)
         weights = weights.to(value.dtype)
         exact = weights[..., key.shape[2] - tail :] * recent
         weights[..., key.shape[2] - tail :] -= exact
@@ -181,7 +211,7 @@ def query_blocks(queries: int) -> Iterator[slice]:
 
 
 def mixed_weights(
-    query: Tensor, key: Tensor, band: Band, mask: Tensor | None, scaling: float, rows: slice
+    query: Tensor, key: Tensor, band: Band, mask: Tensor | None, scoring: Scoring, rows: slice
 ) -> tuple[Tensor, Tensor]:
     """Return the attention weights of some of the last queries.
 
@@ -194,7 +224,7 @@ def mixed_weights(
     grouped = query[:, :, rows].reshape(batch, key.shape[1], groups, rows.stop - rows.start, -1)
 
     def scores(states: Tensor) -> Tensor:
-        return torch.einsum("bhgqd,bhtd->bhgqt", grouped, states).float() * scaling
+        return scoring.apply(torch.einsum("bhgqd,bhtd->bhgqt", grouped, states).float())
 
     position = torch.arange(tokens - queries, tokens, device=query.device)[rows, None]
     age = position - torch.arange(tokens, device=query.device)

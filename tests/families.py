@@ -24,6 +24,8 @@ from kvqtool.seam import Seam
 from kvqtool.spec import parse_spec
 
 VOCABULARY: Final = 256
+# transformers that gives gemma2 sdpa, which leaves out the cap on its scores, among others.
+IS_OLD: Final = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 PROMPT: Final = 20
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": VOCABULARY,
@@ -101,7 +103,8 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         },
     ),
     "gemma": ("GemmaConfig", HEADED),
-    "gemma2": ("Gemma2Config", HEADED | MIXED),
+    # A cap that scores of a random model reach.
+    "gemma2": ("Gemma2Config", HEADED | MIXED | {"attn_logit_softcapping": 0.1}),
     "gemma3": ("Gemma3TextConfig", HEADED | MIXED),
     "gemma3n": (
         "Gemma3nTextConfig",

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, TinyLlama
-from families import FAMILIES
+from families import FAMILIES, IS_OLD
+from torches import needs_grouped_sdpa
 
 from kvqtool.architectures import cache_layers
 from kvqtool.attach import attach
@@ -39,6 +40,7 @@ CPU = torch.device("cpu")
 SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 704}
 
 
+@needs_grouped_sdpa
 @pytest.mark.parametrize(
     ("spec", "batch", "chunk"),
     [
@@ -70,9 +72,12 @@ def test_peaks_of_a_run_are_planned(
         assert abs(found[call].error) < TOLERANCE, found[call]
 
 
+@needs_grouped_sdpa
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gemma2", "gpt_oss", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("chunk", [None, 256])
 def test_peaks_of_other_decoders_are_close(family: str, chunk: int | None) -> None:
+    if family == "gemma2" and IS_OLD:
+        pytest.skip("transformers before 5.23 gives gemma2 sdpa, which leaves out its cap")
     config_class, options = FAMILIES[family]
     longer = {"layer_types": None, "sliding_window": 200} if "sliding_window" in options else {}
     built = getattr(transformers, config_class)(**options | longer | {"num_hidden_layers": 4})
@@ -161,6 +166,7 @@ def test_a_body_grows_by_pages_whichever_layer_comes_first(spec: str) -> None:
     assert scratches[0] == scratches[1]
 
 
+@needs_grouped_sdpa
 @pytest.mark.parametrize("chunk", [None, 256])
 def test_peaks_after_many_new_tokens_of_a_sliding_model_are_planned(chunk: int | None) -> None:
     config_class, options = FAMILIES["gemma3"]
