@@ -97,6 +97,7 @@ SETS["frontier"] = [
     *(f"kvq3@{bits}" for bits in ("3.0", "2.75", "2.6")),
     *RIVALS,
 ]
+SETS["claims"] = [*_NUQ, *PRESETS, *(f"kvq3@{bits}" for bits in ("3.0", "2.75", "2.6"))]
 # Schemes that share one run of the baseline; results are saved group by group.
 _GROUP = 6
 _COLUMNS = {

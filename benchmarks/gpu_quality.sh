@@ -1,6 +1,12 @@
 #!/usr/bin/env bash
-# Quality on SmolLM2 on one GPU: budgets of bits found by measuring, the frontier, passkeys. Processes share the GPU,
-# each has its own limit, and none stops the others. Records go to $OUT (default gpu-out), at most 8 files.
+# Quality on SmolLM2 on one GPU. Processes share the GPU, each has its own limit, and none stops the others. Records go
+# to $OUT (default gpu-out), 8 files without PARTS. PARTS:
+#     search    budgets of bits found by measuring
+#     passkey   numbers hidden in long prompts
+#     frontier  everything in the tool at its true bytes
+#     evaluate  what the budgets' bundles cost on a test text and two novels; waits for all before it
+#     texts     the presets on more text, longer windows and two novels
+#     limits    limits on loss, kept on other text
 #
 #     OUT=gpu-out bash benchmarks/gpu_quality.sh MODEL TEXTS [COMMIT]
 #
@@ -11,6 +17,7 @@ MODEL=${1:?name the model\'s folder} TEXTS=${2:?name the folder of texts} COMMIT
 export PYTHONPATH=$PWD PYTHONWARNINGS=ignore OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 OUT=${OUT:-gpu-out} PYTHON=${PYTHON:-python3} PARTS=${PARTS:-search passkey frontier evaluate}
 SAMPLES=${SAMPLES:-16} SEQ=${SEQ:-2048} WINDOWS=${WINDOWS:-24} LONG=${LONG:-8192} LONG_WINDOWS=${LONG_WINDOWS:-10}
+MANY_WINDOWS=${MANY_WINDOWS:-40}
 LENGTHS=${LENGTHS:-2048,4096,8192} TRIALS=${TRIALS:-6} SHARES=${SHARES:-5}
 WORK=$(mktemp -d)
 mkdir -p "$OUT"
@@ -43,6 +50,13 @@ judge() {
         --seq-len "$length" --windows "$windows" --commit "$COMMIT" --output "$OUT/$name.json" --force "${bundles[@]}"
 }
 
+# claims NAME TEXT LENGTH WINDOWS: what the presets, calibrated here, cost on a text
+claims() {
+    timed 300 "$1" "$PYTHON" benchmarks/bench_quality.py "$MODEL" --calibration "$TRAIN" --samples "$SAMPLES" \
+        --calibration-seq-len "$SEQ" --dataset "$TEXTS/$2" --seq-len "$3" --windows "$4" --set "${SET:-claims}" \
+        --commit "$COMMIT" --output "$OUT/$1.json" --force
+}
+
 shares=() hunts=()
 for part in $PARTS; do
     case $part in
@@ -69,6 +83,19 @@ for part in $PARTS; do
                 --output "$WORK/part-$share.json"
         done
         ;;
+    texts)
+        claims quality-smollm2-presets-40x2048-h200 wiki.test.raw "$SEQ" "$MANY_WINDOWS"
+        claims quality-smollm2-presets-8192-h200 wiki.test.raw "$LONG" "$LONG_WINDOWS"
+        claims quality-smollm2-presets-awakening-h200 chopin_awakening.txt "$SEQ" "$WINDOWS"
+        claims quality-smollm2-presets-moonfleet-h200 falkner_moonfleet.txt "$SEQ" "$WINDOWS"
+        ;;
+    limits)
+        timed 500 budget-smollm2-h200 "$PYTHON" benchmarks/bench_budget.py "$MODEL" --calibration "$TRAIN" \
+            --samples "$SAMPLES" --seq-len "$SEQ" --windows "${LIMIT_WINDOWS:-12}" --commit "$COMMIT" --force \
+            --max-kld 0.02 --max-kld 0.05 --max-kld 0.1 --max-ppl-ratio 1.03 --target-bits 2.75 --dataset "$TEST" \
+            --dataset "$TEXTS/chopin_awakening.txt" --dataset "$TEXTS/falkner_moonfleet.txt" \
+            --output "$OUT/budget-smollm2-h200.json"
+        ;;
     evaluate)
         wait
         judge quality-smollm2-budget-2048-h200 wiki.test.raw "$SEQ" "$WINDOWS" target-3.0 target-2.75 target-2.6
@@ -87,7 +114,7 @@ join() { "$PYTHON" benchmarks/join_results.py "$@" --commit "$COMMIT"; }
     "${shares[@]}"
 ls "$WORK"/target-*.json > /dev/null 2>&1 && join runs --output "$OUT/search-smollm2-h200.json" "$WORK"/target-*.json
 [ ${#hunts[@]} -gt 0 ] && join runs --output "$OUT/passkey-smollm2-h200.json" "${hunts[@]}"
-for table in "$WORK"/frontier-*.json "$WORK"/quality-*.json; do
+for table in "$WORK"/frontier-*.json "$WORK"/quality-*.json "$WORK"/budget-*.json; do
     [ -f "$table" ] && echo "== $(basename "$table" .json)" && cat "$table"
 done
 for log in "$WORK"/*.err; do
