@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ranks",
         "bits",
         "outliers",
+        "kmeans",
         "codebook",
         "compensation",
         "hadamard",
