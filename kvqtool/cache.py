@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 
 from kvqtool.adaptive_layer import AdaptiveLayer
 from kvqtool.adaptive_store import AdaptiveStore
+from kvqtool.angles import AngleStore
 from kvqtool.bundle import Bundle
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
@@ -21,7 +22,6 @@ from kvqtool.open_page import OpenPage
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import ReadPath, page_form
 from kvqtool.reader import PageReader, SharedTables
-from kvqtool.rope import AngleStore
 from kvqtool.seam import LayerSeam, Seam
 from kvqtool.store import LayerStore
 

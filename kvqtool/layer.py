@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvqtool.angles import AngleStore
 from kvqtool.attention import Band, mark_band, mark_packed, mark_witness
 from kvqtool.fused import PackedContext
 from kvqtool.memory import packed_tokens
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import ReadPath
 from kvqtool.reader import PageReader
-from kvqtool.rope import AngleStore
 from kvqtool.store import LayerStore
 
 

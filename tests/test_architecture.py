@@ -65,7 +65,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ops",
     ),
     (
-        *("rope", "seam", "padding", "rows", "store", "adaptive_store"),
+        *("rope", "angles", "seam", "padding", "rows", "store", "adaptive_store"),
         *("read_path", "reader", "page_writer", "open_page", "paged"),
     ),
     (
