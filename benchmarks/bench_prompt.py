@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,11 @@ from kvqtool.spec import parse_spec
 from kvqtool.store import LayerStore
 from kvqtool.synthetic import synthetic_bundle
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from packing_case import with_feedback
+
 HEAD_DIM = 128
+SPECS = ("nuq3-1%", "nuq3-1%-sink1-pc-comp/nuq3-1%-sink1-comp")  # the second is kvq3
 
 
 class Layer:
@@ -50,7 +55,11 @@ class Layer:
         random = torch.Generator().manual_seed(0)
         self.spread = torch.randn(heads * HEAD_DIM, generator=random).exp()
         bundle = synthetic_bundle(self.spec, {0: geometry}, {0: self.spread})
-        self.books = bundle.codebooks_of(0)
+        key, value = bundle.codebooks_of(0)
+        self.books = (
+            with_feedback(key, self.spec.key, heads, HEAD_DIM),
+            with_feedback(value, self.spec.value, heads, HEAD_DIM),
+        )
         self.form = page_form(self.seam, self.spec)
 
     def states(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print("spec  heads  way  ms  peak MiB  held MiB  states MiB  same codes")
-    for spec in options.spec or ["nuq3-1%"]:
+    for spec in options.spec or SPECS:
         for heads in options.heads or [8, 32]:
             layer = Layer(spec, heads, options.device)
             states = layer.states(options.tokens)

@@ -13,7 +13,9 @@
 //           values begin with 32 bytes, where each reading lane's words are
 // `spilled` (2, room) of keys and of values, how many in `spills` (2): outliers that adding delta and
 //           code does not give back, (token * batch + sequence) * channels + channel above the half
-// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS.
+// `key_coded`, `key_moved` and those of values: from compensate.cu, with KEY_COMP and VALUE_COMP
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS; of
+// `pack_slabs` also KEY_COMP and VALUE_COMP: codes are there already.
 #include "pack.cuh"
 
 // Grid: (sequence, KV head, slab). Leaves the number of key outliers in `counts` (lists, 2).
@@ -205,13 +207,27 @@ DEVICE void keep_spilled(const Spill& spill, float state, float dense, u32 word,
     spill.places[add_global(spill.count, 1)] = place << 16 | stored;
 }
 
+// A slab's rows of one side as compensate.cu left them.
+struct Given {
+    const u8* coded;
+    const u16* moved;
+};
+
+DEVICE Element given_element(const Given& given, u32 token, u32 channel) {
+    u8 coded = given.coded[token * HEAD_DIM + channel];
+    bool is_outlier = coded & 0x80;
+    float state = is_outlier ? half_to_float(given.moved[token * HEAD_DIM + channel]) : 0.0f;
+    return Element{state, coded & 0x7fu, is_outlier};
+}
+
 // Grid: (sequence, KV head, slab). A warp writes one step of the keys and one of the values.
 KERNEL(STEPS * 32)
 pack_slabs(const u16* key, const u16* value, const int* page_table, const float* lower,
            const float* upper, const float* offset, const float* inverse, const float* key_middles,
            const float* value_middles, const u16* order, const float* turns, const u16* levels,
            const u16* key_levels, const u32* ranges, const Cuts* cuts, const u32* index, u8* slabs,
-           u32* outlier_words, u32* spills, u64* spilled, u32 room, u32 batch, u32 num_kv_heads,
+           u32* outlier_words, u32* spills, u64* spilled, const u8* key_coded, const u16* key_moved,
+           const u8* value_coded, const u16* value_moved, u32 room, u32 batch, u32 num_kv_heads,
            u32 tokens, u32 max_pages) {
     u16* staged = (u16*)shared_memory();
     u16* staged_value = staged + 64 * ROW;
@@ -229,8 +245,25 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     KeyCode code{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
                  order, turns + (u64)place.sequence * tokens * HEAD_DIM};
     Decode decode{levels, key_levels, (const u32*)key_levels};
-    stage(key, place, num_kv_heads, tokens, staged);
-    stage(value, place, num_kv_heads, tokens, staged_value);
+    if constexpr (!KEY_COMP) stage(key, place, num_kv_heads, tokens, staged);
+    if constexpr (!VALUE_COMP) stage(value, place, num_kv_heads, tokens, staged_value);
+    u64 row = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
+    Given keys{key_coded + row * HEAD_DIM, key_moved + row * HEAD_DIM};
+    Given values{value_coded + row * HEAD_DIM, value_moved + row * HEAD_DIM};
+    u32 head_channel = place.head * HEAD_DIM;
+    auto find_keys = [&](const KeyChannel(&pair)[2], u32 token, u32 at, Element(&found)[2]) {
+        if constexpr (KEY_COMP) {
+            found[0] = given_element(keys, token, pair[0].channel);
+            found[1] = given_element(keys, token, pair[1].channel);
+        } else {
+            key_pair(code, pair, staged + token * ROW, place.slab * 64 + token, at, found);
+        }
+    };
+    auto find_value = [&](u32 token, u32 at) {
+        if constexpr (VALUE_COMP) return given_element(values, token, at);
+        return value_element(middles + 16, staged_value[token * ROW + at], rows[token],
+                             head_channel + at);
+    };
     u32 parity = place.slab % 2;
     for (u32 i = thread_index(); i < place.tokens; i += STEPS * 32) {
         u32 range = ranges[place.page * 128 + parity * 64 + i];
@@ -249,8 +282,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
             u32 e = n % 2, i = n / 2 * 2 + e, token = t * 16 + n / 2 * 8 + lane / 4;
             if (token >= place.tokens) continue;
             Element found[2];
-            key_pair(code, channels[e], staged + token * ROW, place.slab * 64 + token,
-                     8 * step + lane % 4 * 2 + e, found);
+            find_keys(channels[e], token, 8 * step + lane % 4 * 2 + e, found);
             word |= found[0].code << 4 * i | found[1].code << 4 * (i + 4);
             key_flags |= (u32)found[0].is_outlier << (8 * t + i);
             key_flags |= (u32)found[1].is_outlier << (8 * t + i + 4);
@@ -259,18 +291,13 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
         tiles[3] = word;
     }
     store_codes<KEY_BITS>(to + step * step_bytes(KEY_BITS), lane, tiles);
-    u32 head_channel = place.head * HEAD_DIM;
     KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
         u32 word = 0;
         KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
             u32 e = n % 2, i = n / 2 * 4 + e, token = t * 16 + n / 2 * 8 + lane % 4 * 2 + e;
             if (token >= place.tokens) continue;
-            ValueRow row = rows[token];
             KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
-                u32 at = 16 * step + 8 * upper + lane / 4;
-                Element found =
-                    value_element(middles + 16, staged_value[token * ROW + at], row,
-                                  head_channel + at);
+                Element found = find_value(token, 16 * step + 8 * upper + lane / 4);
                 word |= found.code << 4 * (i + 2 * upper);
                 value_flags |= (u32)found.is_outlier << (8 * t + i + 2 * upper);
             }
@@ -302,8 +329,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
         u32 e = n % 2, partner = n / 4 % 2;
         KeyChannel pair[2] = {e ? channels[1][0] : channels[0][0],
                               e ? channels[1][1] : channels[0][1]};
-        key_pair(code, pair, staged + token * ROW, place.slab * 64 + token,
-                 8 * step + lane % 4 * 2 + e, found);
+        find_keys(pair, token, 8 * step + lane % 4 * 2 + e, found);
         float state = partner ? found[1].state : found[0].state;
         float dense = key_dense(decode, place.head, at, partner ? found[1].code : found[0].code);
         words[before] = delta_word(state, dense, key_word(token, at));
@@ -334,9 +360,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
         u32 token, at, n = lowest_bit(left);
         value_place(n, step, lane, token, at);
-        Element found =
-            value_element(middles + 16, staged_value[token * ROW + at], rows[token],
-                          head_channel + at);
+        Element found = find_value(token, at);
         u32 slot = take_shared(cursors + at % 32, 1);
         float dense = value_dense(decode, rows[token].range, found.code);
         words[slot] = delta_word(found.state, dense, at << 8 | token << 2);

@@ -93,10 +93,15 @@ DEVICE KeyChannel key_channel(const KeyCode& code, u32 head, u32 place) {
     return found;
 }
 
+DEVICE float key_scaled(const KeyChannel& channel, float x) {
+    return mul_exact(add_exact(x, -channel.offset), channel.inverse);
+}
+DEVICE bool is_beyond(const KeyChannel& channel, float x) {
+    return OUTLIERS && (x < channel.lower || x > channel.upper);
+}
 DEVICE Element key_element(const KeyChannel& channel, float x) {
-    float u = mul_exact(add_exact(x, -channel.offset), channel.inverse);
-    return Element{x, nearest<KEY_BITS>(u, channel.middles),
-                   OUTLIERS && (x < channel.lower || x > channel.upper)};
+    float u = key_scaled(channel, x);
+    return Element{x, nearest<KEY_BITS>(u, channel.middles), is_beyond(channel, x)};
 }
 
 // a / b from 1 / b, rounded as IEEE division is: the second correction is Markstein's, of a quotient
@@ -111,10 +116,10 @@ struct alignas(8) Turn {
     float cosine, sine;
 };
 
-// A token's keys at a place and at its partner before RoPE (undone by the exact inverse of the
-// model's own cosine and sine), and their codes.
-DEVICE void key_pair(const KeyCode& code, const KeyChannel (&channels)[2], const u16* row,
-                     u32 token, u32 place, Element (&found)[2]) {
+// A token's keys at a place and at its partner before RoPE, undone by the exact inverse of the
+// model's own cosine and sine.
+DEVICE void key_states(const KeyCode& code, const KeyChannel (&channels)[2], const u16* row,
+                       u32 token, u32 place, float (&states)[2]) {
     float x = state_value(row[channels[0].channel]), y = state_value(row[channels[1].channel]);
     if constexpr (ROTATED) {
         Turn turn = ((const Turn*)code.turns)[(u64)token * (HEAD_DIM / 2) + place];
@@ -125,7 +130,15 @@ DEVICE void key_pair(const KeyCode& code, const KeyChannel (&channels)[2], const
         float inverse = reciprocal_exact(norm);
         x = divide(low, norm, inverse), y = divide(high, norm, inverse);
     }
-    found[0] = key_element(channels[0], x), found[1] = key_element(channels[1], y);
+    states[0] = x, states[1] = y;
+}
+
+// The same, and their codes.
+DEVICE void key_pair(const KeyCode& code, const KeyChannel (&channels)[2], const u16* row,
+                     u32 token, u32 place, Element (&found)[2]) {
+    float states[2];
+    key_states(code, channels, row, token, place, states);
+    found[0] = key_element(channels[0], states[0]), found[1] = key_element(channels[1], states[1]);
 }
 
 // The channels of a lane's two places of a step and of their partners.
@@ -175,10 +188,16 @@ struct alignas(16) ValueRow {
     Cuts cuts;
 };
 
+DEVICE float value_scaled(u16 bits, const ValueRow& row) {
+    return mul_exact(add_exact(state_value(bits), -h2_high(row.range)), row.inverse);
+}
+// Whether a value is an outlier; `channel` of the layer.
+DEVICE bool is_cut_off(u16 bits, const ValueRow& row, u32 channel) {
+    return OUTLIERS && is_cut(row.cuts, item_of(order_key(bits), channel));
+}
 DEVICE Element value_element(const float* middles, u16 bits, const ValueRow& row, u32 channel) {
-    float state = state_value(bits), u = mul_exact(add_exact(state, -h2_high(row.range)), row.inverse);
-    return Element{state, nearest<VALUE_BITS>(u, middles),
-                   OUTLIERS && is_cut(row.cuts, item_of(order_key(bits), channel))};
+    return Element{state_value(bits), nearest<VALUE_BITS>(value_scaled(bits, row), middles),
+                   is_cut_off(bits, row, channel)};
 }
 
 // Within what a half can say.

@@ -7,9 +7,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvqtool.code_tables import CodeTables, code_tables, unsupported
 from kvqtool.codebook import Codebook
 from kvqtool.cuda import Launcher, run_on_gpu
-from kvqtool.packing import CodeTables, Packed, code_tables, pack, unsupported
+from kvqtool.packing import Packed, pack
 from kvqtool.reader import PageReader
 from kvqtool.rows import Pair
 from kvqtool.spec import KvSpec
@@ -93,5 +94,5 @@ class PageWriter:
     def tensors(self) -> list[Tensor]:
         """Every tensor allocated for tables, the codebooks' own aside."""
         own = {id(part) for book in self.books for part in vars(book).values()}
-        made = [] if self._code is None else vars(self._code).values()
-        return [part for part in made if isinstance(part, Tensor) and id(part) not in own]
+        made = [] if self._code is None else self._code.tensors
+        return [part for part in made if id(part) not in own]

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from attention_case import codebook, sides_and_tables
 from torch import Tensor
 
 from kvqtool.appending import GrowingPages, append, new_pages
+from kvqtool.code_tables import CodeTables, code_tables
+from kvqtool.codebook import Codebook, as_half
 from kvqtool.codec import encode
+from kvqtool.compensation import BlockFisher
 from kvqtool.cuda import Launcher
 from kvqtool.fused import LayerTables
-from kvqtool.packing import CodeTables, Packed, code_tables
+from kvqtool.packing import Packed
 from kvqtool.page_memory import STARTS
 from kvqtool.pages import Pages, PageSide, build_pages
 from kvqtool.recover import count_outliers, find_exceptions
 from kvqtool.rope import Rotation
+from kvqtool.side import QuantSpec
 from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant, variant_of
 
@@ -48,6 +52,12 @@ CASES = (
     PackCase(head_dim=64, num_kv_heads=3, layout="interleaved"),
     PackCase(head_dim=96, tokens=33),
     PackCase(head_dim=256, tokens=65, num_kv_heads=1),
+    PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=70, batch=2),
+    PackCase("nuq2-5%-comp/nuq4-1%", tokens=130, layout="interleaved"),
+    PackCase("nuq4-1%-postrope/nuq2-5%-qnorm-comp", bfloat16=True, tied=True),
+    PackCase("nuq4-1%-qnorm-comp/nuq3-comp", head_dim=64, num_kv_heads=3, layout="interleaved"),
+    PackCase("nuq3-comp/nuq4-comp", head_dim=96, tokens=33),
+    PackCase("nuq2-1%-comp/nuq2-1%-comp", head_dim=256, tokens=65, num_kv_heads=1, bfloat16=True),
 )
 
 
@@ -85,13 +95,36 @@ def build_pack(case: PackCase) -> BuiltPack:
     if spec.key.pre_rope:
         rows[0] = rotation.unrotate(rows[0], cos[:, None, None], sin[:, None, None])
     flat = [part.reshape(case.tokens * case.batch, -1) for part in rows]
-    books = codebook(spec.key, flat[0]), codebook(spec.value, flat[1])
+    heads = case.num_kv_heads
+    books = book_of(spec.key, flat[0], heads), book_of(spec.value, flat[1], heads)
     encoded = encode(flat[0], books[0], spec.key), encode(flat[1], books[1], spec.value)
     sides, tables = sides_and_tables(spec, encoded, books, order, inv_freq)
     variant = variant_of(spec, case.head_dim, 1, bfloat16=case.bfloat16)
     code = code_tables(spec, books, case.num_kv_heads * case.head_dim)
     turns = torch.stack([cos, sin], dim=-1).expand(case.batch, -1, -1, -1).contiguous()
     return BuiltPack((key, value), turns, code, tables, variant, _expected(sides, case.batch))
+
+
+def book_of(spec: QuantSpec, states: Tensor, heads: int) -> Codebook:
+    """Return a codebook for rows (rows, channels), of heads whose channels depend on each other."""
+    book = codebook(spec, states)
+    if spec.moment_match:
+        book = replace(book, decode_levels=as_half(book.levels * 1.1))
+    return with_feedback(book, spec, heads, states.shape[1] // heads)
+
+
+def with_feedback(book: Codebook, spec: QuantSpec, heads: int, width: int) -> Codebook:
+    """Return a codebook that compensates rounding where its scheme does."""
+    if not spec.compensated:
+        return book
+    random = torch.Generator().manual_seed(2)
+    fisher = BlockFisher(heads, width, torch.device("cpu"))
+    mixed = torch.randn(width, width, generator=random) / 8 + torch.eye(width)
+    size = torch.rand(width, generator=random) * 2 + 0.1
+    rows = torch.randn(300, heads, width, generator=random) @ mixed * size
+    fisher.update(rows.flatten(1))
+    feedback, order = fisher.feedback()
+    return replace(book, feedback=feedback, order=order)
 
 
 def _expected(sides: tuple[PageSide, PageSide], batch: int) -> Packed:

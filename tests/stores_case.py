@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from fused_case import assert_same
+from packing_case import with_feedback
 from torch import Tensor
 
 from kvqtool.cuda import Launcher
@@ -41,7 +42,11 @@ class Both:
         self.formula = AngleFormula(inv_freq, 1.0, torch.float16)
         rotation = Rotation("half", width, 0, 1, "unique")
         seam = LayerSeam(0, GEOMETRY, None, True, rotation, self.formula, "")
-        books = synthetic_bundle(parsed, {0: GEOMETRY}).codebooks_of(0)
+        key, value = synthetic_bundle(parsed, {0: GEOMETRY}).codebooks_of(0)
+        books = (
+            with_feedback(key, parsed.key, HEADS, DIM),
+            with_feedback(value, parsed.value, HEADS, DIM),
+        )
         form = page_form(seam, parsed)
         self.reader = PageReader(seam, parsed, books, form, SharedTables())
         self.open = OpenPage(parsed, books, self.reader, run)

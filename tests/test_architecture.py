@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "variant",
         "arguments",
         "fused",
+        "code_tables",
         "packing",
         "appending",
         "reading",

@@ -26,10 +26,11 @@ def both_on_cpu(spec: str, **options: Any) -> Both:
     return Both(spec, run=run_on_cpu, **options)
 
 
-SPECS = ("nuq3-1%-sink1", "nuq4-1%/nuq2-5%", "nf4-postrope", "nuq2-1%-pc")
+KVQ3 = "nuq3-1%-sink1-pc-comp/nuq3-1%-sink1-comp"
+SPECS = ("nuq3-1%-sink1", KVQ3, "nuq4-1%/nuq2-5%", "nf4-postrope", "nuq2-1%-pc")
 
 
-@pytest.mark.parametrize("spec", mostly_slow(SPECS[:1], SPECS))
+@pytest.mark.parametrize("spec", mostly_slow(SPECS[:2], SPECS))
 def test_tokens_one_by_one_are_read_as_the_codec_would(spec: str) -> None:
     both = both_on_cpu(spec)
     both.append(120, *[1] * 20)

@@ -137,7 +137,7 @@ def test_a_step_waits_for_nothing(
     [
         ("nuq3-1%-sink1-r8", "fused", "recent window"),
         ("nuq3-1%-sink1", "materialise", "layer 0 is read through torch: asked for"),
-        ("nuq3-1%-comp", "fused", "the append kernel does not know"),
+        ("nuq3-1%-cap4", "fused", "the append kernel does not know"),
     ],
 )
 def test_caches_whose_steps_need_the_host_say_why(

@@ -14,6 +14,9 @@ CASES = (
     PackCase("nuq4-1%", tokens=140, num_kv_heads=8, batch=2),
     PackCase("nuq3-1%", tokens=70, num_kv_heads=32, tied=True),
     PackCase("nuq2-1%-pc", tokens=66, head_dim=64, bfloat16=True),
+    PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=140, num_kv_heads=8, batch=2),
+    PackCase("nuq4-1%-comp/nuq2-5%-comp", tokens=66, head_dim=64, bfloat16=True, tied=True),
+    PackCase("nuq3-1%-comp/nuq4-1%-comp", tokens=66, head_dim=256, num_kv_heads=1),
 )
 
 

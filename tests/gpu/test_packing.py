@@ -12,6 +12,7 @@ pytestmark = pytest.mark.gpu
 LONG = (
     PackCase("nuq4-1%", tokens=2000, num_kv_heads=8, batch=2),
     PackCase("nuq3-1%", tokens=1000, num_kv_heads=32, tied=True),
+    PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=1000, num_kv_heads=8, batch=2),
 )
 
 

@@ -6,7 +6,16 @@ import pytest
 from stores_case import Both
 
 pytestmark = pytest.mark.gpu
-SPECS = ("nuq3-1%-sink1", "nuq4-1%/nuq2-5%", "nuq2-1%-pc", "nf4-postrope", "nuq3-1%-cap4")
+KVQ3 = "nuq3-1%-sink1-pc-comp/nuq3-1%-sink1-comp"
+SPECS = (
+    KVQ3,
+    "nuq3-1%-sink1",
+    "nuq4-1%-comp/nuq2-5%-comp",
+    "nuq4-1%/nuq2-5%",
+    "nuq2-1%-pc",
+    "nf4-postrope",
+    "nuq3-1%-cap4",
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)
