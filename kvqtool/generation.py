@@ -23,6 +23,7 @@ from kvqtool.cachefile import SavedCache, load_cache, restore_cache
 from kvqtool.decode import Decoder
 from kvqtool.errors import InputError
 from kvqtool.forward import next_logits
+from kvqtool.live import forget_peak, peak_bytes
 from kvqtool.models import LoadedModel
 from kvqtool.sampling import Sampling
 from kvqtool.usage import kernel_of, layer_report, measure
@@ -168,8 +169,7 @@ class _Run:
         self.sampling = sampling
         self.decode = decode
         self.started = time.perf_counter()
-        if loaded.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(loaded.device)
+        forget_peak(loaded.device)
 
     def read(self, ids: list[int]) -> Tensor:
         """Read a prompt; return the logits of what comes next, (1, vocabulary)."""
@@ -195,7 +195,6 @@ class _Run:
         text.close()
         seconds = time.perf_counter() - began
         usage = asdict(measure(self.cache))
-        on_gpu = self.loaded.device.type == "cuda"
         return GenerationResult(
             spec=self.cache.bundle.spec.name,
             text=text.sent,
@@ -206,7 +205,7 @@ class _Run:
             tokens_per_second=len(ids) / seconds,
             seconds=seconds,
             first_token_seconds=first,
-            peak_bytes=torch.cuda.max_memory_allocated(self.loaded.device) if on_gpu else None,
+            peak_bytes=peak_bytes(self.loaded.device),
             **{name: usage[name] for name in ("cache_bytes", "cache_bytes_fp16", "effective_bits")},
             prefill=self.cache.prefill,
             device=self.loaded.device.type,
