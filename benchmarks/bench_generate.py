@@ -194,14 +194,13 @@ class Bench:
 
 
 def largest(bench: Bench, way: str, context: int, batches: list[int]) -> dict[str, Any]:
-    """Return the row of the largest of `batches`, rising, that fits."""
+    """Return the row of the largest of `batches` that fits; the larger ones are tried first."""
     row: dict[str, Any] = {}
-    for batch in batches:
-        found = bench.row(way, batch, context)
-        _print(found)
-        if "error" in found:
+    for batch in sorted(batches, reverse=True):
+        row = bench.row(way, batch, context)
+        _print(row)
+        if "error" not in row:
             break
-        row = found
     return row | {"largest": True}
 
 
@@ -211,7 +210,9 @@ def main() -> None:
     bench, rows = Bench(options), []
     for context in options.contexts:
         if options.largest:
-            rows += [largest(bench, w, context, options.batches) for w in options.ways]
+            for way in options.ways:
+                rows.append(largest(bench, way, context, options.batches))
+                _save(options, rows)
             continue
         for batch in options.batches:
             for way in options.ways:
