@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from kvqtool.adaptive_store import AdaptiveStore
+from kvqtool.angles import AngleStore
 from kvqtool.attention import Band, Scoring, Watch, mark_band, mixed_weights, query_blocks
 from kvqtool.council import Council
 from kvqtool.errors import InputError, RunError
 from kvqtool.layer import KvqLayer
 from kvqtool.read_path import ReadPath
-from kvqtool.rope import AngleStore
 
 
 class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers' base
