@@ -31,6 +31,7 @@ from concurrent.futures import (
 )
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Setting:
     windows: int | None
     choices: str | None
     targets: tuple[float, ...]
-    ratios: tuple[tuple[str, float], ...]
+    ratios: tuple[tuple[str, float, float], ...]
     folder: str
 
 
@@ -117,8 +118,10 @@ def make(setting: Setting, name: str, texts: tuple[str, ...]) -> list[str]:
     if name in FAMILIES:
         some = slice(0, setting.tuning_windows)
         part = replace(learned, ids=learned.ids[some], scored_from=learned.scored_from[some])
-        ratios = (dict(setting.ratios)[name],) if name in dict(setting.ratios) else RATIOS
-        bundles = tune(Tuner(loaded, part, ratios), name, bundles[0], list(setting.targets))
+        given = {family: (ratio, start) for family, ratio, start in setting.ratios}
+        ratio, start = given.get(name, (None, 0.03))
+        tuner = Tuner(loaded, part, RATIOS if ratio is None else (ratio,), start)
+        bundles = tune(tuner, name, bundles[0], list(setting.targets))
     paths = []
     for number, bundle in enumerate(bundles):
         path = Path(setting.folder) / f"{name.replace(' ', '-')}-{number}.safetensors"
@@ -129,19 +132,22 @@ def make(setting: Setting, name: str, texts: tuple[str, ...]) -> list[str]:
     return paths
 
 
-def score(setting: Setting, path: str, dataset: str | None) -> dict[str, Any]:
-    """Evaluate a bundle on one text."""
+def score(setting: Setting, paths: tuple[str, ...], dataset: str | None) -> list[dict[str, Any]]:
+    """Evaluate bundles on one text; they share what the exact cache gives."""
     loaded = loaded_of(setting)
     text = load_text(dataset, part="evaluation")
     seq_len = learned_of(setting).ids.shape[1]
     windows = evaluation_windows(
         text, loaded.tokenizer, seq_len=seq_len, windows=setting.windows, stride=None
     )
-    (result,) = evaluate(loaded, windows, [load_bundle(Path(path))])
-    note(f"scored {result.spec} on {text.name} in {result.seconds:.0f} s")
-    figures = asdict(result)
-    del figures["layers"]
-    return {"text": text.name, **figures}
+    results = evaluate(loaded, windows, [load_bundle(Path(path)) for path in paths])
+    rows = [
+        {"text": text.name, "file": p, **asdict(r)} for p, r in zip(paths, results, strict=True)
+    ]
+    for row in rows:
+        note(f"scored {row['spec']} on {row['text']} in {row['seconds']:.0f} s")
+        del row["layers"]
+    return rows
 
 
 def answer(setting: Setting, path: str) -> dict[str, Any]:
@@ -198,14 +204,14 @@ def _run(
     running: dict[Future[Any], Callable[[Any], None]] = {}
 
     def made(name: str, paths: list[str]) -> None:
-        for path in reversed(paths):
-            if setting.choices:
-                ready.appendleft((partial(answered, path), (answer, setting, path)))
-            for dataset in reversed(datasets or [None]):
-                ready.appendleft((partial(scored, name, path), (score, setting, path, dataset)))
+        groups = [tuple(paths)] if jobs == 1 else [(path,) for path in paths]
+        for path in paths if setting.choices else []:
+            ready.appendleft((partial(answered, path), (answer, setting, path)))
+        for group, dataset in product(groups, reversed(datasets or [None])):
+            ready.appendleft((partial(scored, name), (score, setting, group, dataset)))
 
-    def scored(name: str, path: str, row: dict[str, Any]) -> None:
-        table.rows.append({"family": name, "file": path, **row})
+    def scored(name: str, rows: list[dict[str, Any]]) -> None:
+        table.rows += [{"family": name, **row} for row in rows]
 
     def answered(path: str, found: dict[str, Any]) -> None:
         table.answers[path] = found
@@ -226,8 +232,8 @@ def _setting(options: argparse.Namespace, targets: tuple[float, ...], folder: st
     shared = ("model", "device", "dtype", "calibration", "samples", "seq_len", "seed")
     more = ("tuning_windows", "windows", "choices")
     given = {name: getattr(options, name) for name in (*shared, *more)}
-    pairs = (text.rpartition("=") for text in options.ratio)
-    ratios = tuple((name, float(value)) for name, _, value in pairs)
+    known = (text.split("=") for text in options.ratio)
+    ratios = tuple((name, float(ratio), float(start)) for name, ratio, start in known)
     return Setting(**given, targets=targets, ratios=ratios, folder=folder)
 
 
@@ -250,7 +256,10 @@ def _options() -> argparse.Namespace:
         "--family", action="append", choices=sorted({*FIXED, "allocated", *FAMILIES})
     )
     parser.add_argument(
-        "--ratio", action="append", default=[], help="FAMILY=RATIO, not sought; repeatable"
+        "--ratio",
+        action="append",
+        default=[],
+        help="FAMILY=RATIO=START: seek the keys' tolerance from START on, and no ratio; repeatable",
     )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tuning-windows", type=int, default=2)

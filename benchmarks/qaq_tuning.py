@@ -29,6 +29,7 @@ class Tuner:
     loaded: LoadedModel
     windows: Windows
     ratios: tuple[float, ...] = RATIOS
+    start: float = 0.03
 
     @torch.no_grad()
     def bits_of(self, bundle: Bundle) -> float:
@@ -59,6 +60,7 @@ class Tuner:
             found = with_budgets(bundle, scale, scale * ratio)
             bits, at = self.bits_of(found), scale
             over = bits - target
+            note(f"tolerance {scale:.3g}: {bits:.3f} bits")
             if abs(over) < _CLOSE * target:
                 break
             low, high = (scale, high) if over > 0 else (low, scale)
@@ -75,7 +77,7 @@ class Tuner:
 
         def cost(index: int) -> float:
             if index not in scores:
-                start = min(scores.values())[1] if scores else 0.03
+                start = min(scores.values())[1] if scores else self.start
                 found, bits, scale = self.reach(bundle, self.ratios[index], target, start)
                 loss = self.loss_of(found) if abs(bits / target - 1) < 0.03 else float("inf")
                 note(f"ratio {self.ratios[index]:g}: {bits:.3f} bits, KLD {loss:.4f}")
@@ -83,7 +85,7 @@ class Tuner:
             return scores[index][0]
 
         if len(self.ratios) == 1:
-            return self.ratios[0], 0.03
+            return self.ratios[0], self.start
         at = len(self.ratios) // 2
         while True:
             around = [i for i in (at, at - 1, at + 1) if 0 <= i < len(self.ratios)]
