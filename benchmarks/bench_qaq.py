@@ -15,27 +15,36 @@ it comes.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_quality import commit, machine
-from qaq_tuning import Tuner, note, tune
+from qaq_table import Table
+from qaq_tuning import RATIOS, Tuner, note, tune
 
 from kvqtool.bundle import load_bundle, save_bundle
 from kvqtool.calibrate import calibrate
 from kvqtool.choices import choose
 from kvqtool.data import Windows, calibration_windows, evaluation_windows, load_text
-from kvqtool.files import atomic_output, check_output
+from kvqtool.files import check_output
 from kvqtool.models import LoadedModel, load_model
 from kvqtool.perplexity import evaluate
 from kvqtool.spec import parse_spec
@@ -56,7 +65,6 @@ FAMILIES = {
     "qaq over nuq, window 64": "qaq-nuq-w64-1%-sink1",
     "qaq over kvq": "qaq-nuq-1%-sink1-pc-comp/qaq-nuq-1%-sink1-comp",
 }
-_COLUMNS = ("scheme", "text", "bits", "ratio", "kld", "same top", "choices", "spec")
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Setting:
     windows: int | None
     choices: str | None
     targets: tuple[float, ...]
+    ratios: tuple[tuple[str, float, float], ...]
     folder: str
 
 
@@ -109,7 +118,10 @@ def make(setting: Setting, name: str, texts: tuple[str, ...]) -> list[str]:
     if name in FAMILIES:
         some = slice(0, setting.tuning_windows)
         part = replace(learned, ids=learned.ids[some], scored_from=learned.scored_from[some])
-        bundles = tune(Tuner(loaded, part), name, bundles[0], list(setting.targets))
+        given = {family: (ratio, start) for family, ratio, start in setting.ratios}
+        ratio, start = given.get(name, (None, 0.03))
+        tuner = Tuner(loaded, part, RATIOS if ratio is None else (ratio,), start)
+        bundles = tune(tuner, name, bundles[0], list(setting.targets))
     paths = []
     for number, bundle in enumerate(bundles):
         path = Path(setting.folder) / f"{name.replace(' ', '-')}-{number}.safetensors"
@@ -120,19 +132,22 @@ def make(setting: Setting, name: str, texts: tuple[str, ...]) -> list[str]:
     return paths
 
 
-def score(setting: Setting, path: str, dataset: str | None) -> dict[str, Any]:
-    """Evaluate a bundle on one text."""
+def score(setting: Setting, paths: tuple[str, ...], dataset: str | None) -> list[dict[str, Any]]:
+    """Evaluate bundles on one text; they share what the exact cache gives."""
     loaded = loaded_of(setting)
     text = load_text(dataset, part="evaluation")
     seq_len = learned_of(setting).ids.shape[1]
     windows = evaluation_windows(
         text, loaded.tokenizer, seq_len=seq_len, windows=setting.windows, stride=None
     )
-    (result,) = evaluate(loaded, windows, [load_bundle(Path(path))])
-    note(f"scored {result.spec} on {text.name} in {result.seconds:.0f} s")
-    figures = asdict(result)
-    del figures["layers"]
-    return {"text": text.name, **figures}
+    results = evaluate(loaded, windows, [load_bundle(Path(path)) for path in paths])
+    rows = [
+        {"text": text.name, "file": p, **asdict(r)} for p, r in zip(paths, results, strict=True)
+    ]
+    for row in rows:
+        note(f"scored {row['spec']} on {row['text']} in {row['seconds']:.0f} s")
+        del row["layers"]
+    return rows
 
 
 def answer(setting: Setting, path: str) -> dict[str, Any]:
@@ -145,52 +160,6 @@ def answer(setting: Setting, path: str) -> dict[str, Any]:
     return found
 
 
-@dataclass
-class Table:
-    """Rows as they come, and the file that holds them.
-
-    Args:
-        head: what the record says beside its rows.
-        path: the file, or None.
-        rows: a row per bundle and text.
-        answers: by bundle file.
-    """
-
-    head: dict[str, Any]
-    path: Path | None
-    rows: list[dict[str, Any]]
-    answers: dict[str, dict[str, Any]]
-
-    def write(self) -> None:
-        """Write what there is."""
-        if self.path is None:
-            return
-        with atomic_output(self.path, force=True) as part:
-            whole = self.head | {"results": self.sorted()}
-            part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-
-    def sorted(self) -> list[dict[str, Any]]:
-        """Return the rows, text by text and by falling bits, with their answers."""
-        rows = sorted(self.rows, key=lambda row: (row["text"], -row["effective_bits"]))
-        return [
-            {k: v for k, v in row.items() if k != "file"}
-            | {"choices": self.answers.get(row["file"])}
-            for row in rows
-        ]
-
-    def show(self) -> None:
-        """Print the rows."""
-        print("\t".join(_COLUMNS))
-        for row in self.sorted():
-            change, said = "-", row["choices"]
-            if said is not None:
-                low, high = said["accuracy_change_low"], said["accuracy_change_high"]
-                change = f"{said['accuracy']:.3f} ({low:+.3f} to {high:+.3f})"
-            figures = f"{row['effective_bits']:.3f}\t{row['ppl_ratio']:.4f}\t{row['kld_mean']:.4f}"
-            figures += f"\t{row['same_top1']:.4f}\t{change}"
-            print(f"{row['family']}\t{Path(row['text']).name}\t{figures}\t{row['spec']}")
-
-
 def main() -> None:
     """Calibrate, tune, evaluate, print and save."""
     options = _options()
@@ -199,8 +168,8 @@ def main() -> None:
     targets = tuple(float(each) for each in options.targets.split(","))
     groups = FIXED | {"allocated": tuple(ALLOCATED.format(target) for target in targets)}
     groups |= {name: (text,) for name, text in FAMILIES.items()}
-    # The slowest to make first.
-    names = sorted(options.family or groups, key=lambda name: name not in ("allocated", *FAMILIES))
+    slow = ("allocated", *FAMILIES)  # to make; they go first where nothing else is asked for
+    names = options.family or sorted(groups, key=lambda name: name not in slow)
     head = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
@@ -212,45 +181,50 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(options.jobs, mp_context=context) as pool,
+        ThreadPoolExecutor(1)
+        if options.jobs == 1
+        else ProcessPoolExecutor(options.jobs, mp_context=context) as pool,
     ):
         setting = _setting(options, targets, folder)
-        _run(pool, setting, {name: groups[name] for name in names}, options.dataset, table)
+        chosen = {name: groups[name] for name in names}
+        _run(pool, setting, chosen, options.dataset, table, options.jobs)
     table.show()
 
 
 def _run(
-    pool: ProcessPoolExecutor,
+    pool: Executor,
     setting: Setting,
     groups: dict[str, tuple[str, ...]],
     datasets: list[str | None],
     table: Table,
+    jobs: int,
 ) -> None:
-    """Make every family and, as soon as one is made, score its bundles."""
-    waiting: dict[Future[Any], Callable[[Any], None]] = {}
+    """Make every family and score its bundles, before the next is made where processes are few."""
+    ready: deque[tuple[Callable[[Any], None], tuple[Any, ...]]] = deque()
+    running: dict[Future[Any], Callable[[Any], None]] = {}
 
-    def made(name: str) -> Callable[[list[str]], None]:
-        def take(paths: list[str]) -> None:
-            for path in paths:
-                for dataset in datasets or [None]:
-                    waiting[pool.submit(score, setting, path, dataset)] = scored(name, path)
-                if setting.choices:
-                    waiting[pool.submit(answer, setting, path)] = answered(path)
+    def made(name: str, paths: list[str]) -> None:
+        groups = [tuple(paths)] if jobs == 1 else [(path,) for path in paths]
+        for path in paths if setting.choices else []:
+            ready.appendleft((partial(answered, path), (answer, setting, path)))
+        for group, dataset in product(groups, reversed(datasets or [None])):
+            ready.appendleft((partial(scored, name), (score, setting, group, dataset)))
 
-        return take
+    def scored(name: str, rows: list[dict[str, Any]]) -> None:
+        table.rows += [{"family": name, **row} for row in rows]
 
-    def scored(name: str, path: str) -> Callable[[dict[str, Any]], None]:
-        return lambda row: table.rows.append({"family": name, "file": path, **row})
-
-    def answered(path: str) -> Callable[[dict[str, Any]], None]:
-        return lambda found: table.answers.update({path: found})
+    def answered(path: str, found: dict[str, Any]) -> None:
+        table.answers[path] = found
 
     for name, texts in groups.items():
-        waiting[pool.submit(make, setting, name, texts)] = made(name)
-    while waiting:
-        done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        ready.append((partial(made, name), (make, setting, name, texts)))
+    while ready or running:
+        while ready and len(running) < jobs:
+            take, task = ready.popleft()
+            running[pool.submit(*task)] = take
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            waiting.pop(future)(future.result())
+            running.pop(future)(future.result())
         table.write()
 
 
@@ -258,7 +232,9 @@ def _setting(options: argparse.Namespace, targets: tuple[float, ...], folder: st
     shared = ("model", "device", "dtype", "calibration", "samples", "seq_len", "seed")
     more = ("tuning_windows", "windows", "choices")
     given = {name: getattr(options, name) for name in (*shared, *more)}
-    return Setting(**given, targets=targets, folder=folder)
+    known = (text.split("=") for text in options.ratio)
+    ratios = tuple((name, float(ratio), float(start)) for name, ratio, start in known)
+    return Setting(**given, targets=targets, ratios=ratios, folder=folder)
 
 
 def _options() -> argparse.Namespace:
@@ -278,6 +254,12 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--family", action="append", choices=sorted({*FIXED, "allocated", *FAMILIES})
+    )
+    parser.add_argument(
+        "--ratio",
+        action="append",
+        default=[],
+        help="FAMILY=RATIO=START: seek the keys' tolerance from START on, and no ratio; repeatable",
     )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tuning-windows", type=int, default=2)

@@ -162,7 +162,8 @@ def _spread(checks: Checks, model: str) -> None:
         return apart <= SCORES, f"perplexity apart by {apart:.1e}"
 
     def tokens() -> tuple[bool, str]:
-        alone, spread = checks.kvqtool(*write), checks.kvqtool(*write, "--device-map", "auto")
+        alone = checks.kvqtool(*write, "--decode", "eager")
+        spread = checks.kvqtool(*write, "--device-map", "auto")
         ours, theirs = alone["token_ids"], spread["token_ids"]
         pairs = enumerate(zip(ours, theirs, strict=False))
         same = next((i for i, (one, other) in pairs if one != other), min(len(ours), len(theirs)))

@@ -6,10 +6,15 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
+import torch
+
+from kvqtool.attach import attached
 from kvqtool.bundle import Bundle
 from kvqtool.data import Windows
+from kvqtool.forward import hidden_states
 from kvqtool.models import LoadedModel
-from kvqtool.perplexity import PplResult, evaluate
+from kvqtool.perplexity import evaluate
+from kvqtool.usage import measure
 
 RATIOS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # values' tolerance to keys'
 _STEPS = 10
@@ -23,51 +28,70 @@ class Tuner:
 
     loaded: LoadedModel
     windows: Windows
+    ratios: tuple[float, ...] = RATIOS
+    start: float = 0.03
 
-    def measure(self, bundle: Bundle) -> PplResult:
-        """Score the tuning windows."""
-        return evaluate(self.loaded, self.windows, [bundle], allow_calibration_text=True)[0]
+    @torch.no_grad()
+    def bits_of(self, bundle: Bundle) -> float:
+        """Return the effective bits of the tuning windows, which are not scored."""
+        held = []
+        with attached(self.loaded, bundle) as session:
+            for window in self.windows.ids.to(self.loaded.device).split(1):
+                cache = session.new_cache(bundle, prefill="decode-exact")
+                hidden_states(session.model, {"input_ids": window}, cache)
+                usage = measure(cache)
+                held.append((usage.cache_bytes, usage.cache_bytes_fp16))
+        nbytes, nbytes_fp16 = (sum(column) for column in zip(*held, strict=True))
+        return 16 * nbytes / nbytes_fp16
+
+    def loss_of(self, bundle: Bundle) -> float:
+        """Return the divergence on the tuning windows, nats."""
+        (score,) = evaluate(self.loaded, self.windows, [bundle], allow_calibration_text=True)
+        return score.kld_mean
 
     def reach(
         self, bundle: Bundle, ratio: float, target: float, start: float
-    ) -> tuple[Bundle, PplResult, float]:
-        """Return the bundle whose tolerances, at a ratio, cost the target's bits, its score, and
-        the keys' tolerance, sought from `start` on.
+    ) -> tuple[Bundle, float, float]:
+        """Return the bundle whose tolerances, at a ratio, cost the target's bits, those it does
+        cost, and the keys' tolerance, sought from `start` on.
         """
         scale, low, high = start, 0.0, float("inf")  # low: too many bits
         for _ in range(_STEPS):
             found = with_budgets(bundle, scale, scale * ratio)
-            score, at = self.measure(found), scale
-            over = score.effective_bits - target
+            bits, at = self.bits_of(found), scale
+            over = bits - target
+            note(f"tolerance {scale:.3g}: {bits:.3f} bits")
             if abs(over) < _CLOSE * target:
                 break
             low, high = (scale, high) if over > 0 else (low, scale)
             scale *= 2**over  # a doubled tolerance takes a bit
             if not low < scale < high:
                 scale = (low * high) ** 0.5
-        return found, score, at
+        return found, bits, at
 
     def best_ratio(self, bundle: Bundle, target: float) -> tuple[float, float]:
-        """Return the ratio of least divergence at the target, climbing from the middle of RATIOS,
-        and the keys' tolerance there.
+        """Return the ratio of least divergence at the target, climbing from the middle of the
+        ratios, and the keys' tolerance there.
         """
         scores: dict[int, tuple[float, float]] = {}
 
         def cost(index: int) -> float:
             if index not in scores:
-                start = min(scores.values())[1] if scores else 0.03
-                _, score, scale = self.reach(bundle, RATIOS[index], target, start)
-                bits, is_there = score.effective_bits, abs(score.effective_bits / target - 1) < 0.03
-                note(f"ratio {RATIOS[index]:g}: {bits:.3f} bits, KLD {score.kld_mean:.4f}")
-                scores[index] = score.kld_mean if is_there else float("inf"), scale
+                start = min(scores.values())[1] if scores else self.start
+                found, bits, scale = self.reach(bundle, self.ratios[index], target, start)
+                loss = self.loss_of(found) if abs(bits / target - 1) < 0.03 else float("inf")
+                note(f"ratio {self.ratios[index]:g}: {bits:.3f} bits, KLD {loss:.4f}")
+                scores[index] = loss, scale
             return scores[index][0]
 
-        at = len(RATIOS) // 2
+        if len(self.ratios) == 1:
+            return self.ratios[0], self.start
+        at = len(self.ratios) // 2
         while True:
-            around = [i for i in (at, at - 1, at + 1) if 0 <= i < len(RATIOS)]
+            around = [i for i in (at, at - 1, at + 1) if 0 <= i < len(self.ratios)]
             best = min(around, key=cost)
             if best == at:
-                return RATIOS[at], scores[at][1]
+                return self.ratios[at], scores[at][1]
             at = best
 
 
@@ -92,9 +116,9 @@ def tune(tuner: Tuner, name: str, bundle: Bundle, targets: list[float]) -> list[
     ratio, start = tuner.best_ratio(bundle, targets[0])
     chosen = []
     for target in targets:
-        found, score, scale = tuner.reach(bundle, ratio, target, start)
-        if abs(score.effective_bits / target - 1) > _THERE:
-            note(f"{name} has no {target:g} bits: {score.effective_bits:.3f} are nearest")
+        found, bits, scale = tuner.reach(bundle, ratio, target, start)
+        if abs(bits / target - 1) > _THERE:
+            note(f"{name} has no {target:g} bits: {bits:.3f} are nearest")
             continue
         chosen.append(found)
         start = scale

@@ -26,6 +26,7 @@ from kvqtool.attach import Session, attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.calibrate import versions
+from kvqtool.council import check_protocol
 from kvqtool.data import Windows
 from kvqtool.errors import InputError, RunError
 from kvqtool.forward import HeadOnly, head_of, hidden_states, position_chunks
@@ -94,6 +95,7 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r} is unknown; use one of: {', '.join(PROTOCOLS)}")
     for bundle in bundles:
+        check_protocol(bundle.spec, protocol)
         _check_bundle(bundle, loaded, windows, allow_calibration_text)
     tallies = [_Tally(len(windows.ids)) for _ in bundles]
     share = loaded.ranks.share(len(windows.ids))

@@ -102,8 +102,8 @@ class LayerStore:
             value: (batch, num_kv_heads, tokens, value_dim).
             angles: (start, stop) -> (cos, sin) of stored tokens, each (tokens, batch, width / 2)
                 float32.
-            hold: leave the last few tokens that are past the window in it, until `commit`; they
-                read as if they were encoded. Cropping can then take tokens back without a trace.
+            hold: leave the last few tokens past the window in it until `commit`; they read as if
+                encoded. Cropping can then take tokens back without a trace.
 
         Raises:
             RunError: when a state is not finite.
@@ -264,21 +264,21 @@ class LayerStore:
         return cut(self.window, 0, past), cut(self.window, past)
 
     def _encode(self, leaving: Pair, angles: Angles, ahead: int = 0) -> tuple[Rows, Rows]:
-        """Encode tokens, (batch, heads, tokens, head_dim) each, of which `ahead` tokens behind the
-        body is the first; some at a time, so that float32 rows take little room.
-        """
-        start = self.sinks + self.dropped + self.bodies[0].tokens + ahead
+        """Encode tokens (B, H, tokens, D), `ahead` tokens behind the body, some at a time."""
         tokens, size = leaving[0].shape[2], tokens_at_once(self.batch, self.spec.key.token_group)
-        size = tokens if self.spec.adaptive else size
-        if tokens > size:
+        if tokens > size and not self.spec.adaptive:
             parts = ((cut(leaving, i, i + size), ahead + i) for i in range(0, tokens, size))
             return join_rows([self._encode(part, angles, at) for part, at in parts])
+        return self._encode_rows(self._flat(leaving, angles, ahead), leaving[0].dtype)
+
+    def _flat(self, leaving: Pair, angles: Angles, ahead: int = 0) -> Pair:
+        """Return the same tokens as rows (tokens * batch, channels) float32, keys as stored."""
+        start = self.sinks + self.dropped + self.bodies[0].tokens + ahead
         states = [to_rows(leaving[0]), to_rows(leaving[1])]
         if self.rotation is not None:
-            cos, sin = (part[:, :, None] for part in angles(start, start + tokens))
+            cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
             states[0] = self.rotation.unrotate(states[0], cos, sin)
-        flat = flatten_pair((states[0], states[1]), self.spec, self.layer)
-        return self._encode_rows(flat, leaving[0].dtype)
+        return flatten_pair((states[0], states[1]), self.spec, self.layer)
 
     def _encode_rows(self, states: Pair, dtype: torch.dtype) -> tuple[Rows, Rows]:
         """Encode rows (tokens * batch, channels) of the tokens that follow the body."""

@@ -66,8 +66,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ops",
     ),
     (
-        *("rope", "angles", "seam", "padding", "rows", "store", "adaptive_store"),
-        *("read_path", "reader", "page_writer", "open_page", "paged"),
+        *("rope", "angles", "seam", "padding", "rows", "store", "decision", "adaptive_store"),
+        *("council", "read_path", "reader", "page_writer", "open_page", "paged"),
     ),
     (
         "identity",
