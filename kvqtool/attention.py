@@ -166,12 +166,7 @@ def band_attention(
         key, value = packed.expand()
     band: Band | None = getattr(key, _BAND_ATTRIBUTE, None)
     if band is not None:
-        for unsupported in _UNKNOWN:
-            if options.get(unsupported) is not None:
-                raise RunError(
-                    f"a recent window does not work with attention that uses {unsupported}; "
-                    "use a spec that keeps none (no -r, kivi or qaq)"
-                )
+        _refuse_unknown(options)
         if band.watch is not None:
             shown = band.watch.look(query, key, attention_mask, scoring)
             value = value if shown is None else shown
@@ -182,6 +177,20 @@ def band_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     band = band or _empty_band(key, value, query.shape[2])
     return _mixed_attention(query, (key, value), band, attention_mask, scoring), None
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Raise for options of attention that mixing exact and packed scores does not know.
+
+    Raises:
+        RunError: naming the first.
+    """
+    for unsupported in _UNKNOWN:
+        if options.get(unsupported) is not None:
+            raise RunError(
+                f"a recent window does not work with attention that uses {unsupported}; "
+                "use a spec that keeps none (no -r, kivi or qaq)"
+            )
 
 
 def _attend_packed(
