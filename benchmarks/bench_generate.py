@@ -36,7 +36,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from kvqtool.attach import attach
 from kvqtool.decode import Decoder
 from kvqtool.files import atomic_output
-from kvqtool.forward import next_logits
+from kvqtool.forward import read_prompt
 from kvqtool.sampling import Sampling
 from kvqtool.seam import Seam
 from kvqtool.usage import kernel_of
@@ -118,7 +118,8 @@ class Bench:
                 fill(cache, self.seam, (batch, context), self.options.chunk, self.like)
                 logits = torch.zeros(batch, self.model.config.vocab_size, device=self.device)
             else:
-                logits = next_logits(self.model, self._ids(batch, context), cache)
+                ids, chunk = self._ids(batch, context), self.options.prefill_chunk
+                logits = read_prompt(self.model, ids, cache, chunk)
             prompt = self._prompt(before)
             decoder, seconds = Decoder(self.model, cache, sampling, mode), []
             with closing(decoder.tokens(logits)) as tokens:
@@ -281,6 +282,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--fill", action="store_true", help="synthetic states, no prompt")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens filled at once")
+    parser.add_argument("--prefill-chunk", type=int, help="tokens of a prompt that a call reads")
     parser.add_argument("--largest", action="store_true", help="the largest of --batches that fits")
     parser.add_argument("--commit")
     parser.add_argument("--output", type=Path)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from kvqtool.errors import RunError
+from kvqtool.masks import band_mask, causal_mask, is_mark
 from kvqtool.scratch import QUERIES_AT_ONCE
 
 BAND: Final = "kvqtool_band"
@@ -93,6 +93,9 @@ class PackedKeys(Protocol):
     def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Return attention's output, (batch, 1, num_heads, head_dim), of one query a sequence."""
 
+    def attend_causal(self, query: Tensor, scaling: float) -> Tensor:
+        """Return attention's output, (batch, queries, num_heads, head_dim), of the last queries."""
+
     def expand(self) -> tuple[Tensor, Tensor]:
         """Return the keys and values themselves, (batch, num_kv_heads, tokens, head_dim)."""
 
@@ -122,7 +125,7 @@ def register_band_attention() -> None:
     ignored).
     """
     AttentionInterface.register(BAND, band_attention)
-    AttentionMaskInterface.register(BAND, sdpa_mask)
+    AttentionMaskInterface.register(BAND, band_mask)
 
 
 def band_attention(
@@ -141,7 +144,8 @@ def band_attention(
         query: (batch, num_heads, queries, head_dim).
         key: (batch, num_kv_heads, tokens, head_dim).
         value: (batch, num_kv_heads, tokens, value_dim).
-        attention_mask: (batch, 1, queries, tokens) bool, or None for causal order.
+        attention_mask: (batch, 1, queries, tokens) bool, or None or `band_mask`'s mark for causal
+            order.
         **options: transformers' own: scaling, dropout, sliding_window, ...
 
     Returns:
@@ -152,27 +156,53 @@ def band_attention(
         witness(next((name for name in _UNKNOWN if options.get(name) is not None), None))
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     scoring = Scoring(scaling, options.get("softcap"))
+    is_plain = is_mark(attention_mask)
+    attention_mask = None if is_plain else attention_mask
     packed: PackedKeys | None = getattr(key, _PACKED_ATTRIBUTE, None)
     if packed is not None:
-        if packed.sees_all or attention_mask is None or bool(attention_mask.all()):
-            return packed.attend(query, scoring.scaling, scoring.softcap), None
+        out = _attend_packed(query, packed, attention_mask, scoring, is_plain=is_plain)
+        if out is not None:
+            return out, None
         key, value = packed.expand()
     band: Band | None = getattr(key, _BAND_ATTRIBUTE, None)
     if band is not None:
-        for unsupported in _UNKNOWN:
-            if options.get(unsupported) is not None:
-                raise RunError(
-                    f"a recent window does not work with attention that uses {unsupported}; "
-                    "use a spec that keeps none (no -r, kivi or qaq)"
-                )
+        _refuse_unknown(options)
         if band.watch is not None:
             shown = band.watch.look(query, key, attention_mask, scoring)
             value = value if shown is None else shown
             band = None if band.watch.sees_exactly else band
     if band is None and scoring.softcap is None:
+        if is_plain:
+            attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     band = band or _empty_band(key, value, query.shape[2])
     return _mixed_attention(query, (key, value), band, attention_mask, scoring), None
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Raise for options of attention that mixing exact and packed scores does not know.
+
+    Raises:
+        RunError: naming the first.
+    """
+    for unsupported in _UNKNOWN:
+        if options.get(unsupported) is not None:
+            raise RunError(
+                f"a recent window does not work with attention that uses {unsupported}; "
+                "use a spec that keeps none (no -r, kivi or qaq)"
+            )
+
+
+def _attend_packed(
+    query: Tensor, packed: PackedKeys, mask: Tensor | None, scoring: Scoring, *, is_plain: bool
+) -> Tensor | None:
+    """Return attention's output straight from pages, or None where that cannot be."""
+    if query.shape[2] > 1:
+        plainly = is_plain and scoring.softcap is None
+        return packed.attend_causal(query, scoring.scaling) if plainly else None
+    if packed.sees_all or mask is None or bool(mask.all()):
+        return packed.attend(query, scoring.scaling, scoring.softcap)
+    return None
 
 
 def _empty_band(key: Tensor, value: Tensor, queries: int) -> Band:

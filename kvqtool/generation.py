@@ -22,7 +22,7 @@ from kvqtool.cache import KvqCache
 from kvqtool.cachefile import SavedCache, load_cache, restore_cache
 from kvqtool.decode import Decoder
 from kvqtool.errors import InputError
-from kvqtool.forward import next_logits
+from kvqtool.forward import read_prompt
 from kvqtool.live import forget_peak, peak_bytes
 from kvqtool.models import LoadedModel
 from kvqtool.sampling import Sampling
@@ -40,10 +40,13 @@ class Running:
         prefill: `exact` (the prompt attends to exact states, then they are packed) or
             `decode-exact`.
         decode: `auto`, `graph` or `eager`; see `decode.Decoder`.
+        prefill_chunk: tokens of the prompt that one call reads; None for all, see
+            `forward.Reading`.
     """
 
     prefill: str = "exact"
     decode: str = "auto"
+    prefill_chunk: int | None = None
 
 
 DEFAULT: Final = Running()
@@ -67,6 +70,7 @@ class GenerationResult:
     cache_bytes_fp16: int
     effective_bits: float
     prefill: str
+    prefill_chunk: int | None
     device: str
     dtype: str
     kernel: str
@@ -109,7 +113,7 @@ def generate(
     _check_room(loaded, len(ids), sampling)
     with attached(loaded, bundle) as session:
         cache = session.new_cache(bundle, prefill=running.prefill)
-        run = _Run(loaded, cache, sampling, running.decode)
+        run = _Run(loaded, cache, sampling, running)
         return run.result(run.read(ids), len(ids), on_text)
 
 
@@ -149,7 +153,7 @@ def resume(
         )
     with attached(loaded, saved.bundle) as session:
         cache = restore_cache(session, saved, loaded)
-        run = _Run(loaded, cache, sampling, running.decode)
+        run = _Run(loaded, cache, sampling, running)
         if ids:
             logits = run.read(ids)
         else:
@@ -162,25 +166,25 @@ class _Run:
     """One generation: tokens, text and figures."""
 
     def __init__(
-        self, loaded: LoadedModel, cache: KvqCache, sampling: Sampling, decode: str
+        self, loaded: LoadedModel, cache: KvqCache, sampling: Sampling, running: Running
     ) -> None:
         self.loaded = loaded
         self.cache = cache
         self.sampling = sampling
-        self.decode = decode
+        self.running = running
         self.started = time.perf_counter()
         forget_peak(loaded.device)
 
     def read(self, ids: list[int]) -> Tensor:
         """Read a prompt; return the logits of what comes next, (1, vocabulary)."""
         prompt = torch.tensor([ids], device=self.loaded.device)
-        return next_logits(self.loaded.model, prompt, self.cache)
+        return read_prompt(self.loaded.model, prompt, self.cache, self.running.prefill_chunk)
 
     def result(
         self, logits: Tensor, prompt_tokens: int, on_text: Callable[[str], None]
     ) -> GenerationResult:
         """Generate on from the logits of the next token, (1, vocabulary)."""
-        decoder = Decoder(self.loaded.model, self.cache, self.sampling, self.decode)
+        decoder = Decoder(self.loaded.model, self.cache, self.sampling, self.running.decode)
         text = _TextStream(self.loaded.tokenizer, on_text)
         ids: list[int] = []
         finish, began, first = "length", time.perf_counter(), 0.0
@@ -208,6 +212,7 @@ class _Run:
             peak_bytes=peak_bytes(self.loaded.device),
             **{name: usage[name] for name in ("cache_bytes", "cache_bytes_fp16", "effective_bits")},
             prefill=self.cache.prefill,
+            prefill_chunk=self.running.prefill_chunk,
             device=self.loaded.device.type,
             dtype=str(self.loaded.dtype).removeprefix("torch."),
             kernel=kernel_of(self.cache),

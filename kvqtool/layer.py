@@ -121,7 +121,8 @@ class KvqLayer(CacheLayerMixin):
         position = None if self.angles is None else self.angles.first
         context = self.store.context(self.read_angles, position, seen_from)
         packed = PackedLayer(self.reader, context, self.path)
-        if tokens > 1 or not self.path.is_witnessed:
+        is_cut = self.is_sliding or self.store.spec.has_window
+        if not self.path.is_witnessed or (tokens > 1 and is_cut):
             return packed.expand()
         geometry, window = self.store.geometry, self.store.window[0]
         shape = self.store.batch, geometry.num_kv_heads, self.store.tokens - seen_from
@@ -220,6 +221,13 @@ class PackedLayer:
         """Return the output of one query a sequence, (batch, 1, num_heads, head_dim)."""
         self.path.count("fused")
         return self.reader.attend(query, self.context, scaling, softcap)
+
+    def attend_causal(self, query: Tensor, scaling: float) -> Tensor:
+        """Return the output of a sequence's last queries, (batch, queries, num_heads, head_dim),
+        each of which sees the tokens before it and its own.
+        """
+        self.path.count("dequantize")
+        return self.reader.attend_causal(query, self.context, scaling)
 
     def expand(self) -> tuple[Tensor, Tensor]:
         """Return the keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim)."""

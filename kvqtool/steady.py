@@ -260,6 +260,10 @@ class SteadyKeys:
         """Return the output of one query a sequence, (batch, 1, num_heads, head_dim)."""
         return self.reader.attend(query, self.context, scaling, softcap)
 
+    def attend_causal(self, query: Tensor, scaling: float) -> Tensor:
+        """Attend with several queries, which a steady step never has."""
+        raise AssertionError("steady steps have one query")
+
     def expand(self) -> Pair:
         """Return the keys and values themselves; the host would have to wait for their number."""
         raise AssertionError("steady steps are read by the kernel only")

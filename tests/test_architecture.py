@@ -67,7 +67,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("rope", "angles", "seam", "padding", "rows", "store", "decision", "adaptive_store"),
-        *("council", "read_path", "reader", "page_writer", "open_page", "paged"),
+        *("council", "read_path", "blockwise", "reader", "page_writer", "open_page", "paged"),
     ),
     (
         "identity",
@@ -75,6 +75,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tables",
         "data",
         "attach",
+        "masks",
         "attention",
         "layer",
         "adaptive_layer",

@@ -25,6 +25,7 @@ from kvqtool.cachefile import (
 from kvqtool.container import load_container, save_container
 from kvqtool.data import Text
 from kvqtool.errors import BundleError, InputError, RunError
+from kvqtool.forward import Reading
 from kvqtool.generation import Running, generate, resume
 from kvqtool.models import LoadedModel
 from kvqtool.sampling import Sampling
@@ -64,7 +65,7 @@ def written(
     @cache
     def make(spec: str, prefill: str) -> bytes:
         path = tmp_path_factory.mktemp("caches") / "cache"
-        quantize_text(builtin, calibrated(spec), DOCUMENT, path, prefill=prefill)
+        quantize_text(builtin, calibrated(spec), DOCUMENT, path, reading=Reading(prefill))
         return path.read_bytes()
 
     return make

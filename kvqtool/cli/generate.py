@@ -52,6 +52,7 @@ def run(
         int, typer.Option("--top-k", min=0, help="Likeliest tokens to draw from; 0 for all.")
     ] = 0,
     prefill: opt.Prefill = "exact",
+    prefill_chunk: opt.PrefillChunk = None,
     read_path: opt.ReadPath = "auto",
     decode: Annotated[
         str,
@@ -87,7 +88,7 @@ def run(
     from kvqtool.generation import Running, generate, resume
     from kvqtool.sampling import Sampling
 
-    running = Running(prefill, decode)
+    running = Running(prefill, decode, prefill_chunk)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     if cache is not None:
         result = resume(loaded, cache, words, sampling, running=running, on_text=out.text)
