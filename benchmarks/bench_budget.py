@@ -83,7 +83,7 @@ def main() -> None:
         record = {
             "command": " ".join(["python", *sys.argv]),
             "machine": machine(),
-            "commit": commit(),
+            "commit": options.commit or commit(),
             "date": time.strftime("%Y-%m-%d"),
             "calibration": bundles[-1].provenance | {"allocation": None},
             "windows": options.windows,
@@ -179,6 +179,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--windows", type=int, help="of each evaluation text; all by default")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", help="for checkouts without git")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--force", action="store_true")
     return parser.parse_args()

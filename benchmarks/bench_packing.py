@@ -13,28 +13,28 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from kvqtool.appending import append, new_pages
 from kvqtool.packing import pack
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from packing_case import BuiltPack, PackCase, build_pack
+from moved import moved
+from packing_case import PackCase, build_pack
 
-Tables = TypeVar("Tables")
 PROMPTS = (
     (PackCase("nuq4-1%", 256, num_kv_heads=32), 32768),
     (PackCase("nuq3-1%", 256, num_kv_heads=8), 131072),
+    (PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", 256, num_kv_heads=8), 32768),
 )
 TOKENS = (
     PackCase("nuq4-1%", 256, num_kv_heads=8),
     PackCase("nuq4-1%", 256, num_kv_heads=32),
     PackCase("nuq3-1%", 256, batch=4, num_kv_heads=8),
+    PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", 256, num_kv_heads=8),
+    PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", 256, num_kv_heads=32),
 )
 
 
@@ -56,18 +56,18 @@ def main() -> None:
 
 
 def _pack_row(case: PackCase, tokens: int, copy: float) -> dict[str, object]:
-    built, repeats = _on_gpu(build_pack(case)), tokens // case.tokens
+    built, repeats = moved(build_pack(case), "cuda"), tokens // case.tokens
     key, value = (part.repeat(1, 1, repeats, 1) for part in built.states)
-    turns = built.turns.repeat(repeats, 1, 1)
+    turns = built.turns.repeat(1, repeats, 1, 1)
     times = []
     for _ in range(7):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        pages = pack((key, value), turns, built.code, built.tables, built.variant)
+        packed = pack((key, value), turns, built.code, built.tables, built.variant)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[2:])
-    rate = (2 * 2 * key.numel() + pages.nbytes) / seconds
+    rate = (2 * 2 * key.numel() + packed.pages.nbytes) / seconds
     return {
         "spec": case.spec,
         "num_kv_heads": case.num_kv_heads,
@@ -79,10 +79,10 @@ def _pack_row(case: PackCase, tokens: int, copy: float) -> dict[str, object]:
 
 
 def _append_row(case: PackCase, launches: int = 32) -> dict[str, object]:
-    built = _on_gpu(build_pack(case))
+    built = moved(build_pack(case), "cuda")
     key, value = (part[:, :, 0].contiguous() for part in built.states)
     state = torch.zeros(case.batch, 8, dtype=torch.int32, device="cuda")
-    turns = built.turns[0].expand(case.batch, -1, -1).contiguous()
+    turns = built.turns[:, 0].contiguous()
     growing = new_pages(built.variant, case.batch, case.num_kv_heads, 2, (1024, 1024), key.device)
 
     def call() -> None:
@@ -119,18 +119,6 @@ def _copy_rate() -> float:
     source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / min(_events(lambda: target.copy_(source)) for _ in range(5))
-
-
-def _on_gpu(built: BuiltPack) -> BuiltPack:
-    states = built.states[0].cuda(), built.states[1].cuda()
-    code, tables = _moved(built.code), _moved(built.tables)
-    return replace(built, states=states, turns=built.turns.cuda(), code=code, tables=tables)
-
-
-def _moved(tables: Tables) -> Tables:
-    values = {f.name: getattr(tables, f.name) for f in fields(tables)}  # type: ignore[arg-type]  # a dataclass
-    moved = {name: v.cuda() for name, v in values.items() if isinstance(v, Tensor)}
-    return replace(tables, **moved)  # type: ignore[type-var]  # a dataclass
 
 
 if __name__ == "__main__":

@@ -97,8 +97,9 @@ SETS["frontier"] = [
     *(f"kvq3@{bits}" for bits in ("3.0", "2.75", "2.6")),
     *RIVALS,
 ]
+SETS["claims"] = [*_NUQ, *PRESETS, *(f"kvq3@{bits}" for bits in ("3.0", "2.75", "2.6"))]
 # Schemes that share one run of the baseline; results are saved group by group.
-_GROUP = 14
+_GROUP = 6
 _COLUMNS = {
     "spec": "{}",
     "effective_bits": "{:.3f}",
@@ -120,6 +121,8 @@ def main() -> None:
         check_output(options.output, options.force)
     loaded = load_model(options.model, device=options.device, dtype=options.dtype)
     wanted = options.spec or ([] if options.bundle else SETS[options.set])
+    number, processes = options.share
+    wanted = wanted[number::processes]
     specs = [parse_spec(text) for text in wanted]
     started = time.perf_counter()
     source = load_text(options.calibration, part="calibration")
@@ -215,6 +218,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", choices=sorted(SETS), default="demo", help="which schemes")
     parser.add_argument("--spec", action="append", help="a scheme instead of a set; repeatable")
     parser.add_argument("--bundle", action="append", type=Path, help="a file beside; repeatable")
+    parser.add_argument(
+        "--share",
+        type=_share,
+        default=(0, 1),
+        metavar="K/N",
+        help="every N-th scheme from the K-th, from 0; join_results.py joins the records",
+    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--calibration-seq-len", type=int, default=2048)
@@ -230,6 +240,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--force", action="store_true")
     return parser.parse_args()
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, processes = (int(part) for part in text.split("/"))
+    if not 0 <= number < processes:
+        raise argparse.ArgumentTypeError(f"{text} is no share; use 0/N to N-1/N")
+    return number, processes
 
 
 def _print_table(results: list[PplResult]) -> None:

@@ -86,7 +86,7 @@ STEPS: Final = Marks("kvq_step", (
 PARTS: Final = Marks("kvq_part", (
     ("", "    if (first < segment.slabs) {\n        u32 turned_page"),
     ("turn to slab, query", "    const Slab& slab = stream.slab;\n"),
-    ("outliers of keys", "    KVQ_UNROLL for (u32 step = 0; step < STEPS; step++) {\n        u32 words"),
+    ("outliers of keys", "    KVQ_UNROLL for (u32 step = 0; step < STEPS"),
     ("keys", "    cap_scores(score, cap);\n    u32 weights[4][2];\n    if constexpr (OUTLIERS)"),
     ("soften", "        u32 count = outlier_words(slab, 1);\n"),
     ("outliers of values", "    KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {\n        u32 words"),

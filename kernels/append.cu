@@ -9,7 +9,10 @@
 // `turns`   (batch, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
 // `counts`  (pages, num_kv_heads, 2, 2) words of each list; lists have room for `key_room` and
 //           `value_room` words, zero where unused; what does not fit is counted in `dropped`
+// `key_reads`, `key_feedback`, `key_turn` and those of values: as in compensate.cu, with KEY_COMP
+//           and VALUE_COMP
 // Macros: those of pack.cu; WARPS is the block's. The rest as in attend.cu and pack.cu.
+#include "compensate_token.cuh"
 #include "survey.cuh"
 
 constexpr u32 THREADS = WARPS * 32;
@@ -174,16 +177,62 @@ struct Target {
     u8* words;
 };
 
+// A token's keys at a place and its partner, as they are stored.
+DEVICE void find_keys(const KeyCode& code, const KeyChannel (&channels)[2], const u16* staged,
+                      const Bench& bench, u32 at, Element (&found)[2]) {
+    if constexpr (!KEY_COMP) return key_pair(channels, staged, turn_at(code, 0, at), found);
+    float states[2];
+    key_states(channels, staged, turn_at(code, 0, at), states);
+    KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
+        const KeyChannel& channel = channels[k];
+        u8 coded = bench.coded[channel.channel];
+        float scale = mul_exact(add_exact(channel.upper, -channel.lower), 0.5f);
+        float moved = add_exact(states[k], -mul_exact(bench.owed[channel.channel], scale));
+        found[k] = Element{moved, coded & 0x7fu, (coded & FLAG) != 0};
+    }
+}
+
+// A token's value of one channel, as it is stored.
+DEVICE Element find_value(const float* middles, u16 bits, const ValueRow& row, const Bench& bench,
+                          u32 head, u32 at) {
+    if constexpr (!VALUE_COMP) return value_element(middles, bits, row, head * HEAD_DIM + at);
+    float moved = add_exact(state_value(bits), -mul_exact(bench.owed[at], h2_low(row.range)));
+    return Element{moved, bench.coded[at] & 0x7fu, (bench.coded[at] & FLAG) != 0};
+}
+
+// Put a token's keys on the bench; a whole block does.
+DEVICE void lay_keys(const KeyCode& code, u32 head, const u16* staged, const u16* turn_of,
+                     const Bench& bench) {
+    for (u32 at = thread_index(); at < HEAD_DIM / 2; at += THREADS) {
+        KeyChannel pair[2] = {key_channel(code, head, at),
+                              key_channel(code, head, at + HEAD_DIM / 2)};
+        float states[2];
+        key_states(pair, staged, turn_at(code, 0, at), states);
+        KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
+            bench.u[turn_of[pair[k].channel]] = key_scaled(pair[k], states[k]);
+            bench.coded[pair[k].channel] = is_beyond(pair[k], states[k]) ? FLAG : 0;
+        }
+    }
+}
+
+DEVICE void lay_values(const ValueRow& row, u32 head, const u16* staged, const u16* turn_of,
+                       const Bench& bench) {
+    for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
+        bench.u[turn_of[i]] = value_scaled(staged[i], row);
+        bench.coded[i] = is_cut_off(staged[i], row, head * HEAD_DIM + i) ? FLAG : 0;
+    }
+}
+
 // The four codes of a token's keys that one lane of a step holds.
 DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& lists,
-                        const Target& target, const u16* staged, u32 task) {
+                        const Target& target, const u16* staged, const Bench& bench, u32 task) {
     u32 in_slab = target.in_slab, step = task / 4, lane = in_slab % 8 * 4 + task % 4;
     u32 n[4], codes[4];
     KeyChannel channels[2][2];
     lane_channels(code, target.head, step, lane, channels);
     KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
         Element found[2];
-        key_pair(channels[e], staged, turn_at(code, 0, 8 * step + lane % 4 * 2 + e), found);
+        find_keys(code, channels[e], staged, bench, 8 * step + lane % 4 * 2 + e, found);
         KVQ_UNROLL for (u32 partner = 0; partner < 2; partner++) {
             u32 row, at, i = 2 * partner + e;
             n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 2 + 4 * partner + e;
@@ -201,15 +250,14 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& 
 // The two codes of a token's values that one lane of a step holds.
 DEVICE void append_values(const float* middles, const Decode& decode, const Lists& lists,
                           const Target& target, const u16* staged, const ValueRow& value,
-                          u32 task) {
+                          const Bench& bench, u32 task) {
     u32 in_slab = target.in_slab, step = task / 8, lane = task % 8 * 4 + in_slab % 8 / 2;
     u32 n[2], codes[2];
     KVQ_UNROLL for (u32 i = 0; i < 2; i++) {
         u32 row, at;
         n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 4 + i * 2 + in_slab % 2;
         value_place(n[i], step, lane, row, at);
-        Element found =
-            value_element(middles, staged[at], value, target.head * HEAD_DIM + at);
+        Element found = find_value(middles, staged[at], value, bench, target.head, at);
         codes[i] = found.code;
         if (!found.is_outlier) continue;
         float dense = value_dense(decode, value.range, found.code);
@@ -219,19 +267,57 @@ DEVICE void append_values(const float* middles, const Decode& decode, const List
     replace_codes<VALUE_BITS>(words + step * step_bytes(VALUE_BITS), lane, n, codes, 2);
 }
 
+// What compensated rounding of keys and of values works on.
+struct Workshop {
+    Bench bench[2];
+    const float* feedback[2];
+    const u16* turn_of[2];
+};
+
+// Lay it out in shared memory and begin to fill it.
+DEVICE Workshop open_workshop(u16* memory, u32 head, const float* key_feedback,
+                              const float* value_feedback, const u16* key_turn,
+                              const u16* value_turn) {
+    Workshop shop;
+    u8* at = (u8*)memory;
+    const float* feedback[2] = {key_feedback, value_feedback};
+    const u16* turn[2] = {key_turn, value_turn};
+    KVQ_UNROLL for (u32 side = 0; side < 2; side++) {
+        shop.bench[side] = bench_at(at);
+        if (!(side ? VALUE_COMP : KEY_COMP)) continue;
+        u16* turn_of = (u16*)(at + BENCH_BYTES);
+        at += BENCH_BYTES + 2 * HEAD_DIM;
+        const float* own = feedback[side] + (u64)head * HEAD_DIM * HEAD_DIM;
+        shop.feedback[side] = STAGED ? (const float*)at : own;
+        if constexpr (STAGED) {
+            stage_feedback<THREADS>(own, (float*)at);
+            at += 4 * HEAD_DIM * HEAD_DIM;
+        }
+        for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
+            turn_of[turn[side][head * HEAD_DIM + i]] = (u16)i;
+        }
+        shop.turn_of[side] = turn_of;
+    }
+    return shop;
+}
+
 KERNEL(THREADS)
 append(const u16* key, const u16* value, const int* page_table, const int* state,
        const float* lower, const float* upper, const float* offset, const float* inverse,
        const float* key_middles, const float* value_middles, const u16* order, const float* turns,
        const u16* levels, const u16* key_levels, u32* ranges, u32* counts, u32* index, u8* slabs,
-       u32* outlier_words, u32* dropped, u32 num_kv_heads, u32 max_pages, u32 per_tail,
-       u32 key_room, u32 value_room) {
+       u32* outlier_words, u32* dropped, const float* key_reads, const float* key_feedback,
+       const u16* key_turn, const float* value_reads, const float* value_feedback,
+       const u16* value_turn, u32 num_kv_heads, u32 max_pages, u32 per_tail, u32 key_room,
+       u32 value_room) {
     u32 sequence = block_index() / num_kv_heads, head = block_index() % num_kv_heads;
     u32 token = (u32)state[8 * sequence], channels = num_kv_heads * HEAD_DIM;
     u32 page = page_table[sequence * max_pages + token / 128], in_slab = token % 64;
     Search search{(u32*)shared_memory()};
     float* middles = (float*)(search.words + 776);  // of keys, of values
     u16 *staged = (u16*)(middles + 32), *keys = staged + 2 * HEAD_DIM;
+    Workshop shop = open_workshop(keys + channels, head, key_feedback, value_feedback, key_turn,
+                                  value_turn);
     const u16* own = key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM;
     const u16* all = value + (u64)sequence * channels;
     for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
@@ -266,12 +352,38 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
                   slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS))};
     // The first two warps rank values meanwhile.
     u32 task = thread_index() - 64;
-    if (task < STEPS * 4) append_keys(code, decode, lists, target, staged, task);
+    if (!KEY_COMP && task < STEPS * 4) {
+        append_keys(code, decode, lists, target, staged, shop.bench[0], task);
+    }
     Cuts cuts;
     u32 range = find_range(keys, channels, per_tail, least, greatest, search, cuts);
     if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
+    ValueRow row{range, inverse_scale(range), cuts};
+    if constexpr (KEY_COMP || VALUE_COMP) {
+        if constexpr (KEY_COMP) lay_keys(code, head, staged, shop.turn_of[0], shop.bench[0]);
+        if constexpr (VALUE_COMP) {
+            lay_values(row, head, staged + HEAD_DIM, shop.turn_of[1], shop.bench[1]);
+        }
+        await_copies<0>();
+        sync_block();
+        u32 warp = thread_index() / 32, first = head * HEAD_DIM;
+        if (KEY_COMP && warp == 0) {
+            u32 own = CHANNEL_LEVELS ? first : 0;
+            Rounding rounding{code.middles + own * (LEVELS - 1), key_reads + own * LEVELS,
+                              shop.feedback[0], key_turn + first};
+            round_token<KEY_BITS, CHANNEL_LEVELS>(rounding, shop.bench[0]);
+        }
+        if (VALUE_COMP && warp == 1) {
+            Rounding rounding{middles + 16, value_reads, shop.feedback[1], value_turn + first};
+            round_token<VALUE_BITS, false>(rounding, shop.bench[1]);
+        }
+        sync_block();
+        if (KEY_COMP && task < STEPS * 4) {
+            append_keys(code, decode, lists, target, staged, shop.bench[0], task);
+        }
+    }
     if (thread_index() < STEPS * 8) {
-        ValueRow row{range, inverse_scale(range), cuts};
-        append_values(middles + 16, decode, lists, target, staged + HEAD_DIM, row, thread_index());
+        append_values(middles + 16, decode, lists, target, staged + HEAD_DIM, row, shop.bench[1],
+                      thread_index());
     }
 }

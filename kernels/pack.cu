@@ -6,12 +6,16 @@
 // is one IEEE operation in the order of codec.py; nothing is contracted.
 //
 // `states`  (batch, num_kv_heads, tokens, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
-// `turns`   (tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
+// `turns`   (batch, tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
 // `ranges`  (pages, 128) half2: scale and offset
 // `cuts`    (batch, tokens) Cuts
 // `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; lists of values
 //           IN_ROUNDS begin with HEADER words (kvqtool/pages.py)
-// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS.
+// `spilled` (2, room) of keys and of values, how many in `spills` (2): outliers that adding delta and
+//           code does not give back, (token * batch + sequence) * channels + channel above the half
+// `key_coded`, `key_moved` and those of values: from compensate.cu, with KEY_COMP and VALUE_COMP
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS; beside
+// `survey_values` also KEY_COMP and VALUE_COMP: codes are there already.
 #include "survey.cuh"
 
 // Grid: tokens of all sequences, a warp each. The `per_tail` least and greatest elements of a token
@@ -69,6 +73,35 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
     cuts[number] = found.cuts;
 }
 
+// Where outliers go that their words do not give back: this side's, and what places count by.
+struct Spill {
+    u32* count;
+    u64* places;
+    u64 per_token, first;  // elements a token, and those before the slab's first
+};
+
+DEVICE void keep_spilled(const Spill& spill, float state, float dense, u32 word, u32 token,
+                         u32 channel) {
+    u16 stored = float_to_half(clamp_half(state));
+    u16 again = float_to_half(clamp_half(add_exact(dense, h2_high(word))));
+    if (again == stored) return;
+    u64 place = spill.first + token * spill.per_token + channel;
+    spill.places[add_global(spill.count, 1)] = place << 16 | stored;
+}
+
+// A slab's rows of one side as compensate.cu left them.
+struct Given {
+    const u8* coded;
+    const u16* moved;
+};
+
+DEVICE Element given_element(const Given& given, u32 token, u32 channel) {
+    u8 coded = given.coded[token * HEAD_DIM + channel];
+    bool is_outlier = coded & 0x80;
+    float state = is_outlier ? half_to_float(given.moved[token * HEAD_DIM + channel]) : 0.0f;
+    return Element{state, coded & 0x7fu, is_outlier};
+}
+
 // What codes and outliers of a slab are written from.
 struct Source {
     Place place;
@@ -102,7 +135,8 @@ DEVICE u32 nibble_bits(u32 mask) {
 }
 
 // A lane's codes of a step's keys, a word a tile; returns who is an outlier.
-DEVICE u32 key_codes(const Source& from, const u16* staged, u32 tokens, u32 (&tiles)[4]) {
+DEVICE u32 key_codes(const Source& from, const u16* staged, const Given& given,
+                     u32 (&tiles)[4]) {
     u32 flags = 0, place = 8 * from.step + from.lane % 4 * 2;
     KeyChannel channels[2][2];
     lane_channels(from.code, from.place.head, from.step, from.lane, channels);
@@ -110,10 +144,16 @@ DEVICE u32 key_codes(const Source& from, const u16* staged, u32 tokens, u32 (&ti
         u32 word = 0, found_flags = 0;
         KVQ_UNROLL for (u32 half = 0; half < 2; half++) {
             u32 token = t * 16 + half * 8 + from.lane / 4;
-            Turns turns = turns_at(from.code, smaller(from.place.slab * 64 + token, tokens - 1), place);
+            u32 exists = smaller(token, from.place.tokens - 1);
+            Turns turns = turns_at(from.code, from.place.slab * 64 + exists, place);
             KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
                 Element found[2];
-                key_pair(channels[e], staged + token * ROW, turns.of[e], found);
+                if constexpr (KEY_COMP) {
+                    found[0] = given_element(given, exists, channels[e][0].channel);
+                    found[1] = given_element(given, exists, channels[e][1].channel);
+                } else {
+                    key_pair(channels[e], staged + token * ROW, turns.of[e], found);
+                }
                 u32 i = half * 2 + e;
                 word |= found[0].code << 4 * i | found[1].code << 4 * (i + 4);
                 if (found[0].is_outlier) found_flags |= 1u << i;
@@ -132,21 +172,27 @@ DEVICE u32 key_codes(const Source& from, const u16* staged, u32 tokens, u32 (&ti
 }
 
 // A lane's codes of a step's values; returns who may be an outlier, as far as its size says.
-DEVICE u32 value_codes(const Source& from, const u16* staged, const Coded* rows,
-                       const float* middles, u32 (&tiles)[4]) {
+DEVICE u32 value_codes(const Source& from, const u16* staged, const Given& given,
+                       const Coded* rows, const float* middles, u32 (&tiles)[4]) {
     u32 flags = 0;
-    const u16* channels = staged + 16 * from.step + from.lane / 4;
+    u32 channel = 16 * from.step + from.lane / 4;
     KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
         u32 word = 0, found_flags = 0;
         KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
             u32 token = t * 16 + n / 2 * 8 + from.lane % 4 * 2 + n % 2;
             Coded row = rows[token];
             KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
-                float x = state_value(channels[token * ROW + 8 * upper]);
-                float u = mul_exact(add_exact(x, -row.offset), row.inverse);
-                u32 i = n / 2 * 4 + n % 2 + 2 * upper;
-                word |= nearest<VALUE_BITS>(u, middles) << 4 * i;
-                if (OUTLIERS && (x <= row.low || x >= row.high)) found_flags |= 1u << i;
+                u32 i = n / 2 * 4 + n % 2 + 2 * upper, at = channel + 8 * upper;
+                if constexpr (VALUE_COMP) {
+                    Element found = given_element(given, smaller(token, from.place.tokens - 1), at);
+                    word |= found.code << 4 * i;
+                    if (found.is_outlier) found_flags |= 1u << i;
+                } else {
+                    float x = state_value(staged[token * ROW + at]);
+                    float u = mul_exact(add_exact(x, -row.offset), row.inverse);
+                    word |= nearest<VALUE_BITS>(u, middles) << 4 * i;
+                    if (OUTLIERS && (x <= row.low || x >= row.high)) found_flags |= 1u << i;
+                }
             }
         }
         if (from.place.tokens < 64) {
@@ -166,8 +212,9 @@ KERNEL(STEPS * 32)
 pack_slabs(const u16* key, const u16* value, const int* page_table, const float* lower,
            const float* upper, const float* offset, const float* inverse, const float* key_middles,
            const float* value_middles, const u16* order, const float* turns, const u32* ranges,
-           const Cuts* cuts, u32* counts, u32* flags, u8* slabs, u32 num_kv_heads, u32 tokens,
-           u32 max_pages) {
+           const u8* key_coded, const u16* key_moved, const u8* value_coded,
+           const u16* value_moved, const Cuts* cuts, u32* counts, u32* flags, u8* slabs,
+           u32 num_kv_heads, u32 tokens, u32 max_pages) {
     u16* staged = (u16*)shared_memory();
     u16* staged_value = staged + 64 * ROW;
     Coded* rows = (Coded*)(staged_value + 64 * ROW);
@@ -176,11 +223,16 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     Source from;
     from.lane = thread % 32, from.step = thread / 32;
     from.place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
-    from.code = KeyCode{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
-                        order, turns};
     const Place& place = from.place;
-    stage(key, place, num_kv_heads, tokens, staged);
-    stage(value, place, num_kv_heads, tokens, staged_value);
+    from.code = KeyCode{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
+                        order, turns + (u64)place.sequence * tokens * HEAD_DIM};
+    u64 row = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
+    Given given[2] = {{key_coded + row * HEAD_DIM, key_moved + row * HEAD_DIM},
+                      {value_coded + row * HEAD_DIM, value_moved + row * HEAD_DIM}};
+    if constexpr (!KEY_COMP) stage(key, place, num_kv_heads, tokens, staged);
+    copies_sent();
+    if constexpr (!VALUE_COMP) stage(value, place, num_kv_heads, tokens, staged_value);
+    copies_sent();
     for (u32 i = thread; i < 32; i += STEPS * 32) {
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
         if (i >= 16 && i < 15 + (1u << VALUE_BITS)) middles[i] = value_middles[i - 16];
@@ -195,7 +247,7 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     u32 tiles[4] = {0, 0, 0, 0};
     await_copies<1>();
     sync_block();
-    u32 found = key_codes(from, staged, tokens, tiles);
+    u32 found = key_codes(from, staged, given[0], tiles);
     store_codes<KEY_BITS>(to + from.step * step_bytes(KEY_BITS), from.lane, tiles);
     if constexpr (OUTLIERS) {
         *flags_of(flags, list, 0, thread) = found;
@@ -204,11 +256,11 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     }
     await_copies<0>();
     sync_block();
-    found = value_codes(from, staged_value, rows, middles + 16, tiles);
+    found = value_codes(from, staged_value, given[1], rows, middles + 16, tiles);
     to += STEPS * step_bytes(KEY_BITS) + from.step * step_bytes(VALUE_BITS);
     store_codes<VALUE_BITS>(to, from.lane, tiles);
     if constexpr (!OUTLIERS) return;
-    KVQ_ROLLED for (u32 left = found; left; left &= left - 1) {  // among equals some may be none
+    KVQ_ROLLED for (u32 left = VALUE_COMP ? 0 : found; left; left &= left - 1) {  // among equals
         u32 token, at, n = lowest_bit(left);
         value_place(n, from.step, from.lane, token, at);
         u32 item = item_of(order_key(staged_value[token * ROW + at]), place.head * HEAD_DIM + at);
@@ -239,8 +291,9 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
             const float* upper, const float* offset, const float* inverse,
             const float* key_middles, const float* value_middles, const u16* order,
             const float* turns, const u16* levels, const u16* key_levels, const u32* ranges,
-            u32* flags, const u32* index, u32* outlier_words, u32 num_kv_heads, u32 tokens,
-            u32 max_pages) {
+            const u8* key_coded, const u16* key_moved, const u8* value_coded,
+            const u16* value_moved, u32* flags, const u32* index, u32* outlier_words, u32* spills,
+            u64* spilled, u32 room, u32 batch, u32 num_kv_heads, u32 tokens, u32 max_pages) {
     u32* counts = (u32*)shared_memory();   // of keys, a step each
     u32* channels = counts + STEPS;         // outliers of each channel of values, then of those before
     u32* rounds = channels + HEAD_DIM;      // how many, their size, and how many have one more
@@ -249,9 +302,15 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
     u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
     u32 key_flags = *flags_of(flags, list, 0, thread_index());
     u32 value_flags = *flags_of(flags, list, 1, thread_index());
-    KeyCode code{lower, upper, offset, inverse, key_middles, order, turns};
+    KeyCode code{lower, upper, offset, inverse, key_middles, order,
+                 turns + (u64)place.sequence * tokens * HEAD_DIM};
     Decode decode{levels, key_levels, (const u32*)key_levels};
     const u64 first = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
+    Given given[2] = {{key_coded + first * HEAD_DIM, key_moved + first * HEAD_DIM},
+                      {value_coded + first * HEAD_DIM, value_moved + first * HEAD_DIM}};
+    Spill spill{spills, spilled, (u64)batch * num_kv_heads * HEAD_DIM,
+                (((u64)place.slab * 64 * batch + place.sequence) * num_kv_heads + place.head) *
+                    HEAD_DIM};
     const u32* where = index + 4 * list;
     u32* words = outlier_words + (u64)where[0] * 4;
     u32 total, before = lanes_before(count_bits(key_flags), lane, total);
@@ -274,33 +333,48 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
         u32 low = at % (HEAD_DIM / 2), partner = at / (HEAD_DIM / 2);
         KeyChannel pair[2] = {key_channel(code, place.head, low),
                               key_channel(code, place.head, low + HEAD_DIM / 2)};
+        u32 channel = partner ? pair[1].channel : pair[0].channel;
         Element found[2];
-        key_pair(pair, key + (first + token) * HEAD_DIM,
-                 turn_at(code, place.slab * 64 + token, low), found);
+        if constexpr (KEY_COMP) {
+            found[0] = found[1] = given_element(given[0], token, channel);
+        } else {
+            key_pair(pair, key + (first + token) * HEAD_DIM,
+                     turn_at(code, place.slab * 64 + token, low), found);
+        }
         Element element = partner ? found[1] : found[0];
         float dense = key_dense(decode, place.head, at, element.code);
-        words[before] = delta_word(element.state, dense, key_word(token, at));
+        u32 word = delta_word(element.state, dense, key_word(token, at));
+        words[before] = word;
+        keep_spilled(spill, element.state, dense, word, token, channel);
     }
     if (step == STEPS - 1 && lane == 31) {
         for (; before < where[1] * 4; before++) words[before] = 0;
     }
-    u32 room = (where[3] & ~IN_ROUNDS) * 4;
+    u32 list_room = (where[3] & ~IN_ROUNDS) * 4;
     words = outlier_words + (u64)where[2] * 4;
-    if (room && step == 0) {
+    spill.count++, spill.places += room;
+    if (list_room && step == 0) {
         u32 end = HEADER + rounds[3];
         if (lane < HEADER) words[lane] = lane < 3 ? rounds[lane] : 0;
-        if (lane < room - end) words[end + lane] = 0;
+        if (lane < list_room - end) words[end + lane] = 0;
     }
     KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
         u32 token, at, n = lowest_bit(left);
         value_place(n, step, lane, token, at);
         u32 range = ranges[place.page * 128 + place.slab % 2 * 64 + token];
-        float state = state_value(value[(first + token) * HEAD_DIM + at]);
-        u32 nearest_level = value_code(value_middles, state, range, inverse_scale(range));
-        u32& place = n / 2 % 2 ? places[1] : places[0];
-        u32 round = place % rounds[0];
-        u32 slot = HEADER + round * rounds[1] + smaller(round, rounds[2]) + place++ / rounds[0];
-        words[slot] =
-            delta_word(state, value_dense(decode, range, nearest_level), at << 8 | token << 2);
+        Element found;
+        if constexpr (VALUE_COMP) {
+            found = given_element(given[1], token, at);
+        } else {
+            ValueRow row{range, inverse_scale(range), NO_CUTS};
+            found = value_element(value_middles, value[(first + token) * HEAD_DIM + at], row, at);
+        }
+        u32& place_of = n / 2 % 2 ? places[1] : places[0];
+        u32 round = place_of % rounds[0];
+        u32 slot = HEADER + round * rounds[1] + smaller(round, rounds[2]) + place_of++ / rounds[0];
+        float dense = value_dense(decode, range, found.code);
+        u32 word = delta_word(found.state, dense, at << 8 | token << 2);
+        words[slot] = word;
+        keep_spilled(spill, found.state, dense, word, token, at);
     }
 }

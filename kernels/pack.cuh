@@ -42,7 +42,6 @@ DEVICE void stage(const u16* states, const Place& place, u32 num_kv_heads, u32 t
             *(Eight*)at = Eight{{0, 0, 0, 0}};
         }
     }
-    copies_sent();
 }
 
 // How keys are encoded, by channel of the layer: threshold and affine, and the middles between
@@ -96,10 +95,15 @@ DEVICE KeyChannel key_channel(const KeyCode& code, u32 head, u32 place) {
     return found;
 }
 
+DEVICE float key_scaled(const KeyChannel& channel, float x) {
+    return mul_exact(add_exact(x, -channel.offset), channel.inverse);
+}
+DEVICE bool is_beyond(const KeyChannel& channel, float x) {
+    return OUTLIERS && (x < channel.lower || x > channel.upper);
+}
 DEVICE Element key_element(const KeyChannel& channel, float x) {
-    float u = mul_exact(add_exact(x, -channel.offset), channel.inverse);
-    return Element{x, nearest<KEY_BITS>(u, channel.middles),
-                   OUTLIERS && (x < channel.lower || x > channel.upper)};
+    float u = key_scaled(channel, x);
+    return Element{x, nearest<KEY_BITS>(u, channel.middles), is_beyond(channel, x)};
 }
 
 // a / b from 1 / b, rounded as IEEE division is: the second correction is Markstein's, of a quotient
@@ -126,10 +130,10 @@ DEVICE Turns turns_at(const KeyCode& code, u32 token, u32 place) {
     return ((const Turns*)code.turns)[((u64)token * (HEAD_DIM / 2) + place) / 2];
 }
 
-// A token's keys at a place and at its partner before RoPE (undone by the exact inverse of the
-// model's own cosine and sine), and their codes.
-DEVICE void key_pair(const KeyChannel (&channels)[2], const u16* row, const Turn& turn,
-                     Element (&found)[2]) {
+// A token's keys at a place and at its partner before RoPE, undone by the exact inverse of the
+// model's own cosine and sine.
+DEVICE void key_states(const KeyChannel (&channels)[2], const u16* row, const Turn& turn,
+                       float (&states)[2]) {
     float x = state_value(row[channels[0].channel]), y = state_value(row[channels[1].channel]);
     if constexpr (ROTATED) {
         float norm =
@@ -139,7 +143,15 @@ DEVICE void key_pair(const KeyChannel (&channels)[2], const u16* row, const Turn
         float inverse = reciprocal_exact(norm);
         x = divide(low, norm, inverse), y = divide(high, norm, inverse);
     }
-    found[0] = key_element(channels[0], x), found[1] = key_element(channels[1], y);
+    states[0] = x, states[1] = y;
+}
+
+// The same, and their codes.
+DEVICE void key_pair(const KeyChannel (&channels)[2], const u16* row, const Turn& turn,
+                     Element (&found)[2]) {
+    float states[2];
+    key_states(channels, row, turn, states);
+    found[0] = key_element(channels[0], states[0]), found[1] = key_element(channels[1], states[1]);
 }
 
 // The channels of a lane's two places of a step and of their partners.
@@ -187,10 +199,6 @@ DEVICE float inverse_scale(u32 range) {
     return scale > 0.0f ? div_exact(1.0f, scale) : 0.0f;
 }
 
-DEVICE u32 value_code(const float* middles, float state, u32 range, float inverse) {
-    return nearest<VALUE_BITS>(mul_exact(add_exact(state, -h2_high(range)), inverse), middles);
-}
-
 // What encoding a token's values takes.
 struct alignas(16) ValueRow {
     u32 range;
@@ -198,13 +206,19 @@ struct alignas(16) ValueRow {
     Cuts cuts;
 };
 
+DEVICE float value_scaled(u16 bits, const ValueRow& row) {
+    return mul_exact(add_exact(state_value(bits), -h2_high(row.range)), row.inverse);
+}
+// Whether a value is an outlier; `channel` of the layer.
+DEVICE bool is_cut_off(u16 bits, const ValueRow& row, u32 channel) {
+    return OUTLIERS && is_cut(row.cuts, item_of(order_key(bits), channel));
+}
 DEVICE Element value_element(const float* middles, u16 bits, const ValueRow& row, u32 channel) {
-    float state = state_value(bits);
-    return Element{state, value_code(middles, state, row.range, row.inverse),
-                   OUTLIERS && is_cut(row.cuts, item_of(order_key(bits), channel))};
+    return Element{state_value(bits), nearest<VALUE_BITS>(value_scaled(bits, row), middles),
+                   is_cut_off(bits, row, channel)};
 }
 
-// What encoding a token's values takes; states from `low` to `high`, ends apart, are no outliers.
+// The same for all values of a token; states from `low` to `high`, ends apart, are no outliers.
 struct alignas(16) Coded {
     float offset, inverse, low, high;
 };

@@ -17,7 +17,7 @@ struct Found {
     u32 listed[2];
 };
 
-struct alignas(16) Four {
+struct alignas(16) FourItems {
     u32 of[4];
 };
 struct alignas(8) Quad {
@@ -35,7 +35,7 @@ DEVICE void rank_items(const u32* items, u32 count, u32 rank, u32 lane, u32& cut
         below[k] = 0;
     }
     KVQ_ROLLED for (u32 i = 0; i < count; i += 4) {
-        Four others = *(const Four*)(items + i);
+        FourItems others = *(const FourItems*)(items + i);
         KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
             KVQ_UNROLL for (u32 k = 0; k < held; k++) below[k] += others.of[j] < mine[k];
         }

@@ -9,14 +9,14 @@ from typing import Final
 
 from kvqtool.errors import SpecError
 
-LEVELS: Final = ("layer", "head")
+LEVELS: Final = ("token", "layer", "head")
 FORMULAS: Final = ("paper", "released")
 # What a spec leaves out: about 3 effective bits of the built-in model; the paper's window.
 KEY_BUDGET: Final = "0.01"
 VALUE_BUDGET: Final = "3"
 WINDOW: Final = "5"
 # Words of a spec that are about bits by token; they hold for the whole cache.
-WORDS: Final = ("k", "v", "w", "head", "released")
+WORDS: Final = ("k", "v", "w", "token", "head", "released")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Adaptive:
     """How tokens come to their bits; the tolerances are each side's `error_budget`.
 
     Args:
-        level: what shares bits, range and outliers: `layer` is a token's numbers in all KV heads of
-            a layer, `head` those in one. Keys and values are apart either way.
+        level: what shares bits: `token` is a token's numbers in all layers, `layer` those in one
+            layer, `head` those in one KV head. Range and outliers are a layer's or a head's. Keys
+            and values are apart either way.
         formula: `paper`, or `released` for the arithmetic of the authors' code.
     """
 
@@ -48,13 +49,17 @@ class Adaptive:
         """Return the words of a spec: budgets of keys and values, the window, and what differs."""
         key, value = (f"{Decimal(str(each)).normalize():f}" for each in budgets)
         parts = [f"k{key}", f"v{value}", f"w{window}"]
-        return parts + ["head"] * (self.level == "head") + ["released"] * (self.formula != "paper")
+        level = [self.level] if self.level != "layer" else []
+        return parts + level + ["released"] * (self.formula != "paper")
 
 
 def read_words(words: Mapping[str, str | None]) -> Adaptive:
     """Return the rule that words of a spec name; absent ones are None."""
+    levels = [name for name in ("token", "head") if words[name] is not None]
+    if len(levels) > 1:
+        raise SpecError("-token and -head exclude each other; keep one")
     return Adaptive(
-        "layer" if words["head"] is None else "head",
+        levels[0] if levels else "layer",
         "paper" if words["released"] is None else "released",
     )
 

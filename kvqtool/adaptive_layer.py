@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from kvqtool.adaptive_store import AdaptiveStore
-from kvqtool.attention import Band, Watch, mark_band, mixed_weights, query_blocks
+from kvqtool.angles import AngleStore
+from kvqtool.attention import Band, Scoring, Watch, mark_band, mixed_weights, query_blocks
+from kvqtool.council import Council
 from kvqtool.errors import InputError, RunError
 from kvqtool.layer import KvqLayer
+from kvqtool.read_path import ReadPath
 
 
 class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers' base
@@ -25,13 +28,28 @@ class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers'
 
     store: AdaptiveStore
 
+    def __init__(
+        self,
+        store: AdaptiveStore,
+        angles: AngleStore | None,
+        prefill: str,
+        path: ReadPath,
+        council: Council | None = None,
+    ) -> None:
+        """Wrap a store; see `KvqLayer`. `council` decides where all layers share a token's bits."""
+        super().__init__(store, angles, prefill, path)
+        self.council = council
+        if council is not None:
+            council.join(store, self.read_angles)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new states and return what the new tokens attend to; see `KvqLayer.update`.
 
         Raises:
-            RunError: when the last call's attention was not seen.
+            RunError: when the last call's attention was not seen, or when all layers share bits
+                that several tokens of a call would have to know.
         """
         if self.store.is_waiting:
             raise RunError(
@@ -39,15 +57,19 @@ class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers'
                 "bits by attention; use a spec with fixed bits, like nuq3-1%"
             )
         is_exact = self.store.is_empty and self.prefill == "exact"
-        first = self._first_seen()
+        if self.council is not None:
+            self.council.check(key_states.shape[2], is_exact=is_exact)
+        first = self.first_seen()
         self.store.take(key_states, value_states)
         self.is_initialized = True
         self.path.count("exact" if is_exact else "materialise")
         keys, values, queries = key_states, value_states, key_states.shape[2]
         if not is_exact:
-            if queries == 1:
-                self.store.commit(self._read_angles)
-            keys, values = self.store.read(self._read_angles, first)
+            if queries == 1 and self.council is not None:
+                self.council.commit(self.store)
+            elif queries == 1:
+                self.store.commit(self.read_angles)
+            keys, values = self.store.read(self.read_angles, first)
         watch = _Observer(is_exact, self, first)
         return mark_band(keys, self.band(keys, queries, watch)), values
 
@@ -79,8 +101,11 @@ class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers'
             The values of tokens from `first` on, where some that queries attend to were encoded.
         """
         is_changed = self.store.leaving > 0 and not together
-        self.store.settle(greatest, self._read_angles, together=together)
-        values = self.store.read(self._read_angles, first)[1] if is_changed else None
+        self.store.settle(greatest, self.read_angles, together=together)
+        if self.council is not None and together:
+            self.council.settle(self.store)
+            return None
+        values = self.store.read(self.read_angles, first)[1] if is_changed else None
         self.store.drop_unseen()
         return values
 
@@ -93,7 +118,7 @@ class _Observer(Watch):
     first: int
 
     def look(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         """Find the greatest weight of each token of the window and let the layer settle."""
         queries = query.shape[2]
@@ -103,7 +128,7 @@ class _Observer(Watch):
         first = max(queries - window, 0) if self.sees_exactly else 0
         for block in query_blocks(queries - first):
             rows = slice(first + block.start, first + block.stop)
-            weights, recent = mixed_weights(query, key, band, mask, scaling, rows)
+            weights, recent = mixed_weights(query, key, band, mask, scoring, rows)
             weights = weights[..., key.shape[2] - recent.shape[1] :]
             if not self.sees_exactly:
                 weights = weights * recent

@@ -14,18 +14,14 @@ import torch
 from torch import Tensor
 
 from kvqtool.adaptive import Adaptive
-from kvqtool.codec import normalize
+from kvqtool.codec import Normalized, normalize
+from kvqtool.decision import Facts, decide
 from kvqtool.mixed import decode_mixed, encode_mixed, spread_of
 from kvqtool.packed import PackedBody
 from kvqtool.rows import Pair, Rows
+from kvqtool.side import QuantSpec
 from kvqtool.store import Angles, LayerStore
-from kvqtool.tolerance import (
-    RELEASED_QUERY_NORM,
-    key_tolerance,
-    needed_bits,
-    stored_width,
-    value_tolerance,
-)
+from kvqtool.tolerance import RELEASED_QUERY_NORM
 
 ATTENTION: Final = "window.attention"
 
@@ -39,6 +35,7 @@ class AdaptiveStore(LayerStore):
         self.is_waiting = False
         self._seen: Tensor | None = None
         self._decided_at: int | None = None
+        self._agreed: Pair | None = None
 
     @property
     def rule(self) -> Adaptive:
@@ -81,7 +78,8 @@ class AdaptiveStore(LayerStore):
         self.is_waiting = True
 
     def settle(self, greatest: Tensor, angles: Angles, *, together: bool = False) -> None:
-        """Take note of attention and encode what has left the window.
+        """Take note of attention and encode what has left the window, but where all layers have to
+        agree on it first.
 
         Args:
             greatest: (batch, num_kv_heads, tail) greatest weight that queries gave to each of the
@@ -90,15 +88,16 @@ class AdaptiveStore(LayerStore):
             together: all tokens are decided now, at the end of a prompt; otherwise each as of when
                 decoding would have.
         """
-        if self.rule.level == "layer":
+        if self.units == 1:
             greatest = greatest.amax(1, keepdim=True)
         tail = min(greatest.shape[2], self.attention.shape[2])
         ends = self.attention.shape[2] - tail, greatest.shape[2] - tail
         known, new = self.attention[..., ends[0] :], greatest[..., ends[1] :].float()
         self.attention = torch.cat([self.attention[..., : ends[0]], known.maximum(new)], dim=2)
         self._decided_at = self.tokens if together else None
-        self.commit(angles)
-        self._decided_at = None
+        if self.rule.level != "token":
+            self.commit(angles)
+            self._decided_at = None
         self.is_waiting = False
 
     def commit(self, angles: Angles, *, held: int = 0) -> None:
@@ -136,37 +135,56 @@ class AdaptiveStore(LayerStore):
         key = PackedBody(self.spec.key, channels[0] // self.units, batch, self.units)
         return key, PackedBody(self.spec.value, channels[1] // self.units, batch, self.units)
 
-    def _encode_rows(self, states: Pair, dtype: torch.dtype) -> tuple[Rows, Rows]:
-        tokens = len(states[0]) // self.batch
-        seen = self.attention[..., :tokens].permute(2, 0, 1)
-        counts = self._counts(tokens).to(seen.device)[..., None]
-        key_budget, value_budget = self.spec.key.error_budget, self.spec.value.error_budget
-        assert key_budget is not None and value_budget is not None, "the spec is adaptive"
-        sigmas = (
-            key_tolerance(counts, key_budget, self._query_norm()),
-            value_tolerance(counts, value_budget, seen),
-        )
-        return self._encode_side(0, states[0], sigmas[0]), self._encode_side(
-            1, states[1], sigmas[1]
-        )
+    def facts(self, tokens: int, angles: Angles) -> Facts:
+        """Return what the bits of the first `tokens` of the window follow from."""
+        key, value = self.window
+        flat = self._flat((key[:, :, :tokens], value[:, :, :tokens]), angles)
+        return self._facts(self._ranged(flat))
 
-    def _encode_side(self, index: int, states: Tensor, sigma: Tensor) -> Rows:
-        """Encode keys (0) or values (1) to a tolerance (tokens, batch, units)."""
-        spec, book = (self.spec.key, self.spec.value)[index], self._codebooks[index]
-        flat = states.reshape(len(states) * self.units, -1)
-        ranged = normalize(flat, book, spec)
-        spread = spread_of(ranged).view(-1, self.batch, self.units)
-        widths = stored_width(needed_bits(spread, sigma, self.rule.formula)).flatten()
-        return encode_mixed(flat, widths, book, spec, ranged)
+    def commit_as(self, widths: Pair, angles: Angles) -> None:
+        """Encode what is past the window with widths (tokens, batch, units) that were agreed on."""
+        self._agreed = widths
+        self.commit(angles)
+        self._agreed = self._decided_at = None
+
+    def _encode_rows(self, states: Pair, dtype: torch.dtype) -> tuple[Rows, Rows]:
+        ranged = self._ranged(states)
+        tokens = len(states[0]) // self.batch
+        widths = self._agreed or decide(self._facts(ranged), self.counts(tokens), self.spec)
+        key, value = (
+            encode_mixed(self._by_unit(flat), width.flatten(), book, spec, found)
+            for flat, width, book, spec, found in zip(
+                states, widths, self._codebooks, self._sides, ranged, strict=True
+            )
+        )
+        return key, value
+
+    def _facts(self, ranged: tuple[Normalized, Normalized]) -> Facts:
+        key, value = (spread_of(side).view(-1, self.batch, self.units) for side in ranged)
+        seen = self.attention[..., : len(key)].permute(2, 0, 1)
+        return Facts((key, value), seen, self._query_norm())
+
+    def _ranged(self, states: Pair) -> tuple[Normalized, Normalized]:
+        """Return ranges and outliers of rows (tokens * batch, channels) of keys and values."""
+        key, value = (
+            normalize(self._by_unit(flat), book, spec)
+            for flat, book, spec in zip(states, self._codebooks, self._sides, strict=True)
+        )
+        return key, value
+
+    def _by_unit(self, flat: Tensor) -> Tensor:
+        return flat.reshape(len(flat) * self.units, flat.shape[1] // self.units)
+
+    @property
+    def _sides(self) -> tuple[QuantSpec, QuantSpec]:
+        return self.spec.key, self.spec.value
 
     def _decode_rows(self, rows: tuple[Rows, Rows]) -> Pair:
-        sides = zip(
-            rows, (self.spec.key, self.spec.value), self._codebooks, self.bodies, strict=True
-        )
+        sides = zip(rows, self._sides, self._codebooks, self.bodies, strict=True)
         key, value = (decode_mixed(r, book, s, body.channels) for r, s, book, body in sides)
         return key.view(-1, key.shape[1] * self.units), value.view(-1, value.shape[1] * self.units)
 
-    def _counts(self, tokens: int) -> Tensor:
+    def counts(self, tokens: int) -> Tensor:
         """Return T of the first `tokens` of the window, (tokens, batch): what was seen when their
         bits were decided, padding left out.
         """
@@ -184,4 +202,4 @@ class AdaptiveStore(LayerStore):
             return RELEASED_QUERY_NORM
         norms = self._codebooks[0].query_norm
         assert norms is not None, "calibration measured it"
-        return norms.amax(0, keepdim=True) if self.rule.level == "layer" else norms
+        return norms.amax(0, keepdim=True) if self.units == 1 else norms

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from kvqtool.arguments import check_room, check_tensors, expect_pages
-from kvqtool.cuda import Kernel, Launcher, run_on_gpu
+from kvqtool.code_tables import NOT_COMPENSATED, CodeTables, expect_code
+from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
 from kvqtool.fused import LayerTables, expect_state, expect_tables
 from kvqtool.memory import PAGE_TOKENS
-from kvqtool.packing import CodeTables, expect_code
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages
 from kvqtool.variant import Variant
 
 _WARPS: Final = 8  # of a block
+_STAGED_DIM: Final = 128  # head sizes whose feedback has room in shared memory
 
 
 @dataclass(frozen=True)
@@ -105,23 +106,34 @@ def append(
     pages = growing.pages
     batch, heads, head_dim = key.shape
     _check(token, growing, code, tables, variant)
+    roundings = [code.key_rounding, code.value_rounding]
+    compensating: list[Argument] = []
+    for rounding in roundings:
+        parts = vars(rounding).values() if rounding else (code.offset, code.offset, tables.order)
+        compensating += parts  # unread where rounding is plain
+    shared = 808 * 4 + 2 * head_dim * (2 + heads)
     run(
-        append_kernel(variant),
-        (batch * heads, 32 * _WARPS, 808 * 4 + 2 * head_dim * (2 + heads)),
+        append_kernel(variant, code.comp_macros),
+        (batch * heads, 32 * _WARPS, shared + sum(map(bool, roundings)) * _bench_bytes(head_dim)),
         [
             *(key, value, pages.page_table, state, code.lower, code.upper, code.offset),
             *(code.inverse, code.key_middles, code.value_middles, tables.order, turns),
             *(tables.levels, tables.key_table, pages.ranges, growing.counts, pages.outlier_index),
-            *(pages.slabs, pages.outlier_words, growing.dropped, heads, pages.page_table.shape[1]),
-            *(code.per_tail, *growing.room),
+            *(pages.slabs, pages.outlier_words, growing.dropped, *compensating),
+            *(heads, pages.page_table.shape[1], code.per_tail, *growing.room),
         ],
     )
 
 
-def append_kernel(variant: Variant) -> Kernel:
-    """Return the function of kernels/append.cu for a variant."""
-    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
+def append_kernel(variant: Variant, comp: Macros = NOT_COMPENSATED) -> Kernel:
+    """Return the function of kernels/append.cu for a variant and `CodeTables.comp_macros`."""
+    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS), *comp)
     return Kernel("append", "append", macros)
+
+
+def _bench_bytes(head_dim: int) -> int:
+    """Return the shared memory that compensated rounding of a side works on."""
+    return 11 * head_dim + (4 * head_dim * head_dim if head_dim <= _STAGED_DIM else 0)
 
 
 def _check(

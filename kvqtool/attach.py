@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
@@ -18,9 +18,12 @@ from kvqtool.probe import call_arguments, hooked, probe, rotary_tables
 from kvqtool.read_path import READ_PATHS, Place, ReadPath, unreadable
 from kvqtool.seam import LayerSeam, Seam
 from kvqtool.spec import KvSpec
+from kvqtool.steady import SteadyCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_NO_CAP: Final = "sdpa of transformers before 5.23 leaves out the model's cap on scores"
 
 
 class Session:
@@ -141,9 +144,9 @@ def place_of(model: PreTrainedModel, layer: LayerSeam) -> Place:
     return Place(device, model.dtype, model.config.get_text_config().num_attention_heads)
 
 
-def _caches(arguments: dict[str, Any]) -> list[KvqCache]:
+def _caches(arguments: dict[str, Any]) -> list[KvqCache | SteadyCache]:
     """Return the compressed cache among a call's arguments, whatever its name there."""
-    return [value for value in arguments.values() if isinstance(value, KvqCache)]
+    return [value for value in arguments.values() if isinstance(value, (KvqCache, SteadyCache))]
 
 
 @contextmanager
@@ -158,8 +161,11 @@ def _own_attention(
             transformers would only log a warning.
     """
     before, has_window = model.config._attn_implementation, bool(spec and spec.has_window)
-    if not has_window and (not wants_fused or before != "sdpa"):
-        yield None if before == "sdpa" else f"the model runs on {before} attention, not on sdpa"
+    reason = _unlike_sdpa(model)
+    if has_window and reason == _NO_CAP:
+        raise InputError(f"{reason}; use transformers 5.23, or a spec without -r")
+    if not has_window and (not wants_fused or reason):
+        yield reason
         return
     register_band_attention()
     model.set_attn_implementation(BAND)
@@ -170,6 +176,19 @@ def _own_attention(
             raise InputError(
                 f"{name} does not let its attention be replaced; use a spec without -r"
             )
-        yield None if is_replaced else f"{name} does not let its attention be replaced"
+        yield reason if is_replaced else f"{name} does not let its attention be replaced"
     finally:
         model.set_attn_implementation(before)
+
+
+def _unlike_sdpa(model: PreTrainedModel) -> str | None:
+    """Return why ours cannot stand for a model's own attention, or None where it can: for sdpa, and
+    for eager attention that differs from it by a cap on scores alone.
+    """
+    kind, config = model.config._attn_implementation, model.config.get_text_config()
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if kind == "sdpa":
+        return _NO_CAP if is_capped else None
+    if kind == "eager" and is_capped:
+        return None
+    return f"the model runs on {kind} attention, not on sdpa"

@@ -1,9 +1,10 @@
 """Attention functions that kvqtool registers with transformers, by explicit call only.
 
-`kvqtool_band` is sdpa with two exceptions. Where a cache hands over keys that some queries see
+`kvqtool_band` is sdpa with three exceptions. Where a cache hands over keys that some queries see
 exactly and others as packed (the recent window moves along inside a multi-token call), every query
 attends to what decoding would have stored. Where it hands over a placeholder for keys that lie in
-its pages, the fused kernel attends to them.
+its pages, the fused kernel attends to them. Where a model caps its scores, which sdpa does not
+know, they are written out, some queries at once.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from kvqtool.errors import RunError
+from kvqtool.masks import band_mask, causal_mask, is_mark
 from kvqtool.scratch import QUERIES_AT_ONCE
 
 BAND: Final = "kvqtool_band"
@@ -31,6 +32,24 @@ _UNKNOWN: Final = ("s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How products of queries and keys become scores.
+
+    Args:
+        scaling: their factor.
+        softcap: c of c tanh(score / c), or None.
+    """
+
+    scaling: float
+    softcap: float | None = None
+
+    def apply(self, products: Tensor) -> Tensor:
+        """Return the scores of products in float32."""
+        scores = products * self.scaling
+        return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
+
+
+@dataclass(frozen=True)
 class Watch(ABC):
     """Sees queries before they attend; `sees_exactly`: these attend to exact states only."""
 
@@ -38,7 +57,7 @@ class Watch(ABC):
 
     @abstractmethod
     def look(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         """Take queries and keys, as `band_attention` has them.
 
@@ -67,8 +86,15 @@ class Band:
 class PackedKeys(Protocol):
     """Keys that lie in a cache's pages; a placeholder of NaN carries them to attention."""
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether a query sees whatever the pages say, and no mask is to be looked at."""
+
     def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Return attention's output, (batch, 1, num_heads, head_dim), of one query a sequence."""
+
+    def attend_causal(self, query: Tensor, scaling: float) -> Tensor:
+        """Return attention's output, (batch, queries, num_heads, head_dim), of the last queries."""
 
     def expand(self) -> tuple[Tensor, Tensor]:
         """Return the keys and values themselves, (batch, num_kv_heads, tokens, head_dim)."""
@@ -99,7 +125,7 @@ def register_band_attention() -> None:
     ignored).
     """
     AttentionInterface.register(BAND, band_attention)
-    AttentionMaskInterface.register(BAND, sdpa_mask)
+    AttentionMaskInterface.register(BAND, band_mask)
 
 
 def band_attention(
@@ -111,14 +137,15 @@ def band_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend by kernel where the keys lie in pages, mixing exact and packed scores where they carry
-    a band; plain sdpa otherwise.
+    a band; plain sdpa otherwise, or the same with capped scores.
 
     Args:
         module: the attention module.
         query: (batch, num_heads, queries, head_dim).
         key: (batch, num_kv_heads, tokens, head_dim).
         value: (batch, num_kv_heads, tokens, value_dim).
-        attention_mask: (batch, 1, queries, tokens) bool, or None for causal order.
+        attention_mask: (batch, 1, queries, tokens) bool, or None or `band_mask`'s mark for causal
+            order.
         **options: transformers' own: scaling, dropout, sliding_window, ...
 
     Returns:
@@ -127,32 +154,69 @@ def band_attention(
     witness = getattr(key, _WITNESS_ATTRIBUTE, None)
     if witness is not None:
         witness(next((name for name in _UNKNOWN if options.get(name) is not None), None))
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    scoring = Scoring(scaling, options.get("softcap"))
+    is_plain = is_mark(attention_mask)
+    attention_mask = None if is_plain else attention_mask
     packed: PackedKeys | None = getattr(key, _PACKED_ATTRIBUTE, None)
     if packed is not None:
-        if attention_mask is None or bool(attention_mask.all()):
-            scaling = options.get("scaling") or query.shape[-1] ** -0.5
-            return packed.attend(query, scaling, options.get("softcap")), None
+        out = _attend_packed(query, packed, attention_mask, scoring, is_plain=is_plain)
+        if out is not None:
+            return out, None
         key, value = packed.expand()
     band: Band | None = getattr(key, _BAND_ATTRIBUTE, None)
-    if band is None:
+    if band is not None:
+        _refuse_unknown(options)
+        if band.watch is not None:
+            shown = band.watch.look(query, key, attention_mask, scoring)
+            value = value if shown is None else shown
+            band = None if band.watch.sees_exactly else band
+    if band is None and scoring.softcap is None:
+        if is_plain:
+            attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    for unsupported in ("softcap", "s_aux", "position_bias"):
+    band = band or _empty_band(key, value, query.shape[2])
+    return _mixed_attention(query, (key, value), band, attention_mask, scoring), None
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Raise for options of attention that mixing exact and packed scores does not know.
+
+    Raises:
+        RunError: naming the first.
+    """
+    for unsupported in _UNKNOWN:
         if options.get(unsupported) is not None:
             raise RunError(
                 f"a recent window does not work with attention that uses {unsupported}; "
                 "use a spec that keeps none (no -r, kivi or qaq)"
             )
-    scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    if band.watch is not None:
-        shown = band.watch.look(query, key, attention_mask, scaling)
-        value = value if shown is None else shown
-        if band.watch.sees_exactly:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _mixed_attention(query, (key, value), band, attention_mask, scaling), None
+
+
+def _attend_packed(
+    query: Tensor, packed: PackedKeys, mask: Tensor | None, scoring: Scoring, *, is_plain: bool
+) -> Tensor | None:
+    """Return attention's output straight from pages, or None where that cannot be."""
+    if query.shape[2] > 1:
+        plainly = is_plain and scoring.softcap is None
+        return packed.attend_causal(query, scoring.scaling) if plainly else None
+    if packed.sees_all or mask is None or bool(mask.all()):
+        return packed.attend(query, scoring.scaling, scoring.softcap)
+    return None
+
+
+def _empty_band(key: Tensor, value: Tensor, queries: int) -> Band:
+    """Return a band of no exact states."""
+    nothing = torch.full((queries,), key.shape[2], device=key.device)
+    return Band(key[:, :, :0], value[:, :, :0], nothing)
 
 
 def _mixed_attention(
-    query: Tensor, packed: tuple[Tensor, Tensor], band: Band, mask: Tensor | None, scaling: float
+    query: Tensor,
+    packed: tuple[Tensor, Tensor],
+    band: Band,
+    mask: Tensor | None,
+    scoring: Scoring,
 ) -> Tensor:
     """S = where(exact, q.K_exact, q.K_packed); one softmax; P_exact V_exact + P_packed
     V_packed.
@@ -160,7 +224,7 @@ def _mixed_attention(
     key, value = packed
     out, tail = [], band.key.shape[2]
     for rows in query_blocks(query.shape[2]):
-        weights, recent = mixed_weights(query, key, band, mask, scaling, rows)
+        weights, recent = mixed_weights(query, key, band, mask, scoring, rows)
         weights = weights.to(value.dtype)
         exact = weights[..., key.shape[2] - tail :] * recent
         weights[..., key.shape[2] - tail :] -= exact
@@ -177,7 +241,7 @@ def query_blocks(queries: int) -> Iterator[slice]:
 
 
 def mixed_weights(
-    query: Tensor, key: Tensor, band: Band, mask: Tensor | None, scaling: float, rows: slice
+    query: Tensor, key: Tensor, band: Band, mask: Tensor | None, scoring: Scoring, rows: slice
 ) -> tuple[Tensor, Tensor]:
     """Return the attention weights of some of the last queries.
 
@@ -190,7 +254,7 @@ def mixed_weights(
     grouped = query[:, :, rows].reshape(batch, key.shape[1], groups, rows.stop - rows.start, -1)
 
     def scores(states: Tensor) -> Tensor:
-        return torch.einsum("bhgqd,bhtd->bhgqt", grouped, states).float() * scaling
+        return scoring.apply(torch.einsum("bhgqd,bhtd->bhgqt", grouped, states).float())
 
     position = torch.arange(tokens - queries, tokens, device=query.device)[rows, None]
     age = position - torch.arange(tokens, device=query.device)

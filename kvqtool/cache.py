@@ -14,14 +14,15 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 
 from kvqtool.adaptive_layer import AdaptiveLayer
 from kvqtool.adaptive_store import AdaptiveStore
+from kvqtool.angles import AngleStore
 from kvqtool.bundle import Bundle
+from kvqtool.council import Council, shares_layers
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
 from kvqtool.open_page import OpenPage
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import ReadPath, page_form
 from kvqtool.reader import PageReader, SharedTables
-from kvqtool.rope import AngleStore
 from kvqtool.seam import LayerSeam, Seam
 from kvqtool.store import LayerStore
 
@@ -50,6 +51,7 @@ class KvqCache(Cache):
         self._announced: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._padding: tuple[int, ...] = ()
         self._has_begun = False
+        self._council = Council() if shares_layers(bundle.spec) else None
         layers = DynamicCache(config=config).layers
         for layer in seam.packed:
             layers[layer.index] = self._new_layer(layer, paths[layer.index])
@@ -59,13 +61,14 @@ class KvqCache(Cache):
         spec, books = self.bundle.spec_of(layer.index), self.bundle.codebooks_of(layer.index)
         angles = self.angles[layer.group] if is_rotated(layer, self.bundle) else None
         if spec.adaptive:
-            return AdaptiveLayer(AdaptiveStore(spec, books, layer), angles, self.prefill, path)
+            store = AdaptiveStore(spec, books, layer)
+            return AdaptiveLayer(store, angles, self.prefill, path, self._council)
         if not path.is_fused:
             return KvqLayer(LayerStore(spec, books, layer), angles, self.prefill, path)
         form = page_form(layer, spec)
         reader = PageReader(layer, spec, books, form, self.shared)
-        store = PagedStore(spec, books, layer, form, OpenPage(spec, books, reader))
-        return KvqLayer(store, angles, self.prefill, path, reader)
+        paged = PagedStore(spec, books, layer, form, OpenPage(spec, books, reader))
+        return KvqLayer(paged, angles, self.prefill, path, reader)
 
     def announce(self, layer_idx: int, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
         """Take note of the angles a layer's next states are rotated by; called before the attention

@@ -8,9 +8,9 @@ document ended.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from kvqtool.cache import KvqCache
 from kvqtool.container import save_container
 from kvqtool.data import Text
 from kvqtool.errors import InputError, brief
-from kvqtool.forward import next_logits
+from kvqtool.forward import Reading, read_prompt
 from kvqtool.memory import LayerGeometry
 from kvqtool.models import LoadedModel
 from kvqtool.restore import KIND, VERSION, SavedCache, load_cache, restore_cache
@@ -40,6 +40,8 @@ __all__ = [
     "quantize_text",
     "restore_cache",
 ]
+
+EXACTLY: Final = Reading()
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class CacheReport:
     compression: float
     outliers: int
     prefill: str
+    prefill_chunk: int | None
     device: str
     dtype: str
     kernel: str
@@ -72,7 +75,7 @@ def quantize_text(
     text: Text,
     path: str | Path,
     *,
-    prefill: str = "exact",
+    reading: Reading = EXACTLY,
     force: bool = False,
 ) -> CacheReport:
     """Read a document and write its compressed cache.
@@ -82,7 +85,7 @@ def quantize_text(
         bundle: scheme and codebooks.
         text: the document.
         path: the file to write.
-        prefill: `exact` or `decode-exact`, see `Session.new_cache`.
+        reading: how the document is read.
         force: whether an existing file may be replaced.
 
     Raises:
@@ -98,10 +101,11 @@ def quantize_text(
             f"the document has {len(ids)} tokens, the model takes 1 to {room}; cut it to fit"
         )
     with attached(loaded, bundle) as session:
-        cache = session.new_cache(bundle, prefill=prefill)
-        logits = next_logits(loaded.model, ids[None].to(loaded.device), cache)[0]
+        cache = session.new_cache(bundle, prefill=reading.prefill)
+        logits = read_prompt(loaded.model, ids[None].to(loaded.device), cache, reading.chunk)[0]
     extra = {"token_ids": ids, "next_logits": logits}
-    return _save(cache, loaded, extra, Path(path), force, started)
+    report = _save(cache, loaded, extra, Path(path), force, started)
+    return replace(report, prefill_chunk=reading.chunk)
 
 
 @torch.no_grad()
@@ -193,6 +197,7 @@ def _save(
         compression=usage.cache_bytes_fp16 / usage.cache_bytes,
         outliers=usage.outliers,
         prefill=cache.prefill,
+        prefill_chunk=None,
         device=loaded.device.type,
         dtype=str(loaded.dtype).removeprefix("torch."),
         kernel=kernel_of(cache),

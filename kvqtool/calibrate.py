@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 
 from kvqtool import __version__
-from kvqtool.allocate import Ground, allocate, options, variants
+from kvqtool.allocate import OUTLIER_MARGIN, Ground, allocate, options, variants
 from kvqtool.bundle import Bundle
 from kvqtool.capture import capture
 from kvqtool.collect import LossCollector
@@ -131,6 +131,7 @@ def spend_by_loss(
     ground = ground_of(loaded, uniform, MIXED_AT)
     budget = ground.nbytes(dict.fromkeys(ground.layers, uniform))
     if scheme.target_bits is not None:
+        ground = replace(ground, key_excess=OUTLIER_MARGIN)
         budget = int(scheme.target_bits * ground.elements / 8)
     found = allocate(ground, options(ground, fitter, positions), budget)
     if found is None:

@@ -22,7 +22,9 @@ from transformers import Cache, DynamicCache
 
 from kvqtool.attach import Session, attached
 from kvqtool.bundle import Bundle
+from kvqtool.cache import KvqCache
 from kvqtool.calibrate import versions
+from kvqtool.council import shares_layers
 from kvqtool.errors import InputError, RunError, brief
 from kvqtool.forward import head_of, hidden_states
 from kvqtool.models import LoadedModel
@@ -201,7 +203,10 @@ def _scores(
     rows = [[*choice, *[0] * (longest - len(choice))] for choice in choices]
     ids = torch.tensor(rows, device=asked.device)
     fed = torch.cat([asked[:, -1:].expand(len(choices), 1), ids[:, :-1]], dim=1)
-    hidden = hidden_states(model, {"input_ids": fed}, cache)
+    is_stepwise = isinstance(cache, KvqCache) and shares_layers(cache.bundle.spec)
+    pieces = fed.T[:, :, None] if is_stepwise else fed[None]
+    parts = [hidden_states(model, {"input_ids": piece}, cache) for piece in pieces]
+    hidden = torch.cat(parts, dim=1)
     with head_of(model) as head:
         each = head(hidden).log_softmax(-1)
     said = each.gather(2, ids.to(each.device)[..., None])[..., 0]

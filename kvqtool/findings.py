@@ -10,8 +10,8 @@ import numpy as np
 
 from kvqtool.allocate import FITTED, Place, loss_of
 from kvqtool.bundle import Bundle
-from kvqtool.codebook import FloatArray
 from kvqtool.fit import Fitter
+from kvqtool.kmeans import FloatArray
 from kvqtool.spec import SIDES
 
 DENSITY_BINS: Final = 64

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvqtool.codebook import Codebook, FloatArray, least_errors
+from kvqtool.codebook import Codebook
 from kvqtool.collect import LossCollector, View, view_of
+from kvqtool.kmeans import FloatArray, least_errors
 from kvqtool.methods import fit_widths
 from kvqtool.ranges import RangeCollector
 from kvqtool.spec import SIDES, KvSpec
 
 Books = dict[tuple[int, str], Codebook]
 _COARSE_BINS = 256  # what predictions are made from
+_Job = TypeVar("_Job")
+_Done = TypeVar("_Done")
 
 
 class Fitter:
@@ -34,8 +38,7 @@ class Fitter:
     def books(self, specs: Mapping[int, KvSpec]) -> Books:
         """Return the codebooks of layers, each with its scheme; layers are fitted side by side."""
         wanted = [(spec, side, layer) for layer, spec in specs.items() for side in SIDES]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            fitted = list(pool.map(lambda one: self.codebook(*one), wanted))
+        fitted = self._side_by_side(lambda one: self.codebook(*one), wanted)
         return {(layer, side): book for (_, side, layer), book in zip(wanted, fitted, strict=True)}
 
     def predict(
@@ -51,8 +54,14 @@ class Fitter:
             For 1 to `most` levels the sum of e^T H e, e being the rounding errors of all positions
             that calibration saw; half of it is nats.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(lambda one: self._predict(one, most), wanted))
+        return self._side_by_side(lambda one: self._predict(one, most), wanted)
+
+    def _side_by_side(self, work: Callable[[_Job], _Done], jobs: Sequence[_Job]) -> list[_Done]:
+        """Do jobs on all cores, each on one; one after another on a GPU, which each fills."""
+        workers = 1 if self._losses.is_on_gpu else os.cpu_count()
+        # In a new thread the setting is that thread's own.
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, jobs))
 
     def counts(self, spec: KvSpec, side: str, layer: int, bins: int) -> FloatArray:
         """Return how many normalised values of one side of a layer calibration counted in equal
@@ -71,7 +80,7 @@ class Fitter:
         histogram = self._losses.histogram(spec, side, layer)
         fisher = self._losses.fisher(spec, side, layer)
         assert histogram is not None, "only fitted levels have predicted losses"
-        errors = least_errors(*histogram.coarse(_COARSE_BINS).weighted(), most)
+        errors = least_errors(*histogram.coarse(_COARSE_BINS).weighted(), most, histogram.device)
         left = np.ones(len(errors))
         if fisher is not None:
             left = fisher.remaining().numpy()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,20 +42,46 @@ def hidden_states(
     return output
 
 
-def next_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+def next_logits(
+    model: PreTrainedModel, ids: Tensor, cache: Cache, positions: Tensor | None = None
+) -> Tensor:
     """Run tokens through a model and its cache and return what comes after the last one.
 
     Args:
         model: a causal language model.
         ids: (batch, tokens) int64.
         cache: written and attended to.
+        positions: (batch, tokens) int64; None where the model counts by its cache.
 
     Returns:
         (batch, vocabulary) float32 logits.
     """
-    hidden = hidden_states(model, {"input_ids": ids}, cache)[:, -1:]
+    inputs = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
+    hidden = hidden_states(model, inputs, cache)[:, -1:]
     with head_of(model) as head:
         return head(hidden)[:, 0]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a prompt is read.
+
+    Args:
+        prefill: `exact` or `decode-exact`, see `Session.new_cache`.
+        chunk: tokens that one call reads; None for all of them. Tokens of the first call attend to
+            what `prefill` says, later ones to what is stored, themselves included.
+    """
+
+    prefill: str = "exact"
+    chunk: int | None = None
+
+
+def read_prompt(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int | None) -> Tensor:
+    """Return what `next_logits` does, reading at most `chunk` tokens of each sequence a call."""
+    last = (ids.shape[1] - 1) // chunk * chunk if chunk else 0
+    for start in range(0, last, chunk or 1):
+        hidden_states(model, {"input_ids": ids[:, start : start + (chunk or 1)]}, cache)
+    return next_logits(model, ids[:, last:], cache)
 
 
 def position_chunks(model: PreTrainedModel, positions: int) -> Iterator[slice]:

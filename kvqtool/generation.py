@@ -7,10 +7,11 @@ past_key_values=session.new_cache(...))`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from kvqtool.attach import attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.cachefile import SavedCache, load_cache, restore_cache
-from kvqtool.errors import InputError, RunError
-from kvqtool.forward import next_logits
+from kvqtool.decode import Decoder
+from kvqtool.errors import InputError
+from kvqtool.forward import read_prompt
+from kvqtool.live import forget_peak, peak_bytes
 from kvqtool.models import LoadedModel
+from kvqtool.sampling import Sampling
 from kvqtool.usage import kernel_of, layer_report, measure
 
 if TYPE_CHECKING:
@@ -29,22 +33,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
+class Running:
+    """How a model is run.
 
     Args:
-        max_new_tokens: most tokens to generate.
-        temperature: 0 takes the likeliest token; higher flattens the distribution.
-        top_p: least share of probability, likeliest tokens first, that is drawn from.
-        top_k: likeliest tokens that are drawn from; 0 for all.
-        seed: of the generator that draws.
+        prefill: `exact` (the prompt attends to exact states, then they are packed) or
+            `decode-exact`.
+        decode: `auto`, `graph` or `eager`; see `decode.Decoder`.
+        prefill_chunk: tokens of the prompt that one call reads; None for all, see
+            `forward.Reading`.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    prefill: str = "exact"
+    decode: str = "auto"
+    prefill_chunk: int | None = None
+
+
+DEFAULT: Final = Running()
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,17 @@ class GenerationResult:
     finish: str
     tokens_per_second: float
     seconds: float
+    first_token_seconds: float
+    peak_bytes: int | None
     cache_bytes: int
     cache_bytes_fp16: int
     effective_bits: float
     prefill: str
+    prefill_chunk: int | None
     device: str
     dtype: str
     kernel: str
+    decode: dict[str, Any]
     layers: list[dict[str, Any]]
 
 
@@ -80,7 +89,7 @@ def generate(
     prompt: str,
     sampling: Sampling,
     *,
-    prefill: str = "exact",
+    running: Running = DEFAULT,
     on_text: Callable[[str], None] = ignore,
 ) -> GenerationResult:
     """Continue a prompt.
@@ -90,12 +99,11 @@ def generate(
         bundle: scheme and codebooks of the cache.
         prompt: text to continue.
         sampling: how tokens are chosen.
-        prefill: `exact` (the prompt attends to exact states, then they are packed) or
-            `decode-exact`.
+        running: how the model is run.
         on_text: given each piece of text as soon as it is whole.
 
     Raises:
-        InputError: when the prompt is empty or too long for the model.
+        InputError: when the prompt is empty or too long for the model, or `decode` cannot be.
         BundleError: when the bundle belongs to another model.
     """
     bundle.check_model(loaded.identity.as_json())
@@ -104,9 +112,9 @@ def generate(
         raise InputError("the prompt has no tokens; give some text")
     _check_room(loaded, len(ids), sampling)
     with attached(loaded, bundle) as session:
-        cache = session.new_cache(bundle, prefill=prefill)
-        logits = next_logits(loaded.model, torch.tensor([ids], device=loaded.device), cache)[0]
-        return _Run(loaded, cache, sampling, on_text).result(logits, len(ids))
+        cache = session.new_cache(bundle, prefill=running.prefill)
+        run = _Run(loaded, cache, sampling, running)
+        return run.result(run.read(ids), len(ids), on_text)
 
 
 @torch.no_grad()
@@ -116,6 +124,7 @@ def resume(
     prompt: str,
     sampling: Sampling,
     *,
+    running: Running = DEFAULT,
     on_text: Callable[[str], None] = ignore,
 ) -> GenerationResult:
     """Go on from a saved cache without reading its document again.
@@ -125,6 +134,7 @@ def resume(
         path: what `quantize-cache` wrote.
         prompt: text to put after the document; empty to continue the document itself.
         sampling: how tokens are chosen.
+        running: how the model is run; the prefill is that of the saved cache.
         on_text: given each piece of text as soon as it is whole.
 
     Raises:
@@ -143,93 +153,72 @@ def resume(
         )
     with attached(loaded, saved.bundle) as session:
         cache = restore_cache(session, saved, loaded)
+        run = _Run(loaded, cache, sampling, running)
         if ids:
-            logits = next_logits(loaded.model, torch.tensor([ids], device=loaded.device), cache)[0]
+            logits = run.read(ids)
         else:
             assert saved.next_logits is not None
-            logits = saved.next_logits.to(loaded.device)
-        return _Run(loaded, cache, sampling, on_text).result(logits, saved.tokens + len(ids))
-
-
-def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose the next token.
-
-    Args:
-        logits: (vocabulary,) float32.
-        sampling: temperature 0 takes the likeliest; else top-k, then top-p, then a draw.
-        generator: of the draw, on the CPU, so that a seed means the same tokens on every device.
-    """
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.float().cpu() / sampling.temperature
-    if sampling.top_k:
-        least = scaled.topk(min(sampling.top_k, len(scaled))).values[-1]
-        scaled = scaled.masked_fill(scaled < least, float("-inf"))
-    probabilities, order = scaled.softmax(-1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill((before >= sampling.top_p) & (before > 0), 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+            logits = saved.next_logits[None].to(loaded.device)
+        return run.result(logits, saved.tokens + len(ids), on_text)
 
 
 class _Run:
     """One generation: tokens, text and figures."""
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        cache: KvqCache,
-        sampling: Sampling,
-        on_text: Callable[[str], None],
+        self, loaded: LoadedModel, cache: KvqCache, sampling: Sampling, running: Running
     ) -> None:
         self.loaded = loaded
         self.cache = cache
         self.sampling = sampling
-        self.text = _TextStream(loaded.tokenizer, on_text)
+        self.running = running
+        self.started = time.perf_counter()
+        forget_peak(loaded.device)
 
-    def result(self, logits: Tensor, prompt_tokens: int) -> GenerationResult:
-        """Generate on from the logits of the next token, (vocabulary,)."""
-        started = time.perf_counter()
+    def read(self, ids: list[int]) -> Tensor:
+        """Read a prompt; return the logits of what comes next, (1, vocabulary)."""
+        prompt = torch.tensor([ids], device=self.loaded.device)
+        return read_prompt(self.loaded.model, prompt, self.cache, self.running.prefill_chunk)
+
+    def result(
+        self, logits: Tensor, prompt_tokens: int, on_text: Callable[[str], None]
+    ) -> GenerationResult:
+        """Generate on from the logits of the next token, (1, vocabulary)."""
+        decoder = Decoder(self.loaded.model, self.cache, self.sampling, self.running.decode)
+        text = _TextStream(self.loaded.tokenizer, on_text)
         ids: list[int] = []
-        finish = "length"
-        for token in self._tokens(logits):
-            ids.append(token)
-            if token in self._ends():
-                finish = "eos"
-                break
-            self.text.push(token)
-        self.text.close()
-        seconds = time.perf_counter() - started
+        finish, began, first = "length", time.perf_counter(), 0.0
+        with closing(decoder.tokens(logits)) as tokens:
+            for (token,) in tokens:
+                first = first or time.perf_counter() - self.started
+                ids.append(token)
+                if token in self._ends():
+                    finish = "eos"
+                    break
+                text.push(token)
+        text.close()
+        seconds = time.perf_counter() - began
         usage = asdict(measure(self.cache))
         return GenerationResult(
             spec=self.cache.bundle.spec.name,
-            text=self.text.sent,
+            text=text.sent,
             token_ids=ids,
             prompt_tokens=prompt_tokens,
             new_tokens=len(ids),
             finish=finish,
             tokens_per_second=len(ids) / seconds,
             seconds=seconds,
+            first_token_seconds=first,
+            peak_bytes=peak_bytes(self.loaded.device),
             **{name: usage[name] for name in ("cache_bytes", "cache_bytes_fp16", "effective_bits")},
             prefill=self.cache.prefill,
+            prefill_chunk=self.running.prefill_chunk,
             device=self.loaded.device.type,
             dtype=str(self.loaded.dtype).removeprefix("torch."),
             kernel=kernel_of(self.cache),
+            decode=asdict(decoder.report),
             layers=layer_report(self.cache),
         )
-
-    def _tokens(self, logits: Tensor) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.sampling.seed)
-        for count in range(1, self.sampling.max_new_tokens + 1):
-            if not torch.isfinite(logits).all():
-                raise RunError(
-                    "logits hold NaN or infinity; run in float32 or check the model's weights"
-                )
-            token = choose_token(logits, self.sampling, generator)
-            yield token
-            if count < self.sampling.max_new_tokens:
-                logits = next_logits(
-                    self.loaded.model, torch.tensor([[token]], device=logits.device), self.cache
-                )[0]
 
     def _ends(self) -> set[int]:
         config = self.loaded.model.generation_config

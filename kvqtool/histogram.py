@@ -28,6 +28,11 @@ class LevelHistogram:
         self.bins = bins
         self._sums = torch.zeros(4, problems * bins, dtype=torch.float64, device=device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are."""
+        return self._sums.device
+
     def update(self, normalized: Tensor, weights: Tensor | None, kept: Tensor) -> None:
         """Add rows.
 

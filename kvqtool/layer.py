@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvqtool.angles import AngleStore
 from kvqtool.attention import Band, mark_band, mark_packed, mark_witness
 from kvqtool.fused import PackedContext
 from kvqtool.memory import packed_tokens
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import ReadPath
 from kvqtool.reader import PageReader
-from kvqtool.rope import AngleStore
 from kvqtool.store import LayerStore
 
 
@@ -80,10 +80,10 @@ class KvqLayer(CacheLayerMixin):
         """
         is_prompt, tokens = self.store.is_empty, key_states.shape[2]
         window = None if is_prompt else self.store.window
-        seen_from = self._first_seen()
+        seen_from = self.first_seen()
         hold = self.record_past and self.store.spec.has_window
         self._check_path()
-        self.store.append(key_states, value_states, self._read_angles, hold=hold)
+        self.store.append(key_states, value_states, self.read_angles, hold=hold)
         self.is_initialized = True
         if is_prompt and self.prefill == "exact":
             keys, values = key_states, value_states
@@ -116,12 +116,13 @@ class KvqLayer(CacheLayerMixin):
         """Return what `tokens` new tokens attend to: from pages, or decoded by torch."""
         if not self.path.is_fused:
             self.path.count("materialise")
-            return self.store.read(self._read_angles, seen_from)
+            return self.store.read(self.read_angles, seen_from)
         assert isinstance(self.store, PagedStore) and self.reader is not None
         position = None if self.angles is None else self.angles.first
-        context = self.store.context(self._read_angles, position, seen_from)
+        context = self.store.context(self.read_angles, position, seen_from)
         packed = PackedLayer(self.reader, context, self.path)
-        if tokens > 1 or not self.path.is_witnessed:
+        is_cut = self.is_sliding or self.store.spec.has_window
+        if not self.path.is_witnessed or (tokens > 1 and is_cut):
             return packed.expand()
         geometry, window = self.store.geometry, self.store.window[0]
         shape = self.store.batch, geometry.num_kv_heads, self.store.tokens - seen_from
@@ -150,13 +151,13 @@ class KvqLayer(CacheLayerMixin):
         ]
         mark_band(keys, Band(*tail, torch.tensor(exact_from)))
 
-    def _first_seen(self) -> int:
+    def first_seen(self) -> int:
         """Return the first token that the next query sees."""
         return max(self.store.tokens - self.sliding_window + 1, 0) if self.sliding_window else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys a call of `query_length` queries will see, and the first's index."""
-        first = self._first_seen()
+        first = self.first_seen()
         return self.store.tokens - first + query_length, first
 
     def get_seq_length(self) -> int:
@@ -184,7 +185,7 @@ class KvqLayer(CacheLayerMixin):
             change = int(tokens_to_remove)  # transformers 5.17 passes a tensor
             keep = change if change > 0 else self.store.tokens + change
             self.store.truncate(max(keep, 0))
-            self.store.commit(self._read_angles)
+            self.store.commit(self.read_angles)
             self.store.drop_unseen()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -201,7 +202,8 @@ class KvqLayer(CacheLayerMixin):
         if not self.store.is_empty:
             self.store.select(indices.to(self.store.window[0].device))
 
-    def _read_angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def read_angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin) of stored tokens start..stop-1; see `AngleStore.read`."""
         assert self.angles is not None, "only rotated layers ask for angles"
         return self.angles.read(start, stop)
 
@@ -213,11 +215,19 @@ class PackedLayer:
     reader: PageReader
     context: PackedContext
     path: ReadPath
+    sees_all: bool = False
 
     def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Return the output of one query a sequence, (batch, 1, num_heads, head_dim)."""
         self.path.count("fused")
         return self.reader.attend(query, self.context, scaling, softcap)
+
+    def attend_causal(self, query: Tensor, scaling: float) -> Tensor:
+        """Return the output of a sequence's last queries, (batch, queries, num_heads, head_dim),
+        each of which sees the tokens before it and its own.
+        """
+        self.path.count("dequantize")
+        return self.reader.attend_causal(query, self.context, scaling)
 
     def expand(self) -> tuple[Tensor, Tensor]:
         """Return the keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim)."""

@@ -21,6 +21,17 @@ class LiveBytes:
         self.peak_bytes = 0
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most that tensors took on a GPU at once, or None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 @contextmanager
 def watch(device: torch.device) -> Iterator[LiveBytes]:
     """Watch a block of code.

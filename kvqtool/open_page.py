@@ -3,8 +3,8 @@
 Their codes lie in a page of their own that attention reads with the others, and their states are
 kept until it is full.
 
-The states are encoded by the codec when the page is full or rows are asked for, so that nothing
-that is kept or saved depends on the kernel.
+The states are packed when the page is full and encoded when rows are asked for: nothing that is
+kept or saved depends on this kernel.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from kvqtool.appending import GrowingPages, append, new_pages
 from kvqtool.codebook import Codebook
-from kvqtool.cuda import Launcher, run_on_gpu
+from kvqtool.cuda import Launcher
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
-from kvqtool.packing import CodeTables, code_tables, unsupported
 from kvqtool.page_memory import QUAD
 from kvqtool.page_store import PageStore
+from kvqtool.page_writer import PageWriter
 from kvqtool.pages import Pages, PageSide, build_pages, outlier_words
 from kvqtool.reader import PageReader
 from kvqtool.rows import Pair
@@ -43,12 +43,11 @@ class OpenPage:
             spec: the scheme.
             books: the layer's codebooks.
             reader: what reads the layer's pages.
-            run: what runs the kernel; None for the GPU, and only there.
+            run: what runs the kernels; None for the GPU, and only there.
         """
+        self.writer = PageWriter(spec, books, reader, run)
         self._spec = spec
-        self._books = books
         self._reader = reader
-        self._run = run
         self.close()
 
     def close(self) -> None:
@@ -56,12 +55,7 @@ class OpenPage:
         self.tokens = 0
         self._growing: GrowingPages | None = None
         self._states: Pair | None = None
-        self._code: CodeTables | None = None
         self._at: Tensor | None = None
-
-    def can_take(self, states: Tensor) -> bool:
-        """Whether the kernel knows the scheme and runs where states lie."""
-        return (self._run is not None or states.is_cuda) and unsupported(self._spec) is None
 
     def append(self, states: Pair, turns: Pair | None, pages: PageStore) -> None:
         """Add one token of every sequence.
@@ -72,20 +66,36 @@ class OpenPage:
                 not rotated.
             pages: the store this page stands at the head of.
         """
+        self.prepare(states[0], pages)
+        assert self._at is not None
+        self._at[:, 0] = self.tokens
+        self.write(states, self.fixed_turns(turns, states[0]), pages, self._at)
+        self.tokens += 1
+
+    def prepare(self, states: Tensor, pages: PageStore) -> None:
+        """Allocate what is missing, for states (batch, num_kv_heads, any, head_dim)."""
         if self._growing is None:
             self._open(states, pages)
-        assert self._growing is not None and self._states is not None and self._at is not None
+
+    def write(self, states: Pair, turns: Tensor, pages: PageStore, at: Tensor) -> None:
+        """Write one token of every sequence where `at` says, and nothing the host knows: `tokens`
+        stays as it is.
+
+        Args:
+            states: as for `append`.
+            turns: from `fixed_turns`.
+            pages: the store this page stands at the head of, as it was when `prepare` ran.
+            at: (batch, 8) int32, the tokens that are in the page in its first column.
+        """
+        assert self._growing is not None and self._states is not None
+        place = at[:1, 0].long()
         for kept, fresh in zip(self._states, states, strict=True):
-            kept[:, :, self.tokens] = fresh[:, :, 0]
-        self._at[:, 0] = self.tokens
+            kept.index_copy_(2, place, fresh)
         key, value = (part[:, :, 0].contiguous() for part in states)
-        token = key, value, self._turns(turns, key), self._at
         growing = replace(self._growing, pages=self._place(pages))
         variant = self._reader.variant(key.shape[1], key)
-        assert self._code is not None
-        run = self._run or run_on_gpu
-        append(token, growing, self._code, self._reader.tables_on(key.device), variant, run)
-        self.tokens += 1
+        tables, code = self._reader.tables_on(key.device), self.writer.code_for(key)
+        append((key, value, turns, at), growing, code, tables, variant, self.writer.run)
 
     def load(self, sides: tuple[PageSide, PageSide], states: Pair, pages: PageStore) -> None:
         """Hold tokens that have rows already: fewer than a page has room for, and no others.
@@ -95,8 +105,7 @@ class OpenPage:
             states: their states, (batch, num_kv_heads, tokens, head_dim) each.
             pages: the store this page stands at the head of.
         """
-        if self._growing is None:
-            self._open(states, pages)
+        self.prepare(states[0], pages)
         assert self._growing is not None and self._states is not None
         batch, place = len(states[0]), self._place(pages)
         self.tokens = states[0].shape[2]
@@ -141,24 +150,23 @@ class OpenPage:
     def tensors(self) -> list[Tensor]:
         """Every tensor allocated beside the page itself."""
         if self._growing is None:
-            return []
-        assert self._states is not None and self._at is not None and self._code is not None
-        code = [part for part in vars(self._code).values() if isinstance(part, Tensor)]
-        return [*self._states, self._growing.counts, self._growing.dropped, self._at, *code]
+            return self.writer.tensors
+        assert self._states is not None and self._at is not None
+        beside = [self._growing.counts, self._growing.dropped, self._at]
+        return [*self._states, *beside, *self.writer.tensors]
 
-    def _open(self, states: Pair, pages: PageStore) -> None:
-        batch, heads, _, head_dim = states[0].shape
-        device, channels = states[0].device, heads * head_dim
-        books = self._books[0].to(device), self._books[1].to(device)
-        self._code = code_tables(self._spec, books, channels)
+    def _open(self, states: Tensor, pages: PageStore) -> None:
+        batch, heads, _, head_dim = states.shape
+        device, channels = states.device, heads * head_dim
         # Room for every element of a slab: nothing is ever dropped.
         most, per_tail = SLAB_TOKENS * head_dim, outliers_per_tail(self._spec.value, channels)
         room = most if self._spec.key.outlier_fraction else 0, min(2 * per_tail * SLAB_TOKENS, most)
-        variant = self._reader.variant(heads, states[0])
+        variant = self._reader.variant(heads, states)
         self._growing = new_pages(variant, batch, heads, 1, room, device)
         pages.reserve(self._growing.pages)
+        self.writer.code_for(states)  # a graph that writes finds its tables there
         shape = batch, heads, PAGE_TOKENS, head_dim
-        key, value = (states[0].new_zeros(shape) for _ in range(2))
+        key, value = (states.new_zeros(shape) for _ in range(2))
         self._states = key, value
         self._at = torch.zeros(batch, 8, dtype=torch.int32, device=device)
 
@@ -167,11 +175,8 @@ class OpenPage:
         assert self._growing is not None
         return pages.reserved(self._growing.pages.page_table)
 
-    def _turns(self, turns: Pair | None, key: Tensor) -> Tensor:
-        """Return cosines and sines by place, (batch, head_dim / 2, 2) float32."""
-        batch, _, head_dim = key.shape
-        fixed = torch.zeros(batch, head_dim // 2, 2, device=key.device)
-        fixed[..., 0] = 1.0
-        if turns is not None:
-            fixed[:, : turns[0].shape[-1]] = torch.stack([turns[0][0], turns[1][0]], dim=-1)
-        return fixed
+    def fixed_turns(self, turns: Pair | None, states: Tensor) -> Tensor:
+        """Return cosines and sines by place, (batch, head_dim / 2, 2) float32, for states (batch,
+        num_kv_heads, any, head_dim); `turns` as for `append`.
+        """
+        return self.writer.turns(turns, states, 1)[:, 0]

@@ -6,7 +6,7 @@ the operation known to torch.
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ from kvqtool.pages import Pages
 from kvqtool.reading import attend_reference
 from kvqtool.variant import Variant
 
+# Written out, for torch 2.6 cannot infer it from `list[Tensor]`.
+_SCHEMA: Final = (
+    "(Tensor query, Tensor[] read, Tensor(a!)[] written, int[] numbers, float[] reals) -> Tensor"
+)
+
 
 def call_attend(
     query: Tensor,
@@ -31,16 +36,24 @@ def call_attend(
     workspace: Workspace,
 ) -> Tensor:
     """Call the operation; arguments and result are those of `fused.attend`."""
-    read = [*vars(context.pages).values(), *vars(context.exact).values(), context.state]
+    # Field by field, for torch 2.6 traces neither vars() nor astuple() of a dataclass.
+    pages, exact = context.pages, context.exact
+    read = [pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words, pages.page_table]
+    read += [exact.sink_key, exact.sink_value, exact.window_key, exact.window_value, context.state]
     read += [tables.key_table, tables.levels, tables.angles, tables.frequencies, tables.order]
-    numbers = [*(int(field) for field in astuple(variant)), workspace.blocks]
+    flags = variant.channel_levels, variant.rotated, variant.outliers
+    numbers = [variant.head_dim, variant.key_bits, variant.value_bits, *(int(f) for f in flags)]
+    numbers += [variant.group, int(variant.softcap), int(variant.bfloat16)]
+    numbers += [variant.most_warps, int(variant.value_table), workspace.blocks]
     reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
     written = [workspace.partials, workspace.counters]
     out: Tensor = torch.ops.kvqtool.attend(query, read, written, numbers, reals)
     return out
 
 
-@torch.library.custom_op("kvqtool::attend", mutates_args=("written",), device_types="cuda")
+@torch.library.custom_op(
+    "kvqtool::attend", mutates_args=("written",), device_types="cuda", schema=_SCHEMA
+)
 def _attend_cuda(
     query: Tensor,
     read: list[Tensor],

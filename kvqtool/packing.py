@@ -7,87 +7,39 @@ bit; only the order of a list's outliers differs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from kvqtool.arguments import Expected, check_codes, check_tensors
-from kvqtool.codebook import Codebook
-from kvqtool.codec import channel_affine
-from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
-from kvqtool.errors import InputError
+from kvqtool.arguments import Expected, check_tensors
+from kvqtool.code_tables import NOT_COMPENSATED, CodeTables, expect_code
+from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
 from kvqtool.fused import LayerTables, expect_tables
-from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
+from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
 from kvqtool.page_memory import QUAD, SLABS
-from kvqtool.pages import Pages, folds_levels, list_sizes
-from kvqtool.side import EXACT, GROUPED, ROTATING
-from kvqtool.spec import KvSpec
+from kvqtool.pages import Pages, list_sizes
+from kvqtool.recover import Exceptions
 from kvqtool.variant import Variant
 
-_WARPS = 4  # of a block of `survey_values`
+_WARPS: Final = 4  # of a block of `survey_values`
+_WRITERS: Final = ("pack_slabs", "write_lists")
+_ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 
 
 @dataclass(frozen=True)
-class CodeTables:
-    """What finding a layer's codes needs, float32, in the order of the layer's channels.
+class Packed:
+    """Pages, and what gives their canonical rows back (`kvqtool/recover.py`).
 
     Args:
-        lower: (C,) least key that is no outlier.
-        upper: (C,) greatest.
-        offset: (C,) middle of a key channel's range.
-        inverse: (C,) one over half its range, 0 where it has none.
-        key_middles: (L - 1,) between neighbouring levels, or (C, L - 1).
-        value_middles: (L - 1,).
-        per_tail: outliers of a value token at either end.
+        pages: the pages.
+        counts: (pages, num_kv_heads, 2 slabs, 2 sides) int32, outliers of each list.
+        exceptions: of keys and of values, counted from the first token.
     """
 
-    lower: Tensor
-    upper: Tensor
-    offset: Tensor
-    inverse: Tensor
-    key_middles: Tensor
-    value_middles: Tensor
-    per_tail: int
-
-
-def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: int) -> CodeTables:
-    """Return the tables of a layer's codebooks.
-
-    Raises:
-        InputError: when the packing kernels do not know the scheme.
-    """
-    reason = unsupported(spec)
-    if reason:
-        raise InputError(f"{spec}: the CUDA kernels do not know {reason}; use the torch path")
-    key = books[0]
-    scale, offset = channel_affine(key)
-    assert key.lower is not None and key.upper is not None
-    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
-    middles = [(b.levels[..., 1:] + b.levels[..., :-1]) * 0.5 for b in books]
-    if folds_levels(spec.key):
-        middles[0] = middles[0].expand(len(offset), -1)
-    tail = outliers_per_tail(spec.value, value_channels) if spec.value.outlier_fraction else 0
-    return CodeTables(
-        key.lower, key.upper, offset, inverse, middles[0].contiguous(), middles[1], tail
-    )
-
-
-def unsupported(spec: KvSpec) -> str | None:
-    """Return what of a scheme the packing kernels do not know, or None."""
-    key, value = spec.key, spec.value
-    known = {
-        f"{key.method} codes": key.method not in (GROUPED, *ROTATING),
-        f"{value.method} codes": value.method not in (GROUPED, *ROTATING),
-        "states that are not codes": key.method != EXACT and value.method != EXACT,
-        "codes of 8 bits": max(key.bits, value.bits) <= 4,
-        "bits by token": spec.adaptive is None,
-        "keys with a range per token": key.per_channel,
-        "ranges per group of channels": value.group_size is None,
-        "a cap on key outliers": key.outlier_cap is None,
-        "compensated rounding": not (key.compensated or value.compensated),
-        "rotated values": not value.rotated,
-    }
-    return next((name for name, holds in known.items() if not holds), None)
+    pages: Pages
+    counts: Tensor
+    exceptions: tuple[Exceptions, Exceptions]
 
 
 def pack(
@@ -97,53 +49,123 @@ def pack(
     tables: LayerTables,
     variant: Variant,
     run: Launcher = run_on_gpu,
-) -> Pages:
-    """Pack the tokens of a prompt.
+) -> Packed:
+    """Pack the tokens of a prompt; waits for the GPU, to learn how long its lists are.
 
     Args:
         states: keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim) float16 or
             bfloat16, contiguous.
-        turns: (tokens, head_dim / 2, 2) float32, the model's cosine and sine by place.
+        turns: (batch, tokens, head_dim / 2, 2) float32, the model's cosine and sine by place.
         code: `code_tables`.
         tables: the layer's tables.
         variant: the attention kernel's variant.
         run: what runs the kernels.
 
     Returns:
-        Pages; a page's room past the last token is zero.
+        The pages; a page's room past the last token is zero.
 
     Raises:
         InputError: when the variant cannot hold the codes, or a tensor is not what it should be.
     """
-    (key, value), (batch, heads, tokens, _) = states, states[0].shape
+    heads = states[0].shape[1]
     check_tensors(
         [*_expect_prompt(states, turns, variant), *expect_code(code, variant, heads)],
         expect_tables(tables, variant, heads),
     )
-    blocks, device = -(-tokens // PAGE_TOKENS), key.device
-    table = torch.arange(blocks * batch, dtype=torch.int32, device=device)
-    table = table.view(blocks, batch).T.contiguous()
-    ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
-    cuts = torch.empty(batch, tokens, 2, dtype=torch.int32, device=device)
-    flags = torch.empty(0, dtype=torch.int32, device=device)
-    counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
-    kernels, grids = pack_kernels(variant), _grids(key.shape, variant)
-    shape: list[Argument] = [heads, tokens, blocks]
-    keys = [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
-    rest: list[Argument] = [ranges, cuts, counts, batch, *shape, code.per_tail]
-    run(kernels["survey_values"], grids["survey_values"], [value, table, *rest])
-    packed = counts.new_empty(blocks * batch, heads, SLABS, variant.slab_words)
-    packed[-batch:] = 0  # a slab past the last token is not written
-    if variant.outliers:
-        flags = counts.new_empty(blocks * batch, heads, SLABS, 2, 32 * variant.steps)
-    given = [key, value, table, *keys, code.value_middles, tables.order, turns]
-    rest = [ranges, cuts, counts, flags, packed, *shape]
-    run(kernels["pack_slabs"], grids["pack_slabs"], [*given, *rest])
-    index, words = _lay_out(counts)
-    if variant.outliers:
-        rest = [tables.levels, tables.key_table, ranges, flags, index, words, *shape]
-        run(kernels["write_lists"], grids["write_lists"], [*given, *rest])
-    return Pages(packed, ranges, index, words, table)
+    return _Prompt(states, turns, code, tables, variant, run).packed()
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The arguments of `pack`, and the kernels' launches."""
+
+    states: tuple[Tensor, Tensor]
+    turns: Tensor
+    code: CodeTables
+    tables: LayerTables
+    variant: Variant
+    run: Launcher
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Batch, KV heads, tokens, pages of a sequence."""
+        batch, heads, tokens, _ = self.states[0].shape
+        return batch, heads, tokens, -(-tokens // PAGE_TOKENS)
+
+    def packed(self) -> Packed:
+        batch, heads, tokens, blocks = self.shape
+        device = self.states[0].device
+        table = torch.arange(blocks * batch, dtype=torch.int32, device=device)
+        table = table.view(blocks, batch).T.contiguous()
+        ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
+        cuts = torch.empty(batch, tokens, 2, dtype=torch.int32, device=device)
+        counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
+        values = [self.states[1], table, ranges, cuts, counts]
+        self._launch("survey_values", [*values, batch, heads, tokens, blocks, self.code.per_tail])
+        slabs = counts.new_empty(blocks * batch, heads, SLABS, self.variant.slab_words)
+        slabs[-batch:] = 0  # a slab past the last token is not written
+        flagged = len(slabs) if self.variant.outliers else 0
+        flags = counts.new_empty(flagged, heads, SLABS, 2, 32 * self.variant.steps)
+        given = [*self.states, table, *self._keys, self.code.value_middles, self.tables.order]
+        coded = self._compensate(table, ranges, cuts)
+        written = [ranges, *coded, cuts, counts, flags, slabs]
+        self._launch("pack_slabs", [*given, self.turns, *written, heads, tokens, blocks])
+        index, words = _lay_out(counts)
+        pages = Pages(slabs, ranges, index, words, table)
+        return Packed(pages, counts, self._write_lists(pages, given, [ranges, *coded, flags]))
+
+    def _compensate(self, table: Tensor, ranges: Tensor, cuts: Tensor) -> list[Tensor]:
+        """Return codes and moved outliers of the sides whose rounding is compensated: those of
+        keys, then those of values.
+        """
+        (key, value), shape = self.states, self.shape[1:]
+        read = {
+            "keys": [key, table, *self._keys, self.tables.order, self.turns],
+            "values": [value, table, ranges, cuts, self.code.value_middles],
+        }
+        written = []
+        for name, rounding in zip(
+            read, (self.code.key_rounding, self.code.value_rounding), strict=True
+        ):
+            size = 0 if rounding is None else key.numel()
+            coded = torch.empty(size, dtype=torch.uint8, device=key.device)
+            moved = torch.empty(size, dtype=torch.float16, device=key.device)
+            written += [coded, moved]
+            if rounding is not None:
+                given = [*read[name], *vars(rounding).values(), coded, moved]
+                self._launch(f"compensate_{name}", [*given, *shape])
+        return written
+
+    def _write_lists(
+        self, pages: Pages, given: list[Tensor], coded: list[Tensor]
+    ) -> tuple[Exceptions, Exceptions]:
+        """Write the outliers that `flags`, last of `coded`, tells of."""
+        room = len(pages.outlier_words)
+        spills = pages.outlier_words.new_zeros(2)
+        spilled = torch.empty(2, room, dtype=torch.int64, device=spills.device)
+        if self.variant.outliers:
+            read = [*given, self.turns, self.tables.levels, self.tables.key_table, *coded]
+            written = [pages.outlier_index, pages.outlier_words, spills, spilled]
+            self._launch("write_lists", [*read, *written, room, *self.shape])
+        return _exceptions(spills, spilled)
+
+    @property
+    def _keys(self) -> list[Tensor]:
+        code = self.code
+        return [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
+
+    def _launch(self, name: str, arguments: list[Argument]) -> None:
+        kernel = pack_kernels(self.variant, self.code.comp_macros)[name]
+        self.run(kernel, _grid(name, self.states[0].shape, self.variant), arguments)
+
+
+def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions]:
+    """Return what the kernel left beside the lists; waits for the GPU."""
+    ordered = [row[:count].sort()[0] for row, count in zip(spilled, spills.tolist(), strict=True)]
+    key, value = (
+        Exceptions(found >> 16, found.to(torch.int16).view(torch.float16)) for found in ordered
+    )
+    return key, value
 
 
 def _expect_prompt(
@@ -154,32 +176,7 @@ def _expect_prompt(
     return [
         ("keys", states[0], variant.states, shape),
         ("values", states[1], variant.states, shape),
-        ("turns", turns, torch.float32, (tokens, variant.head_dim // 2, 2)),
-    ]
-
-
-def expect_code(code: CodeTables, variant: Variant, heads: int) -> list[Expected]:
-    """Return what kernels that write codes expect of their tables.
-
-    Raises:
-        InputError: when the variant has no room for what the tables ask for.
-    """
-    check_codes(variant)
-    if code.per_tail and not variant.outliers:
-        raise InputError(
-            f"expected a variant with lists of outliers: {code.per_tail} values at either end of a "
-            "token are outliers and would be lost"
-        )
-    channels, real = (heads * variant.head_dim,), torch.float32
-    middles = ((1 << variant.key_bits) - 1,), ((1 << variant.value_bits) - 1,)
-    rows = channels if variant.channel_levels else ()
-    return [
-        ("lower", code.lower, real, channels),
-        ("upper", code.upper, real, channels),
-        ("offset", code.offset, real, channels),
-        ("inverse", code.inverse, real, channels),
-        ("key_middles", code.key_middles, real, rows + middles[0]),
-        ("value_middles", code.value_middles, real, middles[1]),
+        ("turns", turns, torch.float32, (batch, tokens, variant.head_dim // 2, 2)),
     ]
 
 
@@ -193,23 +190,29 @@ def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.zeros(size, dtype=torch.int32, device=counts.device)
 
 
-def _grids(shape: torch.Size, variant: Variant) -> dict[str, tuple[int, int, int]]:
-    """Return launch shapes: a warp a token of all heads; a block a slab, with room for its keys,
-    values and what its tokens have; a block a slab, with room for counts.
+def _grid(name: str, shape: torch.Size, variant: Variant) -> tuple[int, int, int]:
+    """Return a launch's shape: a warp a token of all heads; or a block a slab, with room for its
+    keys, values and what its tokens have, or for counts; or for what compensated rounding works on.
     """
     batch, heads, tokens, head_dim = shape
-    rows = 2 * SLAB_TOKENS * (head_dim + 8) * 2 + SLAB_TOKENS * 16  # states, what a token has
-    slabs = batch * heads * -(-tokens // SLAB_TOKENS)
-    values = -(-batch * tokens // _WARPS), 32 * _WARPS, _WARPS * (2 * heads * head_dim + 4096)
-    return {
-        "survey_values": values,
-        "pack_slabs": (slabs, 32 * variant.steps, rows + 4 * 32),
-        "write_lists": (slabs, 32 * variant.steps, 4 * (head_dim + variant.steps + 4)),
-    }
+    slabs, threads = batch * heads * -(-tokens // SLAB_TOKENS), 32 * variant.steps
+    if name == "survey_values":
+        shared = _WARPS * (2 * heads * head_dim + 4096)
+        return -(-batch * tokens // _WARPS), 32 * _WARPS, shared
+    if name.startswith("compensate"):
+        shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + SLAB_TOKENS * 16
+        return slabs, SLAB_TOKENS, shared
+    if name == "write_lists":
+        return slabs, threads, 4 * (head_dim + variant.steps + 4)
+    return slabs, threads, 2 * SLAB_TOKENS * (head_dim + 8) * 2 + SLAB_TOKENS * 16 + 4 * 32
 
 
-def pack_kernels(variant: Variant) -> dict[str, Kernel]:
-    """Return the functions of kernels/pack.cu for a variant."""
+def pack_kernels(variant: Variant, comp: Macros = NOT_COMPENSATED) -> dict[str, Kernel]:
+    """Return the functions of kernels/pack.cu and kernels/compensate.cu for a variant and
+    `CodeTables.comp_macros`.
+    """
     macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
-    names = ("survey_values", "pack_slabs", "write_lists")
-    return {name: Kernel("pack", name, macros) for name in names}
+    survey = Kernel("pack", "survey_values", (*macros, *NOT_COMPENSATED))
+    rounding = {name: Kernel("compensate", name, macros) for name in _ROUNDINGS}
+    writers = {name: Kernel("pack", name, (*macros, *comp)) for name in _WRITERS}
+    return {"survey_values": survey} | rounding | writers

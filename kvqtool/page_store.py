@@ -6,14 +6,15 @@ are dropped: nothing is stored twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from kvqtool.memory import PAGE_TOKENS
-from kvqtool.page_memory import QUAD
+from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
+from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, PageSide, build_pages
 from kvqtool.recover import (
     Exceptions,
@@ -118,11 +119,33 @@ class PageStore:
         slabs, ranges, index = (buffer.read() for buffer in self._buffers.values())
         return Pages(slabs, ranges, index, self._words.read(), self._table)
 
+    def nothing(self, device: torch.device) -> Pages:
+        """Return no pages, as kernels read them."""
+        key, value = self.sides
+        words = SLAB_TOKENS * key.head_dim * (key.spec.bits + value.spec.bits) // 32
+        none = torch.zeros(0, key.num_heads, SLABS, words, dtype=torch.int32, device=device)
+        return Pages(
+            none,
+            none.new_zeros(0, PAGE_TOKENS, 2, dtype=torch.float16),
+            none.new_zeros(0, key.num_heads, SLABS, 4),
+            none.new_zeros(QUAD),
+            none.new_zeros(self.batch, 0),
+        )
+
     def append(self, rows: Rows) -> None:
         """Add the canonical rows of whole pages."""
         sides = self._sides_of(rows)
         fresh, counts = build_pages(*sides, self.batch), count_outliers(sides, self.batch)
-        found = [find_exceptions(fresh, counts, side, self.batch) for side in sides]
+        self.add(fresh, counts, [find_exceptions(fresh, counts, s, self.batch) for s in sides])
+
+    def add(self, fresh: Pages, counts: Tensor, found: Sequence[Exceptions]) -> None:
+        """Add whole pages.
+
+        Args:
+            fresh: the pages; their index is changed.
+            counts: what `recover.count_outliers` says of them.
+            found: what `recover.find_exceptions` says, of keys and of values.
+        """
         index = fresh.outlier_index
         if not self._words.length:
             self._words.append(fresh.outlier_words.new_zeros(QUAD))  # nobody's, never empty
@@ -201,7 +224,7 @@ class PageStore:
         key, value = (replace(side, rows=r) for side, r in zip(self.sides, rows, strict=True))
         return key, value
 
-    def _add_exceptions(self, found: list[Exceptions]) -> None:
+    def _add_exceptions(self, found: Sequence[Exceptions]) -> None:
         before = self.tokens * self.batch
         shifted = [
             Exceptions(fresh.place + before * side.channels, fresh.value)

@@ -6,7 +6,8 @@ are kept decoded as well: kernels read them, at most 127, beside the recent wind
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import reduce
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -14,20 +15,20 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.fused import ExactTokens, PackedContext
-from kvqtool.hadamard import rotate_heads
-from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
+from kvqtool.memory import PAGE_TOKENS
 from kvqtool.open_page import OpenPage
 from kvqtool.packed import Body
 from kvqtool.page_body import PageBody
-from kvqtool.page_memory import SLABS
-from kvqtool.pages import Pages, PageSide
+from kvqtool.pages import PageSide
 from kvqtool.read_path import PageForm
-from kvqtool.rows import Pair, Rows, join
+from kvqtool.rows import Pair, Rows, check_finite, cut, join, own
+from kvqtool.scratch import tokens_at_once
 from kvqtool.seam import LayerSeam
 from kvqtool.spec import KvSpec
 from kvqtool.store import Angles, LayerStore
 
 _STATE_COLUMNS: Final = 8
+_ROWS_AT_ONCE: Final = 4096  # that are packed at a time; a copy of them is made
 
 
 class PagedStore(LayerStore):
@@ -52,6 +53,7 @@ class PagedStore(LayerStore):
     def clear(self) -> None:
         """Forget everything."""
         super().clear()
+        self._is_borrowed = False
         self._body: PageBody | None = None
         self._decoded: Pair | None = None
         self._angles: Angles | None = None
@@ -63,20 +65,19 @@ class PagedStore(LayerStore):
         self._angles = angles
         leaving, staying = self._split_window(held)
         body, opened, tokens = self._pages_of(), self._open, leaving[0].shape[2]
-        if opened is None or not self.uses_pages or not opened.can_take(leaving[0]) or not tokens:
+        if not self.uses_pages:
             super().commit(angles, held=held)
-            return
-        if tokens == 1 and not body.rest[0].tokens:
+        elif opened is None or not opened.writer.can_take(leaving[0]):
+            self._add_pages(leaving, angles)
+        elif tokens == 1 and not body.rest[0].tokens:
             self._append_open(leaving, angles)
-            self._exact["window"] = staying[0].clone(), staying[1].clone()
-            if opened.tokens == PAGE_TOKENS:
-                self._settle()
-                self._fill()
-            return
-        states = join(opened.states(), leaving) if opened.tokens else leaving
-        self._settle()
-        super().commit(angles, held=held)
-        self._reopen(states)
+            self._close_full(angles)
+        elif tokens:
+            states = join(self._take_open(), leaving) if opened.tokens else leaving
+            self._add_pages(states, angles)
+            self._reopen(states)
+        if tokens or self._is_borrowed:
+            self._exact["window"], self._is_borrowed = own(staying), False
 
     def leave_pages(self) -> None:
         """Keep canonical rows only, from now on."""
@@ -123,12 +124,12 @@ class PagedStore(LayerStore):
             start: the first token that is seen.
         """
         body = self._pages_of()
-        sink = tuple(self._kernel_form(self._exact["sink"], start))
+        sink = self._kernel_form(self._exact["sink"], start)
         behind = max(start - self.sinks - self.dropped, 0)
         tail = self._tail(angles)
         packed = body.pages.tokens + self._waiting()
-        window = tuple(self._kernel_form(tail, behind - packed))
-        pages = body.pages.pages if body.pages.has_pages else self._no_pages()
+        window = self._kernel_form(tail, behind - packed)
+        pages = body.pages.pages if body.pages.has_pages else body.pages.nothing(sink[0].device)
         state = torch.zeros(self.batch, _STATE_COLUMNS, dtype=torch.int32, device=sink[0].device)
         state[:, 0], state[:, 1] = packed, sink[0].shape[2]
         state[:, 2] = window[0].shape[2]
@@ -136,6 +137,47 @@ class PagedStore(LayerStore):
             state[:, 3] = position + self.sinks + self.dropped
         state[:, 4] = min(behind, packed)
         return PackedContext(pages, ExactTokens(*sink, *window), state)
+
+    @property
+    def open_page(self) -> OpenPage:
+        """The page that takes new tokens."""
+        assert self._open is not None, "the layer keeps rows"
+        return self._open
+
+    @property
+    def can_lend(self) -> bool:
+        """Whether new tokens can go into the open page at all."""
+        can_take = self._open is not None and self._open.writer.can_take(self.window[0])
+        return can_take and self.uses_pages
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the next token goes into the open page and nowhere else."""
+        is_whole = not self.is_empty and self.sinks == self.spec.sink_tokens
+        return is_whole and self.can_lend and not self._pages_of().rest[0].tokens
+
+    def lend(self, angles: Angles, position: Tensor | None, start: int) -> PackedContext:
+        """Return `context` with the open page among the pages, for `write_open` to write to."""
+        self.open_page.prepare(self.window[0], self._pages_of().pages)
+        return self.context(angles, position, start)
+
+    def write_open(self, states: Pair, turns: Tensor, at: Tensor) -> None:
+        """Write one token of every sequence; see `OpenPage.write`. The store does not know of it
+        before `settle_open`.
+        """
+        self.open_page.write(states, turns, self._pages_of().pages, at)
+
+    def settle_open(self, tokens: int, angles: Angles) -> None:
+        """Take note of tokens that were written to the open page."""
+        self._angles = angles
+        self.tokens += tokens
+        self.open_page.tokens += tokens
+        self._close_full(angles)
+
+    def _close_full(self, angles: Angles) -> None:
+        """Make a full open page one of the pages."""
+        if self.open_page.tokens == PAGE_TOKENS:
+            self._add_pages(self._take_open(), angles)
 
     def _new_bodies(self, channels: tuple[int, int], batch: int) -> tuple[Body, Body]:
         head_dim = len(self.form.order)
@@ -146,6 +188,8 @@ class PagedStore(LayerStore):
                 self._codebooks, (self.spec.key, self.spec.value), channels, orders, strict=True
             )
         )
+        if self._open is not None:
+            self._open.writer.books = self._codebooks
         self._body = PageBody((key, value), batch, self._waiting, self._settle)
         return self._body.sides
 
@@ -163,6 +207,31 @@ class PagedStore(LayerStore):
         fresh = self._decode(encoded, first, angles)
         self._decoded = fresh if self._decoded is None else join(self._decoded, fresh)
 
+    def _behind_window(self, states: Pair) -> Pair:
+        if self.window[0].shape[2]:
+            return join(self.window, states)
+        self._is_borrowed = True  # until they are committed, so that a prompt is not copied
+        return states
+
+    def _add_pages(self, states: Pair, angles: Angles) -> None:
+        """Encode tokens behind the body some at a time, whole pages by kernels where they can."""
+        body, tokens = self._pages_of(), states[0].shape[2]
+        writer = None if self._open is None else self._open.writer
+        check_finite(states, self.layer)
+        size = tokens_at_once(self.batch, PAGE_TOKENS, _ROWS_AT_ONCE)
+        first = min(-body.rest[0].tokens % PAGE_TOKENS, tokens)
+        whole = first + (tokens - first) // PAGE_TOKENS * PAGE_TOKENS
+        bounds = sorted({0, *range(first, whole, size), whole, tokens})
+        for start, stop in pairwise(bounds):
+            part, at = cut(states, start, stop), self.sinks + self.dropped + self.bodies[0].tokens
+            if first <= start < whole and writer is not None and writer.can_take(part[0]):
+                turns = None if self.form.inv_freq is None else angles(at, at + stop - start)
+                packed = writer.pack(part, turns)
+                body.pages.add(packed.pages, packed.counts, packed.exceptions)
+                self._decoded = None
+            else:
+                self._add(self._encode(part, angles), angles)
+
     def _fill(self) -> bool:
         filled = self.uses_pages and self._pages_of().fill()
         if filled:
@@ -177,27 +246,16 @@ class PagedStore(LayerStore):
             return window
         if self._decoded is None and rest[0].tokens:
             self._decoded = self._decode((rest[0].read(), rest[1].read()), first, angles)
-        tail = window if self._decoded is None else join(self._decoded, window)
+        parts = [] if self._decoded is None else [self._decoded]
         if leaving[0].shape[2]:
             at = self.sinks + self.dropped + self.bodies[0].tokens
-            held = self._decode(self._encode(leaving, angles), at, angles)
-            tail = (
-                join(held, window)
-                if self._decoded is None
-                else join(join(self._decoded, held), window)
-            )
-        return tail
+            parts.append(self._decode(self._encode(leaving, angles), at, angles))
+        return reduce(join, [*parts, window])
 
     def _kernel_form(self, states: Pair, start: int) -> Pair:
-        """Return exact states from `start` on in the form in which pages decode: keys unscaled,
-        values rotated.
-        """
-        key, value = (part[:, :, max(start, 0) :] for part in states)
-        if self.form.scaling != 1:
-            key = (key.float() / self.form.scaling).to(key.dtype)
-        if self.spec.value.rotated and value.numel():
-            value = rotate_heads(value.float()).to(value.dtype)
-        return key.contiguous(), value.contiguous()
+        """Return exact states from `start` on in the form in which pages decode."""
+        seen = cut(states, max(start, 0))
+        return self.form.as_stored(seen, has_turned_values=self.spec.value.rotated)
 
     def _waiting(self) -> int:
         """Return the tokens of the open page."""
@@ -205,22 +263,25 @@ class PagedStore(LayerStore):
 
     def _append_open(self, states: Pair, angles: Angles) -> None:
         """Put one token, (batch, num_kv_heads, 1, head_dim), into the open page."""
-        assert self._open is not None
         at = self.sinks + self.dropped + self.bodies[0].tokens
         turns = None if self.form.inv_freq is None else angles(at, at + 1)
-        self._open.append(states, turns, self._pages_of().pages)
+        self.open_page.append(states, turns, self._pages_of().pages)
 
     def _settle(self) -> None:
         """Give the tokens of the open page their rows."""
         if not self._waiting():
             return
-        assert self._open is not None and self._angles is not None
-        body = self._pages_of()
-        states = self._open.states()
-        self._open.empty(body.pages)
-        for rest, rows in zip(body.rest, self._encode(states, self._angles), strict=True):
-            rest.append(rows)
+        assert self._angles is not None
+        rows = self._encode(self._take_open(), self._angles)
+        for rest, fresh in zip(self._pages_of().rest, rows, strict=True):
+            rest.append(fresh)
         self._decoded = None
+
+    def _take_open(self) -> Pair:
+        """Return the states of the open page's tokens and forget them there."""
+        states = self.open_page.states()
+        self.open_page.empty(self._pages_of().pages)
+        return states
 
     def _reopen(self, states: Pair) -> None:
         """Put the tokens behind the pages into the open page, where their states are among these,
@@ -230,28 +291,9 @@ class PagedStore(LayerStore):
         behind = body.rest[0].tokens
         if self._open is None or not 0 < behind <= states[0].shape[2]:
             return
-        key, value = (
-            replace(side, rows=rest.read())
-            for side, rest in zip(body.pages.sides, body.rest, strict=True)
-        )
-        last = states[0][:, :, -behind:], states[1][:, :, -behind:]
-        self._open.load((key, value), last, body.pages)
-        for rest in body.rest:
-            rest.clear(rest.batch)
+        last = cut(states, states[0].shape[2] - behind)
+        self._open.load(body.take_rest(), last, body.pages)
         self._decoded = None
-
-    def _no_pages(self) -> Pages:
-        heads, head_dim = self.geometry.num_kv_heads, self.geometry.key_dim
-        words = SLAB_TOKENS * head_dim * (self.spec.key.bits + self.spec.value.bits) // 32
-        like = self.window[0]
-        none = like.new_zeros(0, heads, SLABS, words, dtype=torch.int32)
-        return Pages(
-            none,
-            like.new_zeros(0, SLABS * SLAB_TOKENS, 2, dtype=torch.float16),
-            like.new_zeros(0, heads, SLABS, 4, dtype=torch.int32),
-            like.new_zeros(4, dtype=torch.int32),
-            like.new_zeros(self.batch, 0, dtype=torch.int32),
-        )
 
     def _pages_of(self) -> PageBody:
         assert self._body is not None, "the layer has stored nothing yet"

@@ -26,9 +26,11 @@ from kvqtool.attach import Session, attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.calibrate import versions
+from kvqtool.council import check_protocol
 from kvqtool.data import Windows
 from kvqtool.errors import InputError, RunError
 from kvqtool.forward import HeadOnly, head_of, hidden_states, position_chunks
+from kvqtool.live import forget_peak, peak_bytes
 from kvqtool.models import LoadedModel
 from kvqtool.progress import Progress, silent
 from kvqtool.ranks import Ranks
@@ -60,6 +62,8 @@ class PplResult:
     protocol: dict[str, Any]
     layers: list[dict[str, Any]]
     seconds: float
+    tokens_per_second: float
+    peak_bytes: int | None
 
 
 @torch.no_grad()
@@ -91,6 +95,7 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r} is unknown; use one of: {', '.join(PROTOCOLS)}")
     for bundle in bundles:
+        check_protocol(bundle.spec, protocol)
         _check_bundle(bundle, loaded, windows, allow_calibration_text)
     tallies = [_Tally(len(windows.ids)) for _ in bundles]
     share = loaded.ranks.share(len(windows.ids))
@@ -118,6 +123,7 @@ def _score(
     batch = windows.ids[numbers.start : numbers.stop : numbers.step].to(loaded.device)
     exact = hidden_states(loaded.model, {"input_ids": batch})
     for bundle, tally in runs:
+        forget_peak(loaded.device)
         started = time.perf_counter()
         with attached(loaded, bundle) as session:
             hidden, first, cache = _run(session, bundle, batch, protocol)
@@ -207,6 +213,7 @@ class _Tally:
         self._usage: CacheUsage | None = None
         self._layers: list[dict[str, Any]] = []
         self._kernel = ""
+        self._peak: int | None = None
 
     def score(
         self, head: HeadOnly, states: tuple[Tensor, Tensor], ids: Tensor, at: tuple[int, int]
@@ -247,6 +254,7 @@ class _Tally:
         self._layers = self._layers or layer_report(cache)
         self._kernel = self._kernel or kernel_of(cache)
         self._seconds += seconds
+        self._peak = peak_bytes(cache.stores[0].window[0].device)
 
     def gather(self, ranks: Ranks) -> None:
         """Take in what other processes scored: every row is somebody's, so sums with zero are
@@ -289,4 +297,6 @@ class _Tally:
             protocol=protocol | {"kernel": self._kernel},
             layers=self._layers,
             seconds=self._seconds.item(),
+            tokens_per_second=protocol["windows"] * protocol["seq_len"] / self._seconds.item(),
+            peak_bytes=self._peak,
         )

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _PROBE_TOKENS: Final = 32
 # Un-rotating reproduces the true key to rounding; a wrong rotation is off by tens of percent.
+# Kinds of rotation whose frequencies change with the length.
+_CHANGING: Final = ("dynamic", "longrope")
 _TOLERANCE: Final = {
     torch.float32: 1e-4,
     torch.float16: 5e-3,
@@ -258,7 +260,9 @@ def _fit_formula(
             if not name.endswith("inv_freq") or buffer.numel() != rotation.width // 2:
                 continue
             scaling = float(getattr(module, name.replace("inv_freq", "attention_scaling"), 1.0))
-            formula = AngleFormula(buffer.detach().float().clone(), scaling, tables[0].dtype)
+            is_fixed = not any(word in str(getattr(module, "rope_type", "")) for word in _CHANGING)
+            inv_freq = buffer.detach().float().clone()
+            formula = AngleFormula(inv_freq, scaling, tables[0].dtype, is_fixed)
             made_cos, made_sin = formula.tables(positions.to(torch.int32))
             if torch.equal(made_cos.float(), cos) and torch.equal(
                 rotation.sign * made_sin.float(), sin

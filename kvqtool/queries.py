@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvqtool.attention import band_attention
 from kvqtool.errors import InputError
 from kvqtool.seam import Seam
 
@@ -67,12 +67,14 @@ def watched_attention(
     mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by sdpa, and tell the module's watch of the queries; arguments are transformers'."""
+    """Attend as `band_attention` does and tell the module's watch of the queries; arguments are
+    transformers' own.
+    """
     take: Callable[[Tensor], None] | None = getattr(module, _ATTRIBUTE, None)
     if take is not None:
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         take((query.detach().float() * scaling).square().sum(-1))
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
+    return band_attention(module, query, key, value, mask, **options)
 
 
 def _taker(index: int, take: Callable[[int, Tensor], None]) -> Callable[[Tensor], None]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kvqtool.cuda import unavailable
 from kvqtool.errors import InputError, RunError
+from kvqtool.hadamard import rotate_heads
+from kvqtool.rows import Pair
 from kvqtool.seam import LayerSeam
 from kvqtool.side import QuantSpec
 from kvqtool.spec import KvSpec
@@ -52,6 +54,17 @@ class PageForm:
     order: Tensor
     inv_freq: Tensor | None
     scaling: float
+
+    def as_stored(self, states: Pair, *, has_turned_values: bool) -> Pair:
+        """Return states as a model computed them, (B, H, T, D) each, in the form in which pages
+        decode: keys unscaled, values rotated where these are; contiguous.
+        """
+        key, value = states
+        if self.scaling != 1:
+            key = (key.float() / self.scaling).to(key.dtype)
+        if has_turned_values and value.numel():
+            value = rotate_heads(value.float()).to(value.dtype)
+        return key.contiguous(), value.contiguous()
 
 
 class ReadPath:

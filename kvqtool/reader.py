@@ -5,22 +5,29 @@ On CUDA kernels do both, on a CPU their torch references.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from kvqtool.blockwise import attend_causal
 from kvqtool.codebook import Codebook
 from kvqtool.fused import LayerTables, PackedContext, Workspace, attend, new_workspace
 from kvqtool.hadamard import rotate_heads
+from kvqtool.memory import PAGE_TOKENS
 from kvqtool.pages import PageSide, key_table, level_table
 from kvqtool.read_path import PageForm, Place, layer_variant
 from kvqtool.reading import attend_reference, decode_pages, dequantize
-from kvqtool.rows import Pair
+from kvqtool.rows import Pair, cut, join
+from kvqtool.scratch import tokens_at_once
 from kvqtool.seam import LayerSeam
 from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import KvSpec
 from kvqtool.variant import Variant
+
+TOKENS_DECODED: Final = 8192  # of all sequences, at a time, where several queries attend
 
 
 @dataclass
@@ -90,15 +97,49 @@ class PageReader:
         """Return the keys after RoPE and values that a context holds, (batch, num_kv_heads,
         tokens, head_dim) in the model's dtype.
         """
-        exact, first = context.exact, int(context.state[0, 4])
-        keys, values = [exact.sink_key], [exact.sink_value]
-        last = int(context.state[0, 0])
-        if last > first:
-            key, value = self._decode(context, exact.sink_key)
-            keys.append(key[:, :, first:last].to(exact.sink_key.dtype))
-            values.append(value[:, :, first:last].to(exact.sink_key.dtype))
-        key = torch.cat([*keys, exact.window_key], dim=2)
-        value = torch.cat([*values, exact.window_value], dim=2)
+        columns = context.pages.page_table.shape[1]
+        parts = list(self.parts(context, max(columns, 1) * PAGE_TOKENS))
+        key, value = (torch.cat([part[side] for part in parts], dim=2) for side in (0, 1))
+        return key, value
+
+    def attend_causal(self, query: Tensor, context: PackedContext, scaling: float) -> Tensor:
+        """Attend with the last tokens of every sequence, of which the packed ones are decoded a
+        fixed number at a time.
+
+        Args:
+            query: (batch, num_heads, queries, head_dim) after RoPE, of the context's last tokens.
+            context: the layer's tokens.
+            scaling: factor on scores.
+
+        Returns:
+            (batch, queries, num_heads, head_dim) in the query's dtype.
+        """
+        exact, (first, last) = context.exact, _seen(context)
+        tokens = exact.sink_key.shape[2] + last - first + exact.window_key.shape[2]
+        size = tokens_at_once(len(query), PAGE_TOKENS, TOKENS_DECODED)
+        parts = self.parts(context, size)
+        out = attend_causal(query, parts, tokens - query.shape[2], scaling)
+        return out.transpose(1, 2).contiguous()
+
+    def parts(self, context: PackedContext, size: int) -> Iterator[Pair]:
+        """Yield what `expand` returns in parts: the sinks with the first `size` packed tokens,
+        whole pages of them, the next, and so on; then the exact tokens behind them.
+        """
+        exact, (first, last) = context.exact, _seen(context)
+        head: Pair | None = (exact.sink_key, exact.sink_value)
+        for start in range(first // PAGE_TOKENS * PAGE_TOKENS, last, size):
+            stop = min(start + size, last)
+            decoded = self._decode(_block(context, start, stop), exact.sink_key)
+            seen = cut(decoded, max(first - start, 0), stop - start)
+            part = seen[0].to(exact.sink_key.dtype), seen[1].to(exact.sink_key.dtype)
+            yield self._as_seen(part if head is None else join(head, part))
+            head = None
+        window = exact.window_key, exact.window_value
+        yield self._as_seen(window if head is None else join(head, window))
+
+    def _as_seen(self, states: Pair) -> Pair:
+        """Return states as attention sees them, from the form in which pages decode."""
+        key, value = states
         if self._form.scaling != 1:
             key = (key.float() * self._form.scaling).to(key.dtype)
         if self._spec.value.rotated:
@@ -174,3 +215,19 @@ class PageReader:
                 blocks = torch.cuda.get_device_properties(query.device).multi_processor_count
             self._shared.workspaces[key] = new_workspace(variant, query, heads, blocks)
         return self._shared.workspaces[key]
+
+
+def _seen(context: PackedContext) -> tuple[int, int]:
+    """Return which packed tokens queries see; waits for the GPU."""
+    last, first = context.state[0, [0, 4]].tolist()
+    return first, max(first, last)
+
+
+def _block(context: PackedContext, start: int, stop: int) -> PackedContext:
+    """Return packed tokens start..stop-1 of every sequence, from the start of a page on."""
+    pages = slice(start // PAGE_TOKENS, -(-stop // PAGE_TOKENS))
+    state = context.state.clone()
+    state[:, 0] = stop - start
+    state[:, 3] += start
+    table = context.pages.page_table[:, pages].contiguous()
+    return replace(context, pages=replace(context.pages, page_table=table), state=state)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def decode_pages(
 
     Both are float32. Tokens past a sequence's end hold whatever their pages do.
     """
-    pages, head_dim = context.pages, variant.head_dim
+    pages, head_dim = _named(context.pages), variant.head_dim
     split = 2 * head_dim * variant.key_bits
     words = pages.slabs.flatten(0, 2)
     shape = (*pages.slabs.shape[:3], SLAB_TOKENS, head_dim)
@@ -55,6 +56,17 @@ def decode_pages(
     ordered = torch.empty_like(key)
     ordered[..., tables.order.long()] = key
     return ordered, value
+
+
+def _named(pages: Pages) -> Pages:
+    """Return the pages that a page table names, in its order."""
+    batch, blocks = pages.page_table.shape
+    if blocks * batch == len(pages.slabs):
+        return pages
+    named = pages.page_table.T.flatten().long()
+    table = torch.arange(len(named), device=named.device).view(blocks, batch).T
+    picked = {n: getattr(pages, n)[named] for n in ("slabs", "ranges", "outlier_index")}
+    return replace(pages, **picked, page_table=table.to(torch.int32).contiguous())
 
 
 def dequantize(

@@ -34,13 +34,13 @@ class Exceptions:
 
 
 def count_outliers(sides: tuple[PageSide, PageSide], batch: int) -> Tensor:
-    """Return how many outliers of each slab lie in whole pages of canonical rows.
+    """Return how many outliers of each slab lie in pages of canonical rows.
 
     Returns:
         (pages, num_kv_heads, 2 slabs, 2 sides) int32.
     """
     rows = len(sides[0].rows["words"])
-    shape = rows // batch // PAGE_TOKENS * batch, sides[0].num_heads, SLABS, 2
+    shape = -(-rows // batch // PAGE_TOKENS) * batch, sides[0].num_heads, SLABS, 2
     counts = torch.zeros(shape, dtype=torch.int32, device=sides[0].rows["words"].device)
     for number, side in enumerate(sides):
         if "outlier_values" in side.rows:

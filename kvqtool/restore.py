@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvqtool.adaptive_store import ATTENTION, AdaptiveStore
+from kvqtool.angles import AngleStore
 from kvqtool.attach import Session
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
@@ -30,7 +31,6 @@ from kvqtool.memory import (
 from kvqtool.models import LoadedModel
 from kvqtool.outliers import row_of_outlier
 from kvqtool.packed import TILED
-from kvqtool.rope import AngleStore
 from kvqtool.side import WIDTHS, QuantSpec
 from kvqtool.spec import SIDES
 from kvqtool.store import LayerStore

@@ -1,5 +1,4 @@
-"""Rotary embedding as the cache needs it: undo it exactly, do it again, and remember each token's
-angles in few bytes.
+"""Rotary embedding as the cache needs it: undo it exactly and do it again.
 
 How a model rotates is not looked up by family: `candidate_rotations` lists what is possible for
 given shapes, and the probe in `attach.py` keeps the one that takes real keys back to what they were
@@ -14,9 +13,6 @@ from itertools import product
 
 import torch
 from torch import Tensor
-
-from kvqtool.buffers import PagedBuffer
-from kvqtool.memory import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -127,11 +123,13 @@ class AngleFormula:
         inv_freq: (width / 2,) float32 radians a token.
         scaling: factor on cos and sin (YaRN's attention scaling).
         dtype: the dtype the model rounds its tables to.
+        is_fixed: whether the frequencies stay what they are at any length.
     """
 
     inv_freq: Tensor
     scaling: float
     dtype: torch.dtype
+    is_fixed: bool = True
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (cos, sin), (..., width / 2) in the model's dtype, for integer positions (...)."""
@@ -139,136 +137,3 @@ class AngleFormula:
         return (phase.cos() * self.scaling).to(self.dtype), (phase.sin() * self.scaling).to(
             self.dtype
         )
-
-
-class AngleStore:
-    """Every stored token's angles: four bytes a token where a formula gives them, else the tables
-    themselves.
-
-    The formula is checked against the model's own tables each time tokens arrive, bit for bit; the
-    first time it does not hold (dynamic NTK past its length, say) the store turns into a table, and
-    `kind` says so.
-    """
-
-    def __init__(self, rotation: Rotation, formula: AngleFormula | None) -> None:
-        """Start empty for keys rotated by `rotation`; `formula` is None where none is known."""
-        self.rotation = rotation
-        self.formula = formula
-        self.tokens = 0
-        # Position of each sequence's first token, (batch,), while every token is one further.
-        self.first: Tensor | None = None
-        self._rows: PagedBuffer | None = None
-        self._memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
-
-    @property
-    def kind(self) -> str:
-        """`positions` or `table`."""
-        return "positions" if self.formula else "table"
-
-    def extend(self, cos: Tensor, sin: Tensor, positions: Tensor | None, batch: int) -> None:
-        """Remember the angles of new tokens.
-
-        Args:
-            cos: the model's table for them, (batch or 1, tokens, table width).
-            sin: likewise.
-            positions: (batch or 1, tokens) integer positions, or None where the model gives none.
-            batch: sequences in the cache.
-        """
-        self.forget()
-        fresh = tuple(
-            part.transpose(0, 1).expand(-1, batch, -1) for part in self.rotation.angles(cos, sin)
-        )
-        if self.formula is not None and not self._holds(fresh, positions):
-            self._become_table()
-        if self._rows is None:
-            self._rows = PagedBuffer(PAGE_TOKENS)
-        if self.formula is not None and positions is not None:
-            rows = positions.transpose(0, 1).expand(-1, batch).to(torch.int32)
-            self._follow(rows)
-            self._rows.append(rows)
-        else:
-            self._rows.append(torch.stack(fresh, dim=-1))
-        self.tokens += fresh[0].shape[0]
-
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin) of tokens start..stop-1, each (tokens, batch, width / 2) float32."""
-        if self._memo is not None and self._memo[0] == (start, stop):
-            return self._memo[1]
-        assert self._rows is not None, "angles are read after tokens arrived"
-        rows = self._rows.read()[start:stop]
-        if self.formula is not None:
-            cos, sin = self.formula.tables(rows)
-            angles = cos.float(), self.rotation.sign * sin.float()
-        else:
-            angles = rows[..., 0], rows[..., 1]
-        self._memo = (start, stop), angles
-        return angles
-
-    def forget(self) -> None:
-        """Drop the angles computed for the layers of this step."""
-        self._memo = None
-
-    def truncate(self, tokens: int) -> None:
-        """Keep the first `tokens` tokens."""
-        self.forget()
-        self.tokens = min(tokens, self.tokens)
-        if self._rows is not None:
-            self._rows.truncate(self.tokens)
-
-    def select(self, sequences: Tensor) -> None:
-        """Keep, repeat or reorder sequences, (new_batch,) int64 indices."""
-        self.forget()
-        if self._rows is not None:
-            chosen = sequences.to(self._rows.tensors[0].device)
-            picked = self._rows.read()[:, chosen]
-            self.first = None if self.first is None else self.first[chosen]
-            self._rows = PagedBuffer(PAGE_TOKENS)
-            self._rows.append(picked)
-
-    def canonical(self) -> Tensor:
-        """Return what is stored, without spare room: positions (tokens, batch) or (tokens, batch,
-        width / 2, 2).
-        """
-        assert self._rows is not None, "nothing is stored yet"
-        return self._rows.read()
-
-    def restore(self, rows: Tensor, *, kind: str) -> None:
-        """Fill an empty store with what `canonical` returned of one of that kind."""
-        if kind == "table":
-            self.formula = None
-        else:
-            self._follow(rows)
-        self._rows = PagedBuffer(PAGE_TOKENS)
-        self._rows.append(rows)
-        self.tokens = len(rows)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The allocated tensors."""
-        return self._rows.tensors if self._rows is not None else []
-
-    def _holds(self, fresh: tuple[Tensor, ...], positions: Tensor | None) -> bool:
-        assert self.formula is not None
-        if positions is None or positions.dim() != 2:
-            return False
-        cos, sin = self.formula.tables(positions.transpose(0, 1).to(torch.int32))
-        return torch.equal(cos.float().expand_as(fresh[0]), fresh[0]) and torch.equal(
-            self.rotation.sign * sin.float().expand_as(fresh[1]), fresh[1]
-        )
-
-    def _follow(self, rows: Tensor) -> None:
-        """Note whether each sequence's positions, (tokens, batch) int32, go on by one a token."""
-        if not self.tokens:
-            self.first = rows[0].clone()
-        if self.first is not None:
-            ahead = torch.arange(self.tokens, self.tokens + len(rows), device=rows.device)
-            if not torch.equal(rows, (self.first + ahead[:, None]).to(torch.int32)):
-                self.first = None
-
-    def _become_table(self) -> None:
-        if self._rows is not None and self.tokens:
-            table = torch.stack(self.read(0, self.tokens), dim=-1)
-            self._rows = PagedBuffer(PAGE_TOKENS)
-            self._rows.append(table)
-        self.formula = self.first = None
-        self.forget()

@@ -48,16 +48,48 @@ def join(left: Pair, right: Pair) -> Pair:
     return torch.cat([left[0], right[0]], dim=2), torch.cat([left[1], right[1]], dim=2)
 
 
+def cut(states: Pair, start: int, stop: int | None = None) -> Pair:
+    """Return keys and values of tokens start..stop-1, or from `start` on, (B, H, T, D) each."""
+    return states[0][:, :, start:stop], states[1][:, :, start:stop]
+
+
+def own(states: Pair) -> Pair:
+    """Return keys and values in tensors of their own, contiguous."""
+    key, value = (part.clone(memory_format=torch.contiguous_format) for part in states)
+    return key, value
+
+
+def check_finite(states: Pair, layer: int) -> None:
+    """Raise for states of a layer that hold NaN or infinity.
+
+    Raises:
+        RunError: naming the layer.
+    """
+    ends = [end for side in states if side.numel() for end in side.aminmax()]
+    if ends and not torch.isfinite(torch.stack(ends)).all():
+        raise RunError(
+            f"layer {layer} produced NaN or infinite states; run in float32 or check the model"
+        )
+
+
+def join_rows(parts: list[tuple[Rows, Rows]]) -> tuple[Rows, Rows]:
+    """Put encoded rows of keys and values behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+    key, value = (
+        {name: torch.cat([part[name] for part in side]) for name in side[0]}
+        for side in zip(*parts, strict=True)
+    )
+    return key, value
+
+
 def flatten_pair(states: Pair, spec: KvSpec, layer: int) -> Pair:
     """(T, B, H, D) each -> (T * B, H * D) as they are encoded, rotated where the scheme says so.
 
     Raises:
         RunError: for states of a layer that hold NaN or infinity.
     """
-    if not all(torch.isfinite(side).all() for side in states):
-        raise RunError(
-            f"layer {layer} produced NaN or infinite states; run in float32 or check the model"
-        )
+    check_finite(states, layer)
     key, value = (
         by_group(turn(side, quant).flatten(2), quant.token_group)
         for side, quant in zip(states, (spec.key, spec.value), strict=True)

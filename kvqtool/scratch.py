@@ -27,6 +27,9 @@ from kvqtool.spec import KvSpec
 READ_PATH: Final = "torch (materialise)"
 _FLOAT: Final = ITEM_BYTES["float32"]
 QUERIES_AT_ONCE: Final = 256  # whose weights are written out where a recent window is mixed
+# Tokens of all sequences that are encoded at a time, so that what that takes for a moment does not
+# grow with a prompt.
+ROWS_AT_ONCE: Final = 8192
 # Codes of one period whose lowest bit lies in the fullest of its words: see bits.pack_codes.
 _LANES: Final = {2: 1.0, 3: 11 / 32, 4: 1.0, 8: 1.0}
 
@@ -87,16 +90,29 @@ class Step:
         return width * tokens * self.cache.batch * _FLOAT
 
 
+def tokens_at_once(batch: int, multiple: int | None = None, rows: int | None = None) -> int:
+    """Return the tokens of each of `batch` sequences that are encoded at a time: `rows` together,
+    a multiple of `multiple`.
+    """
+    return max((rows or ROWS_AT_ONCE) // batch // (multiple or 1), 1) * (multiple or 1)
+
+
 def append_scratch(layer: CacheLayer, step: Step) -> int:
     """Return the most that packing a call's new tokens takes, above what is kept: `_encode`.
 
-    Example: int4 keys and values of equal width, bfloat16: 33 bytes for each new key number.
+    Example: int4 keys and values of equal width, bfloat16: 33 bytes for each new key number, of
+    which 2 for all of them and the rest for those that are encoded at a time.
     """
-    spec, geometry = step.spec_of(layer), layer.geometry
-    rows = step.fresh * step.cache.batch
+    spec, geometry, batch = step.spec_of(layer), layer.geometry, step.cache.batch
+    held = step.item * step.fresh * batch * geometry.elements  # the window they pass through
+    tokens = min(step.fresh, tokens_at_once(batch, spec.key.token_group))
+    if spec.adaptive:
+        tokens = step.fresh
+    rows = tokens * batch
+    held += sum(_rows_bytes(layer, step, step.fresh * batch - rows))  # encoded before
     key, value = rows * geometry.key_channels, rows * geometry.value_channels
-    held = (step.item + _FLOAT) * (key + value)  # the window they pass through, and float32 rows
-    held += step.table_bytes(step.fresh) if _turned(layer, step) else 0
+    held += _FLOAT * (key + value)
+    held += step.table_bytes(tokens) if _turned(layer, step) else 0
     flat = 0 if _turned(layer, step) else _FLOAT * key
     packed = _rows_bytes(layer, step, rows)[0]
     turning = 2 * _FLOAT * rows * _turned(layer, step)

@@ -11,7 +11,7 @@ import itertools
 from dataclasses import asdict, replace
 from typing import Any, Final
 
-from kvqtool.allocate import Place, Specs, allocate, options
+from kvqtool.allocate import OUTLIER_MARGIN, Place, Specs, allocate, options
 from kvqtool.budget import MARGIN, Budget, Trial
 from kvqtool.bundle import Bundle
 from kvqtool.calibrate import describe_run, digest, fingerprint, ground_of, observe
@@ -26,8 +26,6 @@ from kvqtool.side import METHOD_BITS
 from kvqtool.spec import SIDES, KvSpec
 from kvqtool.trials import Measured, TrialJournal
 
-# Keys may have this many more outliers on other text than on the held-out windows.
-_MORE_OUTLIERS: Final = 1.05
 _BISECTIONS: Final = 7
 _FACTORS: Final = (2.0, 0.5)
 _DEPTHS: Final = 3  # parts of the stack whose predictions are corrected apart
@@ -143,13 +141,19 @@ class _Search:
         held = replace(self.ground, tokens=self.texts[1].ids.shape[1])
         if self.scheme.key.outlier_fraction:
             planned, none = held.nbytes(whole), replace(held, key_excess=0.0).nbytes(whole)
-            excess = 1 + (result.cache_bytes - planned) / (planned - none)
-            self.ground = replace(self.ground, key_excess=max(excess, 0.0) * _MORE_OUTLIERS)
+            excess = max(1 + (result.cache_bytes - planned) / (planned - none), 0.0)
+            self.ground = replace(self.ground, key_excess=self._outliers(excess))
         positions = self.texts[0].ids.numel()
         self.choices = options(self.ground, self.fitter, positions)
         self._note("scheme", whole, result)
         for width in _RECORDED:
             self._measure("uniform", self.ground.uniform((width, width)))
+
+    def _outliers(self, excess: float) -> float:
+        """Return how many times the key outliers aimed at are counted: what the held-out text has,
+        or where bytes must not be exceeded, what text of another kind may have.
+        """
+        return excess if self.budget.target_bits is None else max(excess, 1.0) * OUTLIER_MARGIN
 
     def by_bits(self) -> Trial:
         """Return the best scheme within the bytes: allocated with corrected predictions, or
@@ -287,6 +291,7 @@ class _Search:
         return {
             "budget": asked,
             "margin": MARGIN,
+            "key_outliers": self.ground.key_excess,
             "held_out_windows": self.texts[1].ids.shape[0],
             "held_out_seq_len": self.texts[1].ids.shape[1],
             "bits": chosen.bits,

@@ -21,14 +21,18 @@ from kvqtool.padding import keep_padded_sinks, put_padded_sinks
 from kvqtool.rows import (
     Pair,
     Rows,
+    cut,
     decode_pair,
     encode_pair,
     flatten_pair,
     from_rows,
     join,
+    join_rows,
+    own,
     split_pair,
     to_rows,
 )
+from kvqtool.scratch import tokens_at_once
 from kvqtool.seam import LayerSeam
 from kvqtool.spec import SIDES, KvSpec
 
@@ -66,7 +70,7 @@ class LayerStore:
     @property
     def geometry(self) -> LayerGeometry:
         """The layer's shapes, from the states it was given."""
-        key, value = self._exact["window"]
+        key, value = self.window
         return LayerGeometry(key.shape[1], key.shape[3], value.shape[3])
 
     @property
@@ -98,8 +102,8 @@ class LayerStore:
             value: (batch, num_kv_heads, tokens, value_dim).
             angles: (start, stop) -> (cos, sin) of stored tokens, each (tokens, batch, width / 2)
                 float32.
-            hold: leave the last few tokens that are past the window in it, until `commit`; they
-                read as if they were encoded. Cropping can then take tokens back without a trace.
+            hold: leave the last few tokens past the window in it until `commit`; they read as if
+                encoded. Cropping can then take tokens back without a trace.
 
         Raises:
             RunError: when a state is not finite.
@@ -112,21 +116,22 @@ class LayerStore:
         if self._bodies is None:
             self._start(key, value)
         arriving, before = (key, value), self.tokens
-        sinks_missing = self.spec.sink_tokens - self.sinks
-        if sinks_missing > 0:
-            taken = key[:, :, :sinks_missing], value[:, :, :sinks_missing]
-            self._exact["sink"] = join(self._exact["sink"], taken)
-            key, value = key[:, :, sinks_missing:], value[:, :, sinks_missing:]
-        self.tokens += arriving[0].shape[2]
+        missing = max(self.spec.sink_tokens - self.sinks, 0)
+        if missing:
+            self._exact["sink"] = join(self._exact["sink"], cut(arriving, 0, missing))
+        self.tokens += key.shape[2]
         keep_padded_sinks(self._exact["sink"], self.padding, arriving, before)
-        self._exact["window"] = join(self._exact["window"], (key, value))
+        self._exact["window"] = self._behind_window(cut(arriving, missing))
 
     def commit(self, angles: Angles, *, held: int = 0) -> None:
         """Encode what is past the recent window, but for the last `held` tokens of it."""
         leaving, staying = self._split_window(held)
         if leaving[0].shape[2]:
             self._add(self._encode(leaving, angles), angles)
-            self._exact["window"] = staying[0].clone(), staying[1].clone()
+            self._exact["window"] = own(staying)
+
+    def _behind_window(self, states: Pair) -> Pair:
+        return join(self.window, states)
 
     def _add(self, encoded: tuple[Rows, Rows], angles: Angles) -> None:
         """Put encoded tokens behind the body."""
@@ -155,7 +160,7 @@ class LayerStore:
         key = torch.cat([*keys, window_key], dim=2)
         value = torch.cat([*values, window_value], dim=2)
         put_padded_sinks(self._exact["sink"], self.padding, (key, value), first)
-        return key[:, :, start - first :], value[:, :, start - first :]
+        return cut((key, value), start - first)
 
     def drop_unseen(self) -> None:
         """Free what a sliding layer's queries will not see again: whole pages."""
@@ -171,7 +176,8 @@ class LayerStore:
         """
         sink = min(tokens, self.sinks)
         body = min(tokens - sink - self.dropped, self.bodies[0].tokens)
-        if body < 0 or (self.sliding_window and self._first_seen(tokens) < self._first_stored()):
+        stored = self.sinks + self.dropped if self.dropped else 0
+        if body < 0 or self._first_seen(tokens) < stored:
             raise RunError(
                 "a sliding layer has dropped what cropping would bring back; record the past first"
             )
@@ -181,10 +187,8 @@ class LayerStore:
                 f"{tokens} tokens end within a group of {group} that share ranges; "
                 f"crop to a multiple of {group} behind the sinks, or to the exact tokens"
             )
-        kept = {"sink": sink, "window": tokens - sink - self.dropped - body}
-        for part, length in kept.items():
-            key, value = self._exact[part]
-            self._exact[part] = key[:, :, :length].clone(), value[:, :, :length].clone()
+        for part, length in (("sink", sink), ("window", tokens - sink - self.dropped - body)):
+            self._exact[part] = own(cut(self._exact[part], 0, length))
         for side in self.bodies:
             side.truncate(body)
         self.tokens = min(tokens, self.tokens)
@@ -195,8 +199,7 @@ class LayerStore:
         """
         if self.padding:
             self.padding = tuple(self.padding[i] for i in sequences.tolist())
-        for part, (key, value) in self._exact.items():
-            self._exact[part] = key[sequences], value[sequences]
+        self._exact = {part: (k[sequences], v[sequences]) for part, (k, v) in self._exact.items()}
         for side in self.bodies:
             side.select(sequences)
 
@@ -212,10 +215,9 @@ class LayerStore:
 
     def canonical(self) -> dict[str, Tensor]:
         """Return the layer's content in the layout of saved caches, spare room left out."""
-        named = self._exact_named()
-        for side, body in zip(SIDES, self.bodies, strict=True):
-            named |= {f"{side}.{name}": tensor for name, tensor in body.read().items()}
-        return named
+        named = zip(SIDES, self.bodies, strict=True)
+        rows = {f"{side}.{name}": t for side, body in named for name, t in body.read().items()}
+        return self._exact_named() | rows
 
     def _exact_named(self) -> dict[str, Tensor]:
         return {
@@ -245,15 +247,11 @@ class LayerStore:
         """Return the first token that the query after `tokens` tokens sees."""
         return max(tokens - self.sliding_window + 1, 0) if self.sliding_window else 0
 
-    def _first_stored(self) -> int:
-        return self.sinks + self.dropped if self.dropped else 0
-
     def _start(self, key: Tensor, value: Tensor) -> None:
-        none = key[:, :, :0].clone(), value[:, :, :0].clone()
-        self._exact = {"sink": none, "window": none}
+        self._exact = dict.fromkeys(("sink", "window"), own(cut((key, value), 0, 0)))
         self._codebooks = tuple(book.to(key.device) for book in self._codebooks)  # type: ignore[assignment]  # a pair
-        channels = [part.shape[1] * part.shape[3] for part in (key, value)]
-        self._bodies = self._new_bodies((channels[0], channels[1]), key.shape[0])
+        channels = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
+        self._bodies = self._new_bodies(channels, key.shape[0])
 
     def _new_bodies(self, channels: tuple[int, int], batch: int) -> tuple[Body, Body]:
         """Return empty bodies for keys and values of so many channels."""
@@ -262,19 +260,25 @@ class LayerStore:
 
     def _split_window(self, held: int = 0) -> tuple[Pair, Pair]:
         """Return the exact states that are past the recent window and `held` more, and the rest."""
-        key, value = self._exact["window"]
-        past = packed_tokens(self.spec, key.shape[2] - held)
-        return (key[:, :, :past], value[:, :, :past]), (key[:, :, past:], value[:, :, past:])
+        past = packed_tokens(self.spec, self.window[0].shape[2] - held)
+        return cut(self.window, 0, past), cut(self.window, past)
 
-    def _encode(self, leaving: Pair, angles: Angles) -> tuple[Rows, Rows]:
-        """Encode the tokens that follow the body, (batch, heads, tokens, head_dim) each."""
-        tokens, start = leaving[0].shape[2], self.sinks + self.dropped + self.bodies[0].tokens
+    def _encode(self, leaving: Pair, angles: Angles, ahead: int = 0) -> tuple[Rows, Rows]:
+        """Encode tokens (B, H, tokens, D), `ahead` tokens behind the body, some at a time."""
+        tokens, size = leaving[0].shape[2], tokens_at_once(self.batch, self.spec.key.token_group)
+        if tokens > size and not self.spec.adaptive:
+            parts = ((cut(leaving, i, i + size), ahead + i) for i in range(0, tokens, size))
+            return join_rows([self._encode(part, angles, at) for part, at in parts])
+        return self._encode_rows(self._flat(leaving, angles, ahead), leaving[0].dtype)
+
+    def _flat(self, leaving: Pair, angles: Angles, ahead: int = 0) -> Pair:
+        """Return the same tokens as rows (tokens * batch, channels) float32, keys as stored."""
+        start = self.sinks + self.dropped + self.bodies[0].tokens + ahead
         states = [to_rows(leaving[0]), to_rows(leaving[1])]
         if self.rotation is not None:
-            cos, sin = (part[:, :, None] for part in angles(start, start + tokens))
+            cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
             states[0] = self.rotation.unrotate(states[0], cos, sin)
-        flat = flatten_pair((states[0], states[1]), self.spec, self.layer)
-        return self._encode_rows(flat, leaving[0].dtype)
+        return flatten_pair((states[0], states[1]), self.spec, self.layer)
 
     def _encode_rows(self, states: Pair, dtype: torch.dtype) -> tuple[Rows, Rows]:
         """Encode rows (tokens * batch, channels) of the tokens that follow the body."""
@@ -287,8 +291,8 @@ class LayerStore:
 
     def _decode(self, rows: tuple[Rows, Rows], start: int, angles: Angles) -> Pair:
         """Decode rows of the tokens from `start` on: keys after RoPE and values, (B, H, T, D)."""
-        flat, heads = self._decode_rows(rows), self.geometry.num_kv_heads
-        states = list(split_pair(flat, self.spec, self.batch, heads))
+        heads = self.geometry.num_kv_heads
+        states = list(split_pair(self._decode_rows(rows), self.spec, self.batch, heads))
         if self.rotation is not None:
             cos, sin = (part[:, :, None] for part in angles(start, start + len(states[0])))
             states[0] = self.rotation.rotate(states[0], cos, sin)

@@ -6,6 +6,7 @@ Their bytes are those of the real thing; their text means nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
 
@@ -36,7 +37,9 @@ def synthetic_bundle(
     for index, layer in layers.items():
         spread = spreads[index] if spreads else torch.ones(layer.key_channels)
         for side, quant in zip(SIDES, (spec.key, spec.value), strict=True):
-            books[index, side] = _codebook(quant, spread.float().cpu())
+            width = layer.key_dim if side == SIDES[0] else layer.value_dim
+            book = _codebook(quant, spread.float().cpu())
+            books[index, side] = _compensating(book, quant, layer.num_kv_heads, width)
     return Bundle(spec, _identity(layers), books, {"calibrated": False})
 
 
@@ -52,6 +55,16 @@ def _codebook(spec: QuantSpec, spread: Tensor) -> Codebook:
     widest = NormalDist().inv_cdf(1 - spec.outlier_fraction / 2) if spec.outlier_fraction else 4.0
     upper = as_half(spread * widest)
     return Codebook(levels, levels, -upper, upper)
+
+
+def _compensating(book: Codebook, spec: QuantSpec, heads: int, width: int) -> Codebook:
+    """Return a codebook whose channels owe each other nothing, as independent ones do; rounding
+    takes all its steps.
+    """
+    if not spec.compensated:
+        return book
+    order = torch.arange(width, dtype=torch.int16).expand(heads, width).contiguous()
+    return replace(book, feedback=torch.zeros(heads, width, width), order=order)
 
 
 def _identity(layers: Mapping[int, LayerGeometry]) -> dict[str, Any]:

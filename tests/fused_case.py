@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvqtool.attach import attach
+from kvqtool.attach import Session, attach
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel
+from kvqtool.read_path import ReadPath
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,17 @@ class Run:
         return {f"{s.layer}.{n}": t for s in self.cache.stores for n, t in s.canonical().items()}
 
 
+def as_on_cuda(session: Session, bundle: Bundle) -> KvqCache:
+    """Return an empty cache of a session for `fused` that is read as by `auto` on a GPU: layers
+    that kernels cannot read are left to torch, not refused.
+    """
+    paths = {
+        layer.index: ReadPath(layer.index, "auto", session.unfused(layer, bundle))
+        for layer in session.seam.packed
+    }
+    return KvqCache(session.seam, bundle, session.model.config, "exact", paths)
+
+
 @torch.no_grad()
 def greedy(
     loaded: LoadedModel,
@@ -44,13 +57,14 @@ def greedy(
     read_path: str,
     new_tokens: int,
     forced: Tensor | None = None,
+    new_cache: Callable[[Session, Bundle], KvqCache] = Session.new_cache,
 ) -> Run:
     """Read a prompt, (batch, tokens), and generate; or go on with `forced`, (batch, new_tokens), so
     that two runs stay comparable where two tokens are nearly as likely.
     """
     attached = attach(loaded.model, bundle, seam=loaded.seam, read_path=read_path)
     with attached as session:
-        cache = session.new_cache(bundle)
+        cache = new_cache(session, bundle)
         tokens, logits = [ids.to(loaded.device)], []
         for step in range(new_tokens):
             logits.append(next_logits(loaded.model, tokens[-1], cache))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from attention_case import codebook, sides_and_tables
 from torch import Tensor
 
 from kvqtool.appending import GrowingPages, append, new_pages
+from kvqtool.code_tables import CodeTables, code_tables
+from kvqtool.codebook import Codebook, as_half
 from kvqtool.codec import encode
+from kvqtool.compensation import BlockFisher
 from kvqtool.cuda import Launcher
 from kvqtool.fused import LayerTables
-from kvqtool.packing import CodeTables, code_tables
+from kvqtool.packing import Packed
 from kvqtool.page_memory import HEADER
-from kvqtool.pages import Pages, build_pages
+from kvqtool.pages import Pages, PageSide, build_pages
+from kvqtool.recover import count_outliers, find_exceptions
 from kvqtool.rope import Rotation
+from kvqtool.side import QuantSpec
 from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant, variant_of
 
@@ -47,6 +52,12 @@ CASES = (
     PackCase(head_dim=64, num_kv_heads=3, layout="interleaved"),
     PackCase(head_dim=96, tokens=33),
     PackCase(head_dim=256, tokens=65, num_kv_heads=1),
+    PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=70, batch=2),
+    PackCase("nuq2-5%-comp/nuq4-1%", tokens=130, layout="interleaved"),
+    PackCase("nuq4-1%-postrope/nuq2-5%-qnorm-comp", bfloat16=True, tied=True),
+    PackCase("nuq4-1%-qnorm-comp/nuq3-comp", head_dim=64, num_kv_heads=3, layout="interleaved"),
+    PackCase("nuq3-comp/nuq4-comp", head_dim=96, tokens=33),
+    PackCase("nuq2-1%-comp/nuq2-1%-comp", head_dim=256, tokens=65, num_kv_heads=1, bfloat16=True),
 )
 
 
@@ -59,7 +70,7 @@ class BuiltPack:
     code: CodeTables
     tables: LayerTables
     variant: Variant
-    expected: Pages
+    expected: Packed
 
 
 def build_pack(case: PackCase) -> BuiltPack:
@@ -84,14 +95,55 @@ def build_pack(case: PackCase) -> BuiltPack:
     if spec.key.pre_rope:
         rows[0] = rotation.unrotate(rows[0], cos[:, None, None], sin[:, None, None])
     flat = [part.reshape(case.tokens * case.batch, -1) for part in rows]
-    books = codebook(spec.key, flat[0]), codebook(spec.value, flat[1])
+    heads = case.num_kv_heads
+    books = book_of(spec.key, flat[0], heads), book_of(spec.value, flat[1], heads)
     encoded = encode(flat[0], books[0], spec.key), encode(flat[1], books[1], spec.value)
     sides, tables = sides_and_tables(spec, encoded, books, order, inv_freq)
     variant = variant_of(spec, case.head_dim, 1, bfloat16=case.bfloat16)
     code = code_tables(spec, books, case.num_kv_heads * case.head_dim)
-    turns = torch.stack([cos, sin], dim=-1).contiguous()
-    expected = build_pages(*sides, case.batch)
-    return BuiltPack((key, value), turns, code, tables, variant, expected)
+    turns = torch.stack([cos, sin], dim=-1).expand(case.batch, -1, -1, -1).contiguous()
+    return BuiltPack((key, value), turns, code, tables, variant, _expected(sides, case.batch))
+
+
+def book_of(spec: QuantSpec, states: Tensor, heads: int) -> Codebook:
+    """Return a codebook for rows (rows, channels), of heads whose channels depend on each other."""
+    book = codebook(spec, states)
+    if spec.moment_match:
+        book = replace(book, decode_levels=as_half(book.levels * 1.1))
+    return with_feedback(book, spec, heads, states.shape[1] // heads)
+
+
+def with_feedback(book: Codebook, spec: QuantSpec, heads: int, width: int) -> Codebook:
+    """Return a codebook that compensates rounding where its scheme does."""
+    if not spec.compensated:
+        return book
+    random = torch.Generator().manual_seed(2)
+    fisher = BlockFisher(heads, width, torch.device("cpu"))
+    mixed = torch.randn(width, width, generator=random) / 8 + torch.eye(width)
+    size = torch.rand(width, generator=random) * 2 + 0.1
+    rows = torch.randn(300, heads, width, generator=random) @ mixed * size
+    fisher.update(rows.flatten(1))
+    feedback, order = fisher.feedback()
+    return replace(book, feedback=feedback, order=order)
+
+
+def _expected(sides: tuple[PageSide, PageSide], batch: int) -> Packed:
+    """Return the pages of canonical rows and what gives the rows back, all by torch."""
+    pages = build_pages(*sides, batch)
+    counts = count_outliers(sides, batch)
+    key, value = (find_exceptions(pages, counts, side, batch) for side in sides)
+    return Packed(pages, counts, (key, value))
+
+
+def same_packed(found: Packed, expected: Packed) -> None:
+    """Raise unless pages are the same, but for the order within lists of outliers, and so is what
+    gives their rows back.
+    """
+    same_pages(found.pages, expected.pages)
+    assert torch.equal(found.counts, expected.counts)
+    for left, right in zip(found.exceptions, expected.exceptions, strict=True):
+        assert torch.equal(left.place, right.place)
+        assert torch.equal(left.value.view(torch.int16), right.value.view(torch.int16))
 
 
 def same_pages(found: Pages, expected: Pages) -> None:
@@ -125,7 +177,7 @@ def append_all(built: BuiltPack, run: Launcher, room: tuple[int, int]) -> Growin
     state = torch.zeros(batch, 8, dtype=torch.int32, device=key.device)
     for t in range(tokens):
         state[:, 0] = t
-        turns = built.turns[t].expand(batch, -1, -1).contiguous()
+        turns = built.turns[:, t].contiguous()
         token = key[:, :, t].contiguous(), value[:, :, t].contiguous(), turns, state
         append(token, growing, built.code, built.tables, built.variant, run)
     return growing

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -110,32 +111,35 @@ class TestDecoding:
 
 
 def brute(
-    states: tuple[Tensor, Tensor], weights: Tensor, spec: str, norms: list[float]
+    layers: list[tuple[Tensor, Tensor, Tensor]], spec: str, norms: list[float]
 ) -> Iterator[tuple[int, int]]:
-    """Yield each packed token's key and value bits of one sequence in one layer, head by head
-    where these have their own, by a loop over the paper's formulas.
+    """Yield each packed token's key and value bits of one sequence, in layers that share them, head
+    by head where these have their own, by a loop over the paper's formulas.
 
     Args:
-        states: (heads, tokens, dim) keys and values as the model made them.
-        weights: (num_heads, tokens, tokens) attention of decoding.
+        layers: of each layer, keys and values (heads, tokens, dim) as the model made them, and the
+            weights (num_heads, tokens, tokens) of decoding.
     """
     parsed = parse_spec(spec)
     assert parsed.adaptive is not None
-    n, heads = parsed.residual_length, states[0].shape[0]
-    together = parsed.adaptive.level == "layer"
+    n, (heads, tokens, _) = parsed.residual_length, layers[0][0].shape
+    together = parsed.adaptive.level != "head"
     groups = [range(heads)] if together else [[h] for h in range(heads)]
-    share = weights.shape[0] // heads
-    for token in range(parsed.sink_tokens, weights.shape[1] - n):
+    share = layers[0][2].shape[0] // heads
+    for token in range(parsed.sink_tokens, tokens - n):
         count = token + n
         for group in groups:
             query_heads = [h * share + g for h in group for g in range(share)]
-            seen = float(weights[query_heads][:, token:count, token].max())
+            seen = max(float(w[query_heads][:, token:count, token].max()) for *_, w in layers)
             ranges = []
-            for side, quant in zip(states, (parsed.key, parsed.value), strict=True):
-                numbers = sorted(side[list(group), token].flatten().tolist())
-                tail = math.ceil(quant.outlier_fraction / 2 * len(numbers) - 1e-9)
-                rest = numbers[tail : len(numbers) - tail]
-                ranges.append(rest[-1] - rest[0])
+            for side, quant in enumerate((parsed.key, parsed.value)):
+                widest = 0.0
+                for layer in layers:
+                    numbers = sorted(layer[side][list(group), token].flatten().tolist())
+                    tail = math.ceil(quant.outlier_fraction / 2 * len(numbers) - 1e-9)
+                    rest = numbers[tail : len(numbers) - tail]
+                    widest = max(widest, rest[-1] - rest[0])
+                ranges.append(widest)
             norm = max(norms[h] for h in group)
             assert parsed.key.error_budget is not None
             assert parsed.value.error_budget is not None
@@ -151,52 +155,100 @@ def brute(
             yield key, value
 
 
+def decoded(
+    tiny: Model, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[KvqCache, list[tuple[Tensor, Tensor, Tensor]]]:
+    """Decode token by token; return the cache and of each layer what went into it, keys and values
+    (batch, heads, tokens, dim), and the weights (batch, num_heads, tokens, tokens), rebuilt from
+    what decoding had stored at every step.
+    """
+    model, seam, ids = tiny
+    bundle = bundle_of(spec, seam)
+    given: list[list[tuple[Tensor, Tensor]]] = [[], []]
+    rows: list[list[Tensor]] = [[], []]
+    queries: list[list[Tensor]] = [[], []]
+    take = AdaptiveStore.take
+
+    def spy(store: AdaptiveStore, key: Tensor, value: Tensor) -> None:
+        given[store.layer].append((key, value))
+        take(store, key, value)
+
+    monkeypatch.setattr(AdaptiveStore, "take", spy)
+    for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
+        hook = partial(_keep, queries[index])
+        layer.self_attn.q_proj.register_forward_hook(hook)
+    with attach(model, bundle, seam=seam) as session:  # type: ignore[arg-type]
+        cache = session.new_cache(bundle, prefill="decode-exact")
+        for at in range(TOKENS):
+            model(ids[:, at : at + 1], past_key_values=cache)
+            for index, store in enumerate(cache.stores):
+                states = queries[index][-1]
+                cos, sin = model.model.rotary_emb(states, torch.tensor([[at]]))  # type: ignore[union-attr, operator]
+                query = states.view(2, 1, 4, 16).transpose(1, 2)
+                half = torch.cat([-query[..., 8:], query[..., :8]], -1)
+                query = query * cos[:, None] + half * sin[:, None]
+                keys = store.read(_no_angles)[0].repeat_interleave(2, dim=1)
+                weights = (query @ keys.transpose(2, 3) / 4).softmax(-1)[:, :, 0]
+                rows[index].append(torch.nn.functional.pad(weights, (0, TOKENS - at - 1)))
+    for layer in model.model.layers:  # type: ignore[union-attr, union-attr, operator]
+        layer.self_attn.q_proj._forward_hooks.clear()
+    found = []
+    for states, attended in zip(given, rows, strict=True):
+        key, value = (torch.cat(part, dim=2) for part in zip(*states, strict=True))
+        found.append((key, value, torch.stack(attended, dim=2)))
+    return cache, found
+
+
+def _keep(kept: list[Tensor], module: torch.nn.Module, inputs: object, output: Tensor) -> None:
+    kept.append(output)
+
+
 @pytest.mark.parametrize(
-    "spec", ("qaq-k0.02-v0.2-w3-1%", "qaq-k0.02-v0.2-w3-head-5%", "qaq-k0.02-v0.2-w1-sink2")
+    "spec",
+    (
+        "qaq-k0.02-v0.2-w3-1%",
+        "qaq-k0.02-v0.2-w3-head-5%",
+        "qaq-k0.02-v0.2-w1-sink2",
+        "qaq-k0.02-v0.2-w3-token-1%",
+    ),
 )
 @torch.no_grad()
 def test_bits_are_those_of_a_loop_over_the_papers_formulas(
     tiny: Model, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first layer, whose keys and values no cache has touched; its attention is rebuilt from
-    what decoding had stored at every step.
-    """
-    model, seam, ids = tiny
-    bundle, rows, given = bundle_of(spec, seam), [], []
-    take = AdaptiveStore.take
+    cache, layers = decoded(tiny, spec, monkeypatch)
+    used = set()
+    for store, own in zip(cache.stores, layers, strict=True):
+        sharing = layers if "token" in spec else [own]
+        found = [body.read()["widths"].view(-1, 2, store.units) for body in store.bodies]
+        for sequence in range(2):
+            shown = [tuple(part[sequence] for part in layer) for layer in sharing]
+            wanted = list(brute(shown, spec, [3.0, 5.0]))  # type: ignore[arg-type]
+            for side in range(2):
+                mine = found[side][:, sequence].flatten().tolist()
+                assert mine == [pair[side] for pair in wanted]
+            used |= {bits for pair in wanted for bits in pair}
+    assert len(used) > 2
 
-    def spy(store: AdaptiveStore, key: Tensor, value: Tensor) -> None:
-        if store.layer == 0:
-            given.append((key, value))
-        take(store, key, value)
 
-    monkeypatch.setattr(AdaptiveStore, "take", spy)
-    attention = model.model.layers[0].self_attn  # type: ignore[union-attr, index]
-    with attach(model, bundle, seam=seam) as session:  # type: ignore[arg-type]
-        cache = session.new_cache(bundle, prefill="decode-exact")
-        store = cache.stores[0]
-        queries: list[Tensor] = []
-        handle = attention.q_proj.register_forward_hook(lambda *c: queries.append(c[2]))
-        for at in range(TOKENS):
-            model(ids[:, at : at + 1], past_key_values=cache)
-            cos, sin = model.model.rotary_emb(queries[-1], torch.tensor([[at]]))  # type: ignore[union-attr, operator]
-            query = queries[-1].view(2, 1, 4, 16).transpose(1, 2)
-            half = torch.cat([-query[..., 8:], query[..., :8]], -1)
-            query = query * cos[:, None] + half * sin[:, None]
-            keys = store.read(_no_angles)[0].repeat_interleave(2, dim=1)
-            weights = (query @ keys.transpose(2, 3) / 4).softmax(-1)[:, :, 0]
-            rows.append(torch.nn.functional.pad(weights, (0, TOKENS - at - 1)))
-        handle.remove()
-    attended = torch.stack(rows, dim=2)
-    key, value = (torch.cat(part, dim=2) for part in zip(*given, strict=True))
-    units = store.units
-    found = [body.read()["widths"].view(-1, 2, units) for body in store.bodies]
-    for sequence in range(2):
-        wanted = list(brute((key[sequence], value[sequence]), attended[sequence], spec, [3.0, 5.0]))
-        for side in range(2):
-            mine = found[side][:, sequence].flatten().tolist()
-            assert mine == [pair[side] for pair in wanted]
-    assert len({bits for pair in wanted for bits in pair}) > 2
+def test_layers_that_share_bits_refuse_several_tokens_at_once(tiny: Model) -> None:
+    spec = "qaq-k0.02-v0.2-w3-token-1%"
+    with pytest.raises(RunError, match="ppl: --protocol true-decode"):
+        filled(tiny, spec, [20, 2], "exact")
+    with pytest.raises(RunError, match="feed one token at a time"):
+        filled(tiny, spec, [20])
+
+
+def test_layers_that_share_bits_agree_on_a_prompt_and_go_on(tiny: Model) -> None:
+    spec = "qaq-k0.02-v0.2-w3-token-1%"
+    cache = filled(tiny, spec, [30, *[1] * 5], "exact")
+    for side in range(2):
+        first, second = (store.bodies[side].read()["widths"] for store in cache.stores)
+        assert len(first) == 2 * (35 - 3)
+        assert torch.equal(first, second)
+    layers = tuple(layer.cache_layer for layer in tiny[1].packed)
+    planned = CacheModel(layers, parse_spec(spec), 2, "float64")
+    assert cache.nbytes == planned.bytes_given(35, [found_in(s.bodies) for s in cache.stores])
 
 
 def _no_angles(start: int, stop: int) -> tuple[Tensor, Tensor]:

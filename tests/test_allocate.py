@@ -112,6 +112,26 @@ class TestBudget:
         assert turned[3].value.bits == 4
         assert plain[3].value.bits < 4
 
+    def test_no_more_outliers_are_counted_than_a_cap_allows(self) -> None:
+        capped = parse_spec("nuq3-1%-cap2-sink1")
+        most = replace(GROUND, scheme=capped, key_excess=100.0).nbytes(
+            dict.fromkeys(LAYERS, capped)
+        )
+        rows = 1000 - capped.sink_tokens
+        table = sum(
+            buffer.nbytes
+            for layer in LAYERS.values()
+            for buffer in layer_buffers(
+                capped,
+                layer.geometry,
+                1,
+                1000,
+                Outliers(2 * rows, layer.outliers(capped, rows, bound=False).value),
+                "float16",
+            ).values()
+        )
+        assert most == table + position_buffer(1, 1000).nbytes
+
     def test_bytes_are_those_of_the_memory_table(self) -> None:
         specs = dict.fromkeys(LAYERS, SCHEME)
         fixed = GROUND.nbytes(specs) - sum(

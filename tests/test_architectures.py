@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from defaults import MODEL_TYPES, class_defaults
+from families import IS_OLD
 from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vectors import EXTRA, own_cache, vectors
@@ -19,7 +20,6 @@ from kvqtool.trunk import read_trunk
 
 VECTORS = vectors()
 TOKENS = 21
-IS_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 OWNERLESS = ("shared", "none")
 CACHED_BY_HEAD = ("deepseek_v32", "glm_moe_dsa")
 # Left to their class, the first has no attention layer and the second heads of 42 2/3 channels; old
@@ -84,6 +84,8 @@ def test_what_a_config_leaves_out_is_what_its_class_gives(model_type: str) -> No
 
 @pytest.mark.parametrize("model_type", sorted({model_type for model_type, _ in VECTORS.values()}))
 def test_models_without_sdpa_are_known(model_type: str) -> None:
+    if model_type == "gemma2" and IS_OLD:
+        pytest.skip("transformers before 5.23 gives gemma2 sdpa, which leaves out its cap")
     options = next(o for t, o in VECTORS.values() if t == model_type)
     config = CONFIG_MAPPING[model_type](**options)
     with torch.device("meta"):

@@ -42,8 +42,8 @@ def test_packing_refuses_states_it_would_misread() -> None:
         packed(states=(key, value.transpose(-1, -2).contiguous().transpose(-1, -2)))
     with pytest.raises(InputError, match=r"values: .*on cpu, received .* on meta"):
         packed(states=(key, value.to("meta")))
-    with pytest.raises(InputError, match=r"turns: expected .*\(3, 64, 2\)"):
-        packed(turns=torch.zeros(2, 64, 2))
+    with pytest.raises(InputError, match=r"turns: expected .*\(1, 3, 64, 2\)"):
+        packed(turns=torch.zeros(1, 2, 64, 2))
 
 
 def test_packing_refuses_tables_of_another_layer() -> None:
@@ -86,7 +86,7 @@ def test_dequantizing_refuses_another_dtype_or_width() -> None:
 def test_appending_refuses_pages_without_the_room_they_claim() -> None:
     built = build_pack(CASE)
     key, value = (part[:, :, 0].contiguous() for part in built.states)
-    turns, state = built.turns[:1].contiguous(), torch.zeros(1, 8, dtype=torch.int32)
+    turns, state = built.turns[:, 0].contiguous(), torch.zeros(1, 8, dtype=torch.int32)
     growing = new_pages(built.variant, 1, 2, 1, (8, 8), key.device)
     rest = built.code, built.tables, built.variant, never
     with pytest.raises(InputError, match=r"outlier_words: expected room for 4096, received 64"):

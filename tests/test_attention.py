@@ -21,7 +21,11 @@ def states(tokens: int, queries: int, batch: int = 2) -> tuple[Tensor, ...]:
 
 
 def by_query(
-    all_states: tuple[Tensor, ...], residual: int, seen: Tensor | None, scaling: float
+    all_states: tuple[Tensor, ...],
+    residual: int,
+    seen: Tensor | None,
+    scaling: float,
+    cap: float | None = None,
 ) -> Tensor:
     """Attend one query at a time over exactly what decoding would have stored when it came."""
     query, *stored = (t.double().numpy() for t in all_states)
@@ -42,21 +46,26 @@ def by_query(
             [(exact_value if r else value)[b, kv, t] for t, r in zip(here, recent, strict=True)]
         )
         score = k @ query[b, h, q] * scaling
+        if cap is not None:
+            score = np.tanh(score / cap) * cap
         weight = np.exp(score - score.max())
         out[b, q, h] = weight @ v / weight.sum()
     return torch.from_numpy(out)
 
 
 def attend(
-    all_states: tuple[Tensor, ...], residual: int, mask: Tensor | None, scaling: float
+    all_states: tuple[Tensor, ...],
+    residual: int,
+    mask: Tensor | None,
+    scaling: float,
+    cap: float | None = None,
 ) -> Tensor:
     query, key, value, exact_key, exact_value = all_states
     tail = min(key.shape[2], residual - 1 + query.shape[2])
     position = torch.arange(key.shape[2] - query.shape[2], key.shape[2])
     band = Band(exact_key[:, :, -tail:], exact_value[:, :, -tail:], position - residual + 1)
-    return band_attention(
-        NOTHING, query, mark_band(key.clone(), band), value, mask, scaling=scaling, dropout=0.0
-    )[0]
+    options = {"scaling": scaling, "softcap": cap, "dropout": 0.0}
+    return band_attention(NOTHING, query, mark_band(key.clone(), band), value, mask, **options)[0]
 
 
 @pytest.mark.parametrize(("tokens", "queries"), [(12, 12), (12, 5), (12, 1), (1, 1)])
@@ -90,7 +99,22 @@ def test_keys_without_a_band_take_plain_attention() -> None:
     assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", ("softcap", "s_aux", "position_bias"))
+@pytest.mark.parametrize("queries", (12, 5, 1))
+@pytest.mark.parametrize("residual", (1, 3))
+def test_capped_scores_are_those_of_the_formula(queries: int, residual: int) -> None:
+    given = states(12, queries)
+    expected = by_query(given, residual, None, 0.6, 0.5)
+    assert torch.allclose(attend(given, residual, None, 0.6, 0.5).double(), expected, atol=1e-5)
+
+
+def test_capped_scores_need_no_band() -> None:
+    query, key, value, *_ = states(9, 9)
+    found, _ = band_attention(NOTHING, query, key, value, None, scaling=0.6, softcap=0.5)
+    expected = by_query((query, key, value, key, value), 1, None, 0.6, 0.5)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ("s_aux", "position_bias"))
 def test_attention_that_a_band_would_get_wrong_is_refused(option: str) -> None:
     query, key, value, *exact = states(4, 4)
     marked = mark_band(key, Band(exact[0], exact[1], torch.tensor([2])))

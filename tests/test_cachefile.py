@@ -25,8 +25,10 @@ from kvqtool.cachefile import (
 from kvqtool.container import load_container, save_container
 from kvqtool.data import Text
 from kvqtool.errors import BundleError, InputError, RunError
-from kvqtool.generation import Sampling, generate, resume
+from kvqtool.forward import Reading
+from kvqtool.generation import Running, generate, resume
 from kvqtool.models import LoadedModel
+from kvqtool.sampling import Sampling
 
 DOCUMENT = Text(
     "A function object is created by a function definition. The only operation on a function "
@@ -63,7 +65,7 @@ def written(
     @cache
     def make(spec: str, prefill: str) -> bytes:
         path = tmp_path_factory.mktemp("caches") / "cache"
-        quantize_text(builtin, calibrated(spec), DOCUMENT, path, prefill=prefill)
+        quantize_text(builtin, calibrated(spec), DOCUMENT, path, reading=Reading(prefill))
         return path.read_bytes()
 
     return make
@@ -115,7 +117,9 @@ class TestResume:
         prefill: str,
     ) -> None:
         path = quantized(spec, prefill=prefill)
-        whole = generate(builtin, calibrated(spec), DOCUMENT.text, sampling, prefill=prefill)
+        whole = generate(
+            builtin, calibrated(spec), DOCUMENT.text, sampling, running=Running(prefill)
+        )
         found = resume(builtin, path, "", sampling)
         assert found.token_ids == whole.token_ids
         assert found.text == whole.text

@@ -13,11 +13,11 @@ from torch import Tensor
 from kvqtool.bundle import Bundle, save_bundle
 from kvqtool.calibrate import calibrate
 from kvqtool.capture import KeyStates, Watcher, capture
-from kvqtool.codebook import weighted_kmeans
 from kvqtool.compensation import BlockFisher
 from kvqtool.data import NO_BOS, Text, Windows
 from kvqtool.errors import RunError
 from kvqtool.identity import identify
+from kvqtool.kmeans import weighted_kmeans
 from kvqtool.models import LoadedModel
 from kvqtool.probe import probe
 from kvqtool.quantiles import BINS

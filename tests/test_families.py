@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from families import FAMILIES, PAGE, check
+from families import FAMILIES, check
+from models_page import PAGE
 
 # Greatest difference of float32 logits with quantization off, and divergence at 8 bits (nats).
 EXACT, CLOSE = 1e-4, 0.01
@@ -62,7 +63,7 @@ def test_the_probe_finds_what_is_known_of_a_family(family: str, expected: list[s
     reason="docs/models.md is written with the transformers of constraints.txt",
 )
 def test_the_models_page_is_what_the_check_finds() -> None:
-    script = Path(__file__).with_name("families.py")
+    script = Path(__file__).with_name("models_page.py")
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), "--check"],
         capture_output=True,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, learned, loaded_model, tokens
+from families import IS_OLD, build, learned, loaded_model, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,12 +28,16 @@ Setting = tuple[Session, Bundle]
         ("llama", "qaq-k0.03-v0.5-w4-5%-sink1"),
         ("gemma3", "int4-sink2"),
         ("gemma3", "qaq-k0.03-v0.5-w4-5%"),
+        ("gemma2", "int4-sink2-r6"),
+        ("gemma2", "qaq-k0.03-v0.5-w4-5%"),
         ("gpt_neox", "int4-sink1"),
     ],
     ids=" ".join,
 )
 def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     family, spec = request.param
+    if family == "gemma2" and IS_OLD:
+        pytest.skip("sdpa of this transformers leaves out the cap on scores")
     model = build(
         family
     ).double()  # in float32 rounding moves a state to another level now and then

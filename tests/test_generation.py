@@ -8,16 +8,22 @@ from torch import Tensor
 
 from kvqtool.bundle import Bundle
 from kvqtool.errors import InputError
-from kvqtool.generation import Sampling, choose_token, generate
+from kvqtool.generation import generate
 from kvqtool.models import LoadedModel
+from kvqtool.sampling import BROKEN, Sampling, choose_tokens
 
 # Probabilities 1/2, 1/4, 1/8, 1/16, 1/16, likeliest in the middle.
 LOGITS = torch.log(torch.tensor([1 / 16, 1 / 8, 1 / 2, 1 / 4, 1 / 16]))
 
 
-def drawn(sampling: Sampling, logits: Tensor = LOGITS, draws: int = 200) -> set[int]:
-    generator = torch.Generator().manual_seed(0)
-    return {choose_token(logits, sampling, generator) for _ in range(draws)}
+def draw(sampling: Sampling, count: int, logits: Tensor = LOGITS) -> list[int]:
+    draws = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    chosen: list[int] = choose_tokens(logits.expand(count, -1), sampling, draws).tolist()
+    return chosen
+
+
+def drawn(sampling: Sampling) -> set[int]:
+    return set(draw(sampling, 200))
 
 
 class TestChoice:
@@ -43,18 +49,25 @@ class TestChoice:
         assert drawn(Sampling(temperature=1.0, top_p=top_p)) == expected
 
     def test_draws_follow_the_probabilities(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        sampling = Sampling(temperature=1.0)
-        draws = torch.tensor([choose_token(LOGITS, sampling, generator) for _ in range(2000)])
+        draws = torch.tensor(draw(Sampling(temperature=1.0), 2000))
         shares = torch.bincount(draws, minlength=5) / 2000
         assert shares.tolist() == pytest.approx(LOGITS.exp().tolist(), abs=0.03)
 
     def test_a_low_temperature_sharpens(self) -> None:
         """At T = 1/2 the odds of the two likeliest, 2 to 1, become 4 to 1."""
-        generator = torch.Generator().manual_seed(0)
-        sampling = Sampling(temperature=0.5, top_k=2)
-        draws = [choose_token(LOGITS, sampling, generator) for _ in range(2000)]
+        draws = draw(Sampling(temperature=0.5, top_k=2), 2000)
         assert draws.count(2) / draws.count(3) == pytest.approx(4, rel=0.15)
+
+    def test_the_last_of_all_numbers_draws_a_token_that_is_left(self) -> None:
+        last = torch.tensor([1 - 2.0**-24])
+        sampling = Sampling(temperature=1.0, top_p=0.6)
+        assert choose_tokens(LOGITS[None], sampling, last).tolist() == [3]
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_logits_that_are_not_finite_choose_nothing(self, temperature: float) -> None:
+        logits = torch.stack([LOGITS, LOGITS.clone().index_fill(0, torch.tensor(1), float("nan"))])
+        chosen = choose_tokens(logits, Sampling(temperature=temperature), torch.zeros(2))
+        assert chosen.tolist() == [2, BROKEN]
 
 
 class TestGenerate:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvqtool.codebook import weighted_kmeans
 from kvqtool.histogram import CHANNEL_BINS, LAYER_BINS, LevelHistogram
+from kvqtool.kmeans import weighted_kmeans
 
 CPU = torch.device("cpu")
 

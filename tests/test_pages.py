@@ -70,7 +70,7 @@ def test_angles_lie_in_fragment_order() -> None:
 @pytest.mark.parametrize("spec", ["nuq4-1%", "nuq3-1%/nuq2", "int4"])
 def test_pages_have_the_sizes_of_the_arithmetic(spec: str) -> None:
     case = PackCase(spec, tokens=130, batch=2)
-    pages = build_pack(case).expected
+    pages = build_pack(case).expected.pages
     layer = LayerGeometry(case.num_kv_heads, case.head_dim, case.head_dim)
     quads = int((pages.outlier_index[..., 1::2] & 0x7FFFFFFF).sum())
     planned = page_buffers(parse_spec(spec), layer, case.batch, case.tokens, quads)

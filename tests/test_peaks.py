@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, TinyLlama
-from families import FAMILIES
+from families import FAMILIES, IS_OLD
+from torches import needs_grouped_sdpa
 
 from kvqtool.architectures import cache_layers
 from kvqtool.attach import attach
@@ -39,6 +40,7 @@ CPU = torch.device("cpu")
 SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 704}
 
 
+@needs_grouped_sdpa
 @pytest.mark.parametrize(
     ("spec", "batch", "chunk"),
     [
@@ -70,9 +72,12 @@ def test_peaks_of_a_run_are_planned(
         assert abs(found[call].error) < TOLERANCE, found[call]
 
 
+@needs_grouped_sdpa
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gemma2", "gpt_oss", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("chunk", [None, 256])
 def test_peaks_of_other_decoders_are_close(family: str, chunk: int | None) -> None:
+    if family == "gemma2" and IS_OLD:
+        pytest.skip("transformers before 5.23 gives gemma2 sdpa, which leaves out its cap")
     config_class, options = FAMILIES[family]
     longer = {"layer_types": None, "sliding_window": 200} if "sliding_window" in options else {}
     built = getattr(transformers, config_class)(**options | longer | {"num_hidden_layers": 4})
@@ -90,15 +95,31 @@ def test_peaks_of_other_decoders_are_close(family: str, chunk: int | None) -> No
     assert abs(found["prefill peak"].error) < LOOSE
 
 
-@pytest.mark.parametrize("spec", ["int4-g16", "nuq3-1%", "nuq4-1%-pc", "fp"])
+@pytest.mark.parametrize("spec", ["int4-g16", "nuq3-1%", "nuq4-1%-pc", "nuq3-1%-comp", "fp"])
 def test_codebooks_are_what_a_store_holds(spec: str) -> None:
     geometry = LayerGeometry(2, 16, 16)
     bundle = synthetic_bundle(parse_spec(spec), {0: geometry})
     held = 0
     for book in bundle.codebooks_of(0):
-        parts = (book.levels, book.decode_levels, book.lower, book.upper)
+        parts = vars(book).values()
         held += sum(part.nbytes for part in parts if part is not None)
     assert codebook_bytes(parse_spec(spec), (CacheLayer("full", geometry),)) == held
+
+
+@pytest.mark.parametrize("spec", ["nuq4-1%-sink1", "int4-g32", "kivi2-g32-r32"])
+def test_peaks_of_a_prompt_that_is_encoded_in_parts_are_planned(
+    tiny_llama: TinyLlama, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvqtool.scratch.ROWS_AT_ONCE", 200)
+    model = tiny_llama(head_dim=64, **SIZES).to(torch.bfloat16)
+    seam = probe(model)
+    config = parse_config(model.config.to_dict(), "m")
+    layers = cache_layers(config)
+    shape = ModelShape(config, layers, read_trunk(config), estimated_weights(config, len(layers)))
+    load = Load(shape, parse_spec(spec), Workload(700, dtype="bfloat16"))
+    bundle = synthetic_bundle(load.spec, {x.index: x.geometry for x in seam.packed})
+    found = {row.name: row for row in run_forward(load, 700, (model, seam), bundle)}
+    assert abs(found["prefill peak"].error) < TOLERANCE, found["prefill peak"]
 
 
 def step(spec: str, tokens: int, fresh: int, **options: object) -> tuple[CacheLayer, Step]:
@@ -145,6 +166,7 @@ def test_a_body_grows_by_pages_whichever_layer_comes_first(spec: str) -> None:
     assert scratches[0] == scratches[1]
 
 
+@needs_grouped_sdpa
 @pytest.mark.parametrize("chunk", [None, 256])
 def test_peaks_after_many_new_tokens_of_a_sliding_model_are_planned(chunk: int | None) -> None:
     config_class, options = FAMILIES["gemma3"]

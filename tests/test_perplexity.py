@@ -249,3 +249,12 @@ class TestRefused:
         module.weight.data[3, 3] = float("nan")
         with pytest.raises(RunError, match="NaN"):
             evaluate(broken, some(windows, 0, 1), [calibrated(spec)])
+
+
+@pytest.mark.parametrize("protocol", ("decode-exact", "prefill-exact"))
+def test_bits_that_all_layers_share_are_not_read_at_once(
+    builtin: LoadedModel, windows: Windows, calibrated: Callable[[str], Bundle], protocol: str
+) -> None:
+    bundle = calibrated("qaq-k0.1-v0.5-w5-token")
+    with pytest.raises(InputError, match="cannot follow; use --protocol true-decode"):
+        evaluate(builtin, windows, [bundle], protocol=protocol)

@@ -6,7 +6,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvqtool.rope import AngleFormula, AngleStore, Rotation, candidate_rotations
+from kvqtool.angles import AngleStore
+from kvqtool.errors import RunError
+from kvqtool.rope import AngleFormula, Rotation, candidate_rotations
 
 Array = NDArray[np.float64]
 HEAD_DIM = 16
@@ -211,3 +213,20 @@ class TestAngleStore:
         assert (other.kind, other.tokens) == (kind, store.tokens)
         for mine, theirs in zip(other.read(0, 10), store.read(0, 10), strict=True):
             assert torch.equal(mine, theirs)
+
+    @pytest.mark.parametrize(
+        ("position", "by", "is_wrong"), [(20, 20, False), (21, 21, True), (20, 21, True)]
+    )
+    def test_a_device_is_asked_once_a_page_whether_tokens_were_as_expected(
+        self, monkeypatch: pytest.MonkeyPatch, position: int, by: int, is_wrong: bool
+    ) -> None:
+        """A token at `position`, turned as one at `by`, after 20 others."""
+        store = self.filled(torch.arange(20)[None])
+        monkeypatch.setattr("kvqtool.angles._is_waited_for", lambda _: True)
+        store.extend(*model_tables(torch.tensor([[by]])), torch.tensor([[position]]), 1)
+        assert store.tokens == 21
+        if is_wrong:
+            with pytest.raises(RunError, match="other angles"):
+                store.resolve()
+        else:
+            assert store.canonical()[-1].tolist() == [20]

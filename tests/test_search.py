@@ -8,14 +8,16 @@ import pytest
 from kvqtool import search
 from kvqtool.budget import MARGIN, Budget
 from kvqtool.bundle import Bundle, save_bundle
-from kvqtool.data import Windows, calibration_windows, load_text
+from kvqtool.data import Windows, calibration_windows, evaluation_windows, load_text
 from kvqtool.errors import BundleError, InputError, SpecError
 from kvqtool.models import LoadedModel
 from kvqtool.partial import Partial
+from kvqtool.perplexity import evaluate
 from kvqtool.search import MEASUREMENTS, spend
 from kvqtool.spec import parse_spec
 
 SCHEME = parse_spec("nuq3-1%-sink1")
+LICENSE = Path(__file__).parents[1] / "LICENSE"
 GOAL = (SCHEME, Budget(target_bits=3.0))
 
 
@@ -38,6 +40,16 @@ class TestBits:
         said = spent.provenance["allocation"]
         assert 2.9 < said["bits"] <= 3.0
         assert spent.spec == replace(SCHEME, mixed=True, target_bits=3.0)
+
+    def test_real_bytes_keep_them_on_text_of_another_kind(
+        self, builtin: LoadedModel, texts: tuple[Windows, Windows]
+    ) -> None:
+        bundle = spend(builtin, texts, (SCHEME, Budget(target_bits=3.2, at_context=128)))
+        for name in (None, str(LICENSE)):
+            text = load_text(name, part="evaluation")
+            windows = evaluation_windows(text, builtin.tokenizer, seq_len=128, windows=8)
+            (result,) = evaluate(builtin, windows, [bundle])
+            assert 3.0 < result.effective_bits <= 3.2
 
     def test_no_uniform_scheme_of_the_bytes_is_better(self, spent: Bundle) -> None:
         rows = spent.provenance["allocation"]["frontier"]

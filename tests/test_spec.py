@@ -269,7 +269,7 @@ ADAPTIVE_WORDS = (
     ("-k0.01", "-k12.5"),
     ("-v0.05",),
     ("-w1", "-w128"),
-    ("", "-head"),
+    ("", "-token", "-head"),
     ("", "-released"),
     ("", "-1%"),
     ("", "-sink4"),
@@ -290,7 +290,7 @@ def test_qaq_strings_print_as_they_are_written_or_are_refused() -> None:
         else:
             assert str(parse_spec(text)) == text
             printed += 1
-    assert printed > 150
+    assert printed > 250
 
 
 class TestRefusal:
@@ -345,6 +345,7 @@ class TestRefusal:
             ("qaq-k0", "0", "use 0.01"),
             ("qaq-comp", "comp", "add nuq, as in qaq-nuq-comp"),
             ("qaq-nuq-head", "-head", "drop -head or nuq"),
+            ("qaq-token-head", "-token and -head", "keep one"),
             ("qaq/nuq3", "both", "write qaq for each"),
             ("qaq@mixed", "@mixed", "keep one"),
             ("qaq-k1/qaq-k2", "k differs", "holds for the whole cache"),

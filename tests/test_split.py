@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from test_ranks import environment, free_port
+from torches import needs_split_models
 
 from kvqtool.errors import InputError
 from kvqtool.split import explain_split
@@ -39,6 +40,7 @@ def found(tiny_llama: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@needs_split_models
 @pytest.mark.parametrize("rank", (0, 1))
 class TestSplitModel:
     def test_a_process_stores_its_own_heads(self, found: list[Any], rank: int) -> None:

@@ -52,7 +52,16 @@ def run(
         int, typer.Option("--top-k", min=0, help="Likeliest tokens to draw from; 0 for all.")
     ] = 0,
     prefill: opt.Prefill = "exact",
+    prefill_chunk: opt.PrefillChunk = None,
     read_path: opt.ReadPath = "auto",
+    decode: Annotated[
+        str,
+        typer.Option(
+            "--decode",
+            metavar="MODE",
+            help="graph: each step from a CUDA graph, refused where none can hold it; eager; auto.",
+        ),
+    ] = "auto",
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
@@ -76,14 +85,16 @@ def run(
     out = Output(NAME, json=json, quiet=quiet)
     choice = ModelChoice(model, device, dtype, revision, trust_remote_code, device_map, read_path)
     loaded = choice.load(out)
-    from kvqtool.generation import Sampling, generate, resume
+    from kvqtool.generation import Running, generate, resume
+    from kvqtool.sampling import Sampling
 
+    running = Running(prefill, decode, prefill_chunk)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     if cache is not None:
-        result = resume(loaded, cache, words, sampling, on_text=out.text)
+        result = resume(loaded, cache, words, sampling, running=running, on_text=out.text)
     else:
         ready = scheme.prepare(loaded, out)
-        result = generate(loaded, ready, words, sampling, prefill=prefill, on_text=out.text)
+        result = generate(loaded, ready, words, sampling, running=running, on_text=out.text)
     out.end_text(spec=result.spec, model=model, result=result)
     out.note(f"{result.new_tokens} tokens, {result.tokens_per_second:.3g} a second")
     note_layers(result.layers, out)

@@ -94,6 +94,15 @@ Prefill = Annotated[
         "decode-exact: to what decoding would have stored.",
     ),
 ]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-chunk",
+        min=1,
+        show_default="whole",
+        help="Tokens of a prompt that one call reads; later calls attend to what is stored.",
+    ),
+]
 
 # Where it goes.
 RequiredOutput = Annotated[

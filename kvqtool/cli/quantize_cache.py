@@ -41,6 +41,7 @@ def run(
     ] = None,
     text_column: opt.TextColumn = "text",
     prefill: opt.Prefill = "exact",
+    prefill_chunk: opt.PrefillChunk = None,
     output: opt.RequiredOutput,
     force: opt.Force = False,
     read_path: opt.ReadPath = "auto",
@@ -57,6 +58,8 @@ def run(
     """Read a document once and write its compressed cache, for kvqtool generate to go on from."""
     if (text is None) == (kv_states is None):
         raise InputError("give the document with --text FILE, or its states with --kv-states FILE")
+    if kv_states is not None and prefill_chunk is not None:
+        raise InputError("--prefill-chunk is for documents; drop it, or give --text FILE")
     if kv_states is not None and not kv_states.is_file():
         raise InputError(f"states file {kv_states} does not exist; check the path")
     calibration = Calibration(calibration_dataset, calibration_samples, calibration_seq_len, seed)
@@ -67,14 +70,15 @@ def run(
     loaded = choice.load(out)
     from kvqtool.cachefile import quantize_states, quantize_text
     from kvqtool.data import load_text
+    from kvqtool.forward import Reading
 
     if kv_states is not None:
         ready = scheme.prepare(loaded, out)
         report = quantize_states(loaded, ready, kv_states, output, force=force)
     else:
         document = load_text(text, part="evaluation", text_column=text_column)
-        ready = scheme.prepare(loaded, out)
-        report = quantize_text(loaded, ready, document, output, prefill=prefill, force=force)
+        ready, reading = scheme.prepare(loaded, out), Reading(prefill, prefill_chunk)
+        report = quantize_text(loaded, ready, document, output, reading=reading, force=force)
     note_layers(report.layers, out)
     note_cache(report, out)
     path_line = Table((), [(str(output),)])

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvqtool.codebook import as_half, match_moments, weighted_kmeans
+from kvqtool.codebook import as_half, match_moments
 from kvqtool.histogram import LevelHistogram
+from kvqtool.kmeans import weighted_kmeans
 from kvqtool.methods.base import Method
 from kvqtool.side import QuantSpec
 
@@ -29,7 +30,8 @@ class NuqMethod(Method):
         matches moments.
         """
         assert histogram is not None, "nuq levels come from calibration"
-        levels = as_half(torch.from_numpy(weighted_kmeans(*histogram.weighted(), 1 << spec.bits)))
+        fitted = weighted_kmeans(*histogram.weighted(), 1 << spec.bits, histogram.device)
+        levels = as_half(torch.from_numpy(fitted))
         decoded = levels
         if spec.moment_match:
             points, counts = histogram.counted()

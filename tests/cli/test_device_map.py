@@ -9,8 +9,9 @@ from typer.testing import Result
 from kvqtool import models
 from kvqtool.bundle import uncalibrated_bundle
 from kvqtool.errors import InputError
-from kvqtool.generation import Sampling, generate
+from kvqtool.generation import generate
 from kvqtool.models import LoadedModel, load_model
+from kvqtool.sampling import Sampling
 from kvqtool.spec import parse_spec
 
 

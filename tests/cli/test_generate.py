@@ -33,6 +33,26 @@ def test_the_prompt_comes_from_a_file_or_stdin_as_well(run: Run, tmp_path: Path)
     assert run(*common, "--prompt", "-", stdin=PROMPT).stdout == said
 
 
+def test_a_prompt_is_read_in_parts_of_the_asked_size(run: Run) -> None:
+    common = (
+        "generate",
+        "builtin",
+        "--spec",
+        "int4-g64",
+        "--prompt",
+        PROMPT * 3,
+        *FEW,
+        "-q",
+        "--json",
+    )
+    results = [
+        json.loads(run(*common, "--prefill-chunk", size).stdout)["result"] for size in (4, 1000)
+    ]
+    assert [result["prefill_chunk"] for result in results] == [4, 1000]
+    calls = [sum(result["layers"][0]["read_calls"].values()) for result in results]
+    assert calls[0] - calls[1] == (results[0]["prompt_tokens"] - 1) // 4
+
+
 def test_the_same_seed_draws_the_same_text(run: Run) -> None:
     common = ("generate", "builtin", "--spec", "fp", "--prompt", PROMPT, *FEW, "-q")
     drawn = [

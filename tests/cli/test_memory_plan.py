@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torches import needs_grouped_sdpa
 from typer.testing import Result
 
 from kvqtool import hub
@@ -128,6 +129,7 @@ def test_measuring_the_cache_finds_the_planned_bytes(run: Run) -> None:
     assert abs(expected["error"]) < 0.02
 
 
+@needs_grouped_sdpa
 def test_measuring_a_forward_finds_the_planned_peaks(run: Run) -> None:
     options = ("--context", 500, "--prefill-chunk", 128, "--measure", "forward", "--device", "cpu")
     done = run("memory-plan", "builtin", "--spec", "int4-g32", *options, "--json", "-q")

@@ -81,7 +81,8 @@ def test_given_states_are_packed_and_wrong_ones_refused(run: Run, tmp_path: Path
 
 
 def test_the_document_is_named_exactly_once(run: Run, tmp_path: Path) -> None:
-    for arguments in ((), ("--text", "-", "--kv-states", tmp_path / "kv")):
+    states = ("--kv-states", tmp_path / "kv")
+    for arguments in ((), ("--text", "-", *states), (*states, "--prefill-chunk", 8)):
         done = run("quantize-cache", "builtin", *arguments, "-o", tmp_path / "doc")
         assert done.exit_code == 2
         assert "--text FILE" in done.stderr

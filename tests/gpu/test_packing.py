@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from moved import moved
-from packing_case import CASES, PackCase, build_pack, same_pages
+from packing_case import CASES, PackCase, build_pack, same_packed
 
 from kvqtool.packing import pack
 
@@ -12,6 +12,7 @@ pytestmark = pytest.mark.gpu
 LONG = (
     PackCase("nuq4-1%", tokens=2000, num_kv_heads=8, batch=2),
     PackCase("nuq3-1%", tokens=1000, num_kv_heads=32, tied=True),
+    PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=1000, num_kv_heads=8, batch=2),
 )
 
 
@@ -19,8 +20,8 @@ def check(case: PackCase) -> None:
     """Pack on the GPU and compare."""
     built = build_pack(case)
     there = moved(built, "cuda")
-    pages = pack(there.states, there.turns, there.code, there.tables, there.variant)
-    same_pages(moved(pages, "cpu"), built.expected)
+    found = pack(there.states, there.turns, there.code, there.tables, there.variant)
+    same_packed(moved(found, "cpu"), built.expected)
 
 
 @pytest.mark.parametrize("case", (*CASES, *LONG), ids=str)

@@ -6,9 +6,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvqtool.codebook import Codebook, weighted_kmeans
+from kvqtool.codebook import Codebook
 from kvqtool.codec import decode, encode
 from kvqtool.histogram import CHANNEL_BINS, LAYER_BINS, LevelHistogram
+from kvqtool.kmeans import weighted_kmeans
 from kvqtool.methods.nuq import NuqMethod
 from kvqtool.spec import parse_spec
 

@@ -1,0 +1,61 @@
+"""Every family decoded from pages by the kernels' torch references: what torch gives, and which
+layers are read how.
+"""
+
+import pytest
+from families import FAMILIES, IS_OLD
+from wide_families import read
+
+ALIKE = 1e-5  # nats between read paths; they differ by the rounding of angles and tables to fp16
+CLOSE = 0.1  # nats between 4 bits and none, of random models; half of all families are below 1e-3
+EAGER = "torch: the model runs on eager attention, not on sdpa"
+NO_FORMULA = "torch: positions that do not go on by one, or have no formula"
+NO_CAP = "torch: sdpa of transformers before 5.23 leaves out the model's cap on scores"
+# Every other family is read by the fused kernel in all of its packed layers.
+OTHERWISE = {
+    "gemma2": [NO_CAP if IS_OLD else "fused"] * 2,
+    "gpt_oss": [EAGER] * 2,
+    "gptj": [EAGER] * 2,
+    "bloom": [EAGER] * 2,
+    "falcon": ["torch: FalconForCausalLM does not let its attention be replaced"] * 2,
+    "phi3 (longrope)": [NO_FORMULA] * 2,
+    "llama4 (text)": ["torch: angles are not a function of position", "fused"],
+    "qwen3_next": ["stock", "fused"],
+    "gemma3n": ["fused"] * 2 + ([] if IS_OLD else ["stock"] * 2),
+}
+REFUSED = ("deepseek_v2", "deepseek_v3")
+every_family = pytest.mark.parametrize("family", [f for f in FAMILIES if f not in REFUSED])
+
+
+@every_family
+def test_tokens_are_those_of_the_torch_path(family: str) -> None:
+    reading = read(family)
+    assert reading is not None and reading.same_tokens
+
+
+@every_family
+def test_next_tokens_are_as_likely_as_through_torch(family: str) -> None:
+    reading = read(family)
+    assert reading is not None and abs(reading.kld) < ALIKE
+
+
+@every_family
+def test_four_bits_stay_close_to_no_cache(family: str) -> None:
+    reading = read(family)
+    assert reading is not None and reading.kld_exact < CLOSE
+
+
+@every_family
+def test_each_layer_is_read_as_is_known(family: str) -> None:
+    reading = read(family)
+    assert reading is not None and reading.paths == OTHERWISE.get(family, ["fused"] * 2)
+
+
+@every_family
+def test_a_layer_for_kernels_is_read_by_nothing_else(family: str) -> None:
+    reading = read(family)
+    assert reading is not None
+    for row in reading.rows:
+        if row["read_path"] == "fused":
+            calls = row["read_calls"]
+            assert calls["fused"] and not calls["dequantize"] and not calls["materialise"]
