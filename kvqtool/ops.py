@@ -44,7 +44,8 @@ def call_attend(
     flags = variant.channel_levels, variant.rotated, variant.outliers
     numbers = [variant.head_dim, variant.key_bits, variant.value_bits, *(int(f) for f in flags)]
     numbers += [variant.group, int(variant.softcap), int(variant.bfloat16)]
-    numbers += [variant.most_warps, int(variant.value_table), workspace.blocks]
+    numbers += [variant.most_warps, int(variant.value_table), variant.ahead, int(variant.derived)]
+    numbers.append(workspace.blocks)
     reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
     written = [workspace.partials, workspace.counters]
     out: Tensor = torch.ops.kvqtool.attend(query, read, written, numbers, reals)
