@@ -23,7 +23,7 @@ from kvqtool.recover import Exceptions
 from kvqtool.variant import Variant
 
 _WARPS: Final = 4  # of a block of `survey_values`
-_WRITERS: Final = ("pack_slabs", "write_lists")
+_WRITERS: Final = {"pack_slabs": "pack", "write_lists": "lists"}
 _ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 
 
@@ -214,5 +214,5 @@ def pack_kernels(variant: Variant, comp: Macros = NOT_COMPENSATED) -> dict[str, 
     macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
     survey = Kernel("pack", "survey_values", (*macros, *NOT_COMPENSATED))
     rounding = {name: Kernel("compensate", name, macros) for name in _ROUNDINGS}
-    writers = {name: Kernel("pack", name, (*macros, *comp)) for name in _WRITERS}
+    writers = {name: Kernel(file, name, (*macros, *comp)) for name, file in _WRITERS.items()}
     return {"survey_values": survey} | rounding | writers
