@@ -62,16 +62,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     const float* shared_query = (const float*)(shared + QUERY_AT);
     float* join = (float*)(shared + JOIN_AT);
     Warp warp;
-    warp.lane = lane, warp.row = warp.lane / 4, warp.column = warp.lane % 4;
-    warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
-    warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
-    warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
-    warp.order = (const u16*)(shared + ORDER_AT);
-    warp.query = corner + CORNER_QUERY;
-    warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
-    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) warp.key_levels.load(levels);
-    if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
-        warp.value_levels.load(levels + 16);
+    set_up(warp, levels, shared, number, lane);
 
     Stream stream;
     stream.corner = corner, stream.lane = warp.lane, stream.parity = 0;
@@ -82,24 +73,15 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     while (unit < end) {
         Segment segment = find_segment(cache, cut, cut.whole ? block_index() : unit, lane);
         send_segment(tables, cache, segment, query, shared);
-        u32 from = unit - segment.start, until = smaller(end - segment.start, segment.units);
-        if (cut.whole) {
-            u32 part = block_index() - segment.first_block;
-            from = segment.units * part / segment.blocks;
-            until = segment.units * (part + 1) / segment.blocks;
-        }
-        u32 count = until - from, warps = smaller(count, WARPS);
+        Range range = range_of_block(cut, segment, unit, end);
+        u32 from = range.from, count = range.until - from, warps = smaller(count, WARPS);
         u32 begins = from + (count < WARPS ? smaller(number, count) : count * number / WARPS);
         u32 ends = from + (count < WARPS ? smaller(number + 1, count) : count * (number + 1) / WARPS);
         begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
         if (!ready) fill_tables(level, shared);
         ready = true;
-        KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
-        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-            warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
-        }
-        KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
+        clear_results(warp);
         await_copies<DEPTH - 1>();  // what was sent for before the slabs
         sync_block();
         arrange_query(segment, shared, scale);

@@ -102,3 +102,14 @@ DEVICE Segment find_segment(const Cache& cache, const Cut& cut, u32 at, u32 lane
     }
     return segment;
 }
+
+// A block's units of a segment, of those the block has from `unit` to `end`.
+struct Range {
+    u32 from, until;
+};
+DEVICE Range range_of_block(const Cut& cut, const Segment& segment, u32 unit, u32 end) {
+    if (!cut.whole)
+        return Range{unit - segment.start, smaller(end - segment.start, segment.units)};
+    u32 part = block_index() - segment.first_block;
+    return Range{segment.units * part / segment.blocks, segment.units * (part + 1) / segment.blocks};
+}

@@ -206,3 +206,27 @@ DEVICE void leave_result(Warp& warp, float* join) {
         }
     }
 }
+
+// Tell a warp who it is and where its corner and the tables lie.
+DEVICE void set_up(Warp& warp, const u16* levels, u8* shared, u32 number, u32 lane) {
+    u8* corner = shared + CORNER_AT + number * CORNER;
+    warp.lane = lane, warp.row = lane / 4, warp.column = lane % 4;
+    warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
+    warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
+    warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
+    warp.order = (const u16*)(shared + ORDER_AT);
+    warp.query = corner + CORNER_QUERY;
+    warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
+    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) warp.key_levels.load(levels);
+    if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
+        warp.value_levels.load(levels + 16);
+}
+
+// Nothing is accumulated.
+DEVICE void clear_results(Warp& warp) {
+    KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
+        warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
+    }
+    KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
+}

@@ -263,6 +263,9 @@ DEVICE void greatest_shared(u32* at, u32 value) {
 DEVICE void greatest_global(u32* at, u32 value) {
     atomicMax(at, value);
 }
+DEVICE void add_global(float* at, float value) {
+    atomicAdd(at, value);
+}
 // Add and return what was there.
 DEVICE u32 add_global(u32* at, u32 value) {
     return atomicAdd(at, value);

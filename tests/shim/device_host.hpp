@@ -330,6 +330,9 @@ inline void add_shared(int* at, int value) {
 inline void greatest_global(u32* at, u32 value) {
     *at = *at > value ? *at : value;
 }
+inline void add_global(float* at, float value) {
+    *at += value;
+}
 inline u32 add_global(u32* at, u32 value) {
     u32 before = *at;
     *at += value;
