@@ -86,11 +86,6 @@ class LossCollector(Collector):
         """Whether any fit weighs by Fisher information, or compensation needs it."""
         return any(view.quant.needs_gradients for view in self._views)
 
-    @property
-    def is_on_gpu(self) -> bool:
-        """Whether histograms lie on a GPU."""
-        return any(histogram.device.type != "cpu" for histogram in self._histograms.values())
-
     def key(self, layer: int, states: KeyStates, gradients: KeyStates | None) -> None:
         """Take a layer's keys in every view of keys."""
         for view, spec in self._views.items():

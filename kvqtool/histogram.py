@@ -4,6 +4,8 @@ set.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -73,6 +75,14 @@ class LevelHistogram:
         histogram = cls(problems, bins, device)
         histogram._sums = state["sums"].to(device).flatten(1)
         return histogram
+
+    @classmethod
+    def joined(cls, parts: Sequence[LevelHistogram]) -> LevelHistogram:
+        """Return the problems of several histograms of one device and number of bins as one's."""
+        whole = cls(sum(part.problems for part in parts), parts[0].bins, parts[0].device)
+        sums = [part._sums.view(4, part.problems, part.bins) for part in parts]
+        whole._sums = torch.cat(sums, 1).flatten(1)
+        return whole
 
     def weighted(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (points, weights), each (problems, bins): bin means by weight, ascending."""
