@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -121,8 +122,6 @@ def main() -> None:
         check_output(options.output, options.force)
     loaded = load_model(options.model, device=options.device, dtype=options.dtype)
     wanted = options.spec or ([] if options.bundle else SETS[options.set])
-    number, processes = options.share
-    wanted = wanted[number::processes]
     specs = [parse_spec(text) for text in wanted]
     started = time.perf_counter()
     source = load_text(options.calibration, part="calibration")
@@ -154,11 +153,13 @@ def main() -> None:
         record["evaluate_seconds"] = time.perf_counter() - calibrated
         if options.output:
             names = [*wanted, *(path.name for path in options.bundle or ())]
-            _save(options.output, record, list(zip(names, results, strict=False)))
-    _print_table(results)
+            save_table(options.output, record, list(zip(names, results, strict=False)))
+    print_table(results)
 
 
-def _save(path: Path, record: dict[str, object], results: list[tuple[str, PplResult]]) -> None:
+def save_table(
+    path: Path, record: dict[str, object], results: Sequence[tuple[str, PplResult]]
+) -> None:
     """Write what there is so far, so that a run that is cut short leaves its finished groups."""
     whole = record | {
         "protocol": results[0][1].protocol,
@@ -218,13 +219,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", choices=sorted(SETS), default="demo", help="which schemes")
     parser.add_argument("--spec", action="append", help="a scheme instead of a set; repeatable")
     parser.add_argument("--bundle", action="append", type=Path, help="a file beside; repeatable")
-    parser.add_argument(
-        "--share",
-        type=_share,
-        default=(0, 1),
-        metavar="K/N",
-        help="every N-th scheme from the K-th, from 0; join_results.py joins the records",
-    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--calibration-seq-len", type=int, default=2048)
@@ -242,14 +236,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _share(text: str) -> tuple[int, int]:
-    number, processes = (int(part) for part in text.split("/"))
-    if not 0 <= number < processes:
-        raise argparse.ArgumentTypeError(f"{text} is no share; use 0/N to N-1/N")
-    return number, processes
-
-
-def _print_table(results: list[PplResult]) -> None:
+def print_table(results: Sequence[PplResult]) -> None:
+    """Print what was found, a row a scheme."""
     print(f"baseline perplexity {results[0].ppl_baseline:.4f}")
     rows = [list(_COLUMNS)] + [
         [
