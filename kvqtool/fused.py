@@ -105,12 +105,13 @@ def attend_arguments(
     """Return the arguments of the kernel in its order."""
     pages, exact = context.pages, context.exact
     batch, num_heads, _ = query.shape
+    heads = pages.slabs.shape[1]
     return [
         *(query, out, pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words),
         *(pages.page_table, context.state, tables.key_table, tables.levels, tables.angles),
         *(tables.frequencies, tables.order, exact.sink_key, exact.sink_value),
         *(exact.window_key, exact.window_value, workspace.partials, workspace.counters),
-        *(batch, num_heads, pages.slabs.shape[1], pages.page_table.shape[1]),
+        *(batch, num_heads // heads, heads, pages.page_table.shape[1]),
         *(exact.sink_key.shape[2], exact.window_key.shape[2]),
         tables.scale * math.log2(math.e),
         (tables.softcap or 0.0) * math.log2(math.e),

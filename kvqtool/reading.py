@@ -16,7 +16,7 @@ from kvqtool.cuda import Kernel, Launcher, run_on_gpu
 from kvqtool.errors import InputError
 from kvqtool.fused import LayerTables, PackedContext, expect_state, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
-from kvqtool.page_memory import QUAD, SLABS, STARTS
+from kvqtool.page_memory import HEADER, QUAD, SLABS
 from kvqtool.pages import Pages
 from kvqtool.slabs import unpack_slabs
 from kvqtool.variant import Variant
@@ -163,7 +163,7 @@ def _decode_keys(codes: Tensor, tables: LayerTables, variant: Variant) -> Tensor
 def _outliers(pages: Pages, side: int) -> tuple[Tensor, Tensor]:
     """Return (list, word) of every outlier of a side, padding included."""
     first, quads = pages.outlier_index.view(-1, 4)[:, 2 * side : 2 * side + 2].long().unbind(1)
-    head = (quads < 0).long() * STARTS  # bit 31: sorted, behind a head
+    head = (quads < 0).long() * HEADER  # bit 31: in rounds, behind a header
     counts = (quads & 0x7FFFFFFF) * QUAD - head
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     within = torch.arange(len(row), device=counts.device) - (counts.cumsum(0) - counts)[row]

@@ -17,7 +17,7 @@ TOLERANCE = 2e-3
 
 
 def attend_on_cpu(
-    case: Case, blocks: int, built: Built | None = None, **fields: bool
+    case: Case, blocks: int, built: Built | None = None, **fields: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the shim's output and the right answer, both over the greatest value."""
     built = built or build(case)
@@ -61,6 +61,13 @@ def test_how_work_is_cut_does_not_matter(blocks: int) -> None:
 def test_values_are_picked_from_registers_as_well(spec: str) -> None:
     case = Case(spec, (70,), num_kv_heads=1)
     out, expected = attend_on_cpu(case, 1, value_table=False)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("fields", [{"ahead": 0, "derived": 0}, {"ahead": 2}], ids=str)
+@pytest.mark.parametrize("spec", ["nuq4-1%", "nuq3-1%", "nuq2-1%"])
+def test_other_ways_to_read_codes_and_angles_agree(spec: str, fields: dict[str, int]) -> None:
+    out, expected = attend_on_cpu(Case(spec, (70, 400), sinks=1), 3, **fields)
     assert (out - expected).abs().max() < TOLERANCE
 
 
