@@ -32,7 +32,7 @@ from kvqtool.search import spend
 from kvqtool.spec import DEFAULT_SPEC, parse_spec
 
 # As `kvqtool calibrate` draws them.
-_HELD_OUT, _HELD_OUT_SEED = 4, 1_000_003
+HELD_OUT, HELD_OUT_SEED = 4, 1_000_003
 _COLUMNS = ("limit", "bits", "text", "held_out", "measured", "over_limit", "uniform", "its_bits")
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         calibration_windows(source, loaded.tokenizer, samples=samples, seq_len=seq_len, seed=seed)
         for samples, seed in (
             (options.samples, options.seed),
-            (_HELD_OUT, options.seed + _HELD_OUT_SEED),
+            (HELD_OUT, options.seed + HELD_OUT_SEED),
         )
     )
     texts = {

@@ -74,12 +74,13 @@ def _row(cache, tokens: int) -> dict[str, int]:  # type: ignore[no-untyped-def]
         "tokens": tokens,
         "cache_bytes": cache.nbytes,
         "planned_bytes": cached.bytes_given(tokens, outliers),
-        "resident_bytes": _resident(),
+        "resident_bytes": resident_bytes(),
         "device_bytes": torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
     }
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
+    """Return the bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

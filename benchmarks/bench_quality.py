@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -121,10 +122,8 @@ def main() -> None:
         check_output(options.output, options.force)
     loaded = load_model(options.model, device=options.device, dtype=options.dtype)
     wanted = options.spec or ([] if options.bundle else SETS[options.set])
-    number, processes = options.share
-    wanted = wanted[number::processes]
     specs = [parse_spec(text) for text in wanted]
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     source = load_text(options.calibration, part="calibration")
     seq_len = min(options.calibration_seq_len, loaded.identity.max_context)
     learned = calibration_windows(
@@ -132,7 +131,7 @@ def main() -> None:
     )
     bundles = _bundles(options, loaded, learned, specs) if specs else []
     bundles += [load_bundle(path) for path in options.bundle or ()]
-    calibrated = time.perf_counter()
+    calibrated, used_then = time.perf_counter(), time.process_time()
     text = load_text(options.dataset, part="evaluation")
     windows = evaluation_windows(
         text, loaded.tokenizer, seq_len=options.seq_len, windows=options.windows, stride=None
@@ -146,19 +145,23 @@ def main() -> None:
         | {"parameters": sum(p.numel() for p in loaded.model.parameters())},
         "calibration": next((b.provenance for b in bundles if b.spec.needs_calibration), None),
         "calibrate_seconds": calibrated - started,
+        "calibrate_cpu_seconds": used_then - used,
     }
     results: list[PplResult] = []
     for start in range(0, len(bundles), _GROUP):
         group = bundles[start : start + _GROUP]
         results += evaluate(loaded, windows, group, protocol=options.protocol, progress=_note)
         record["evaluate_seconds"] = time.perf_counter() - calibrated
+        record["evaluate_cpu_seconds"] = time.process_time() - used_then
         if options.output:
             names = [*wanted, *(path.name for path in options.bundle or ())]
-            _save(options.output, record, list(zip(names, results, strict=False)))
-    _print_table(results)
+            save_table(options.output, record, list(zip(names, results, strict=False)))
+    print_table(results)
 
 
-def _save(path: Path, record: dict[str, object], results: list[tuple[str, PplResult]]) -> None:
+def save_table(
+    path: Path, record: dict[str, object], results: Sequence[tuple[str, PplResult]]
+) -> None:
     """Write what there is so far, so that a run that is cut short leaves its finished groups."""
     whole = record | {
         "protocol": results[0][1].protocol,
@@ -218,13 +221,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", choices=sorted(SETS), default="demo", help="which schemes")
     parser.add_argument("--spec", action="append", help="a scheme instead of a set; repeatable")
     parser.add_argument("--bundle", action="append", type=Path, help="a file beside; repeatable")
-    parser.add_argument(
-        "--share",
-        type=_share,
-        default=(0, 1),
-        metavar="K/N",
-        help="every N-th scheme from the K-th, from 0; join_results.py joins the records",
-    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--calibration-seq-len", type=int, default=2048)
@@ -242,14 +238,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _share(text: str) -> tuple[int, int]:
-    number, processes = (int(part) for part in text.split("/"))
-    if not 0 <= number < processes:
-        raise argparse.ArgumentTypeError(f"{text} is no share; use 0/N to N-1/N")
-    return number, processes
-
-
-def _print_table(results: list[PplResult]) -> None:
+def print_table(results: Sequence[PplResult]) -> None:
+    """Print what was found, a row a scheme."""
     print(f"baseline perplexity {results[0].ppl_baseline:.4f}")
     rows = [list(_COLUMNS)] + [
         [

@@ -54,6 +54,7 @@ class LossCollector(Collector):
                 if spec.side(side).fits_levels or spec.side(side).compensated:
                     self._views.setdefault(view_of(spec, side), spec)
         self._numbers = {view: number for number, view in enumerate(self._views)}
+        self._ends: dict[tuple[View, int], Codebook] = {}  # the first pass is over: they are fixed
         self._histograms: dict[str, LevelHistogram] = {}
         self._fishers: dict[str, BlockFisher] = {}
 
@@ -85,11 +86,6 @@ class LossCollector(Collector):
     def needs_gradients(self) -> bool:
         """Whether any fit weighs by Fisher information, or compensation needs it."""
         return any(view.quant.needs_gradients for view in self._views)
-
-    @property
-    def is_on_gpu(self) -> bool:
-        """Whether histograms lie on a GPU."""
-        return any(histogram.device.type != "cpu" for histogram in self._histograms.values())
 
     def key(self, layer: int, states: KeyStates, gradients: KeyStates | None) -> None:
         """Take a layer's keys in every view of keys."""
@@ -128,12 +124,13 @@ class LossCollector(Collector):
     ) -> None:
         view, layer = at
         quant, states = view.quant, states[view.sink_tokens :]
-        book = (
-            self._ranges.ranges(spec, layer)
-            if quant.per_channel
-            else Codebook(NO_LEVELS, NO_LEVELS)
-        )
-        ranged = normalize(states, book, quant)
+        if at not in self._ends:
+            self._ends[at] = (
+                self._ranges.ranges(spec, layer)
+                if quant.per_channel
+                else Codebook(NO_LEVELS, NO_LEVELS)
+            )
+        ranged = normalize(states, self._ends[at], quant)
         slopes = None
         if quant.needs_gradients:
             assert gradients is not None, "the pass that feeds this runs the backward"

@@ -132,21 +132,39 @@ def round_in_order(
         return per_channel[turn].view(width, heads, -1)
 
     left = in_order(normalized.T)
-    lossless = None if exact is None else in_order(exact.T)
+    shift, codes = torch.zeros_like(left), torch.empty_like(left, dtype=torch.int64)
     chosen, read = (
         in_order(part.expand(heads * width, part.shape[-1])).contiguous() for part in levels
     )
-    middles = (chosen[..., 1:] + chosen[..., :-1]) * 0.5
-    onward = factors.permute(1, 2, 0)[..., None].contiguous()
-    shift, codes = torch.zeros_like(left), torch.empty_like(left, dtype=torch.int32)
-    for channel in range(width):
-        wanted = left[channel] - shift[channel]
-        code = torch.searchsorted(middles[channel], wanted.contiguous(), out_int32=True)
-        error = wanted - read[channel].gather(1, code.long())
-        if lossless is not None:
-            error = error.masked_fill(lossless[channel], 0.0)
-        codes[channel] = code
-        shift[channel + 1 :] += onward[channel, channel + 1 :] * error
+    _round_each(
+        (left, shift, codes, (chosen[..., 1:] + chosen[..., :-1]) * 0.5, read),
+        factors.permute(1, 2, 0)[..., None].contiguous(),
+        None if exact is None else in_order(exact.T),
+    )
     back = turn.argsort()
     rows = normalized.shape[0]
+    codes = codes.to(torch.int32)
     return codes.view(heads * width, rows)[back].T, shift.view(heads * width, rows)[back].T
+
+
+def _round_each(parts: tuple[Tensor, ...], onward: Tensor, exact: Tensor | None) -> None:
+    """Round channel after channel, in place.
+
+    Args:
+        parts: values, shift, codes, all (width, heads, rows), middles between levels, and levels
+            that are read back, (width, heads, levels).
+        onward: (width, width, heads, 1), feedback of a channel to every other.
+        exact: (width, heads, rows) bool; None for none.
+    """
+    shift, width = parts[1], len(onward)
+    # All is cut into channels beforehand: on a GPU a call costs more than what it does.
+    cut = zip(*(part.unbind(0) for part in (*parts, onward)), strict=True)
+    lossless = None if exact is None else exact.unbind(0)
+    for channel, (value, moved, code, middles, decoded, factors) in enumerate(cut):
+        wanted = value - moved
+        torch.searchsorted(middles, wanted, out=code)
+        error = wanted - decoded.gather(1, code)
+        if lossless is not None:
+            error.masked_fill_(lossless[channel], 0.0)
+        if channel + 1 < width:
+            shift[channel + 1 :].add_(factors[channel + 1 :] * error)

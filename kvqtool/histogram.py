@@ -4,6 +4,8 @@ set.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -48,11 +50,10 @@ class LevelHistogram:
             index = index + torch.arange(normalized.shape[1], device=index.device) * self.bins
         count = kept.double()
         weight = count if weights is None else count * weights.double()
-        flat = index.flatten()
-        for sums, term in zip(
-            self._sums, (weight, weight * values, count, count * values), strict=True
-        ):
-            sums.scatter_add_(0, flat, term.flatten())
+        # All four at once: on a GPU each deterministic sum begins by sorting its index.
+        terms = torch.stack((weight, weight * values, count, count * values))
+        rows = torch.arange(4, device=index.device)[:, None] * self._sums.shape[1]
+        self._sums.view(-1).scatter_add_(0, (index.flatten() + rows).flatten(), terms.flatten())
 
     def merge(self, ranks: Ranks) -> None:
         """Replace the sums by those over all processes.
@@ -73,6 +74,14 @@ class LevelHistogram:
         histogram = cls(problems, bins, device)
         histogram._sums = state["sums"].to(device).flatten(1)
         return histogram
+
+    @classmethod
+    def joined(cls, parts: Sequence[LevelHistogram]) -> LevelHistogram:
+        """Return the problems of several histograms of one device and number of bins as one's."""
+        whole = cls(sum(part.problems for part in parts), parts[0].bins, parts[0].device)
+        sums = [part._sums.view(4, part.problems, part.bins) for part in parts]
+        whole._sums = torch.cat(sums, 1).flatten(1)
+        return whole
 
     def weighted(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (points, weights), each (problems, bins): bin means by weight, ascending."""

@@ -6,6 +6,7 @@ and a question that the model completes. Both caches read the same prompts and a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ NEEDLE: Final = "\n\nThe secret number is {key}. Remember it: {key} is the secre
 QUESTION: Final = "\n\nWhat is the secret number? The secret number is"
 _DIGITS: Final = 5
 _ANSWER_TOKENS: Final = 8
+_TOKENS_AT_ONCE: Final = 49152  # of a batch on a GPU
 
 
 @dataclass(frozen=True)
@@ -99,17 +101,23 @@ def passkey(
     """
     bundle.check_model(loaded.identity.as_json())
     filler = _ids(loaded, text.text)
-    prompts = [(length, trial) for length in hunt.lengths for trial in range(hunt.trials)]
     found = {length: [0, 0] for length in hunt.lengths}
+    done, whole = 0, len(hunt.lengths) * hunt.trials
     with attached(loaded, bundle) as session:
-        for done, (length, trial) in enumerate(prompts):
-            progress("hiding numbers", done, len(prompts))
-            key = hunt.key(length, trial)
-            prompt = _prompt(loaded, filler, key, (length, (trial + 0.5) / hunt.trials))
+        for length, trials in _batches(loaded, hunt):
+            progress("hiding numbers", done, whole)
+            keys = [hunt.key(length, trial) for trial in trials]
+            depths = [(trial + 0.5) / hunt.trials for trial in trials]
+            prompts = [
+                _prompt(loaded, filler, key, (length, depth))
+                for key, depth in zip(keys, depths, strict=True)
+            ]
             packed = session.new_cache(bundle, prefill=hunt.prefill)
             for which, cache in enumerate((packed, DynamicCache(config=loaded.model.config))):
-                found[length][which] += _answer(loaded, prompt, cache) == key
-    progress("hiding numbers", len(prompts), len(prompts))
+                said = _answers(loaded, torch.cat(prompts), cache)
+                found[length][which] += sum(map(str.__eq__, said, keys))
+            done += len(trials)
+    progress("hiding numbers", whole, whole)
     rows = [PasskeyRow(length, hunt.trials, *counts) for length, counts in found.items()]
     protocol = {
         "name": "passkey",
@@ -146,13 +154,26 @@ def _prompt(loaded: LoadedModel, filler: list[int], key: str, at: tuple[int, flo
     return torch.tensor([parts], device=loaded.device)
 
 
-def _answer(loaded: LoadedModel, prompt: Tensor, cache: Any) -> str:
-    """Return the digits that greedy decoding begins with."""
-    ids: list[int] = []
-    token = prompt
+def _batches(loaded: LoadedModel, hunt: Hunt) -> Iterator[tuple[int, range]]:
+    """Cut a hunt's trials into batches, (length, trials): on a GPU a single prompt leaves it
+    waiting.
+    """
+    for length in hunt.lengths:
+        at_once = max(_TOKENS_AT_ONCE // length, 1) if loaded.device.type == "cuda" else 1
+        for first in range(0, hunt.trials, at_once):
+            yield length, range(first, min(first + at_once, hunt.trials))
+
+
+def _answers(loaded: LoadedModel, prompts: Tensor, cache: Any) -> list[str]:
+    """Return the digits that greedy decoding of each prompt begins with; prompts are (B, T)."""
+    token, ids = prompts, []
     for _ in range(_ANSWER_TOKENS):
         token = next_logits(loaded.model, token, cache)[:, None].argmax(-1)
-        ids.append(int(token))
+        ids.append(token)
+    return [_leading_digits(loaded, row) for row in torch.cat(ids, 1).tolist()]
+
+
+def _leading_digits(loaded: LoadedModel, ids: list[int]) -> str:
     said = str(loaded.tokenizer.decode(ids)).strip()
     digits = "".join(c if c.isdecimal() else " " for c in said).split(" ")
     return digits[0]

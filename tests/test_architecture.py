@@ -99,6 +99,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "budget",
         "findings",
         "calibrate",
+        "tally",
         "perplexity",
         "allocate",
         "search",

@@ -110,3 +110,12 @@ def test_levels_fitted_to_bins_cost_what_levels_fitted_to_values_cost(bins: int)
     # Every value moves by less than a bin: the root of the mean error by less than one, and back.
     slack = 2 * (2 / bins) * np.sqrt(w.sum())
     assert np.sqrt(cost(weighted_kmeans(points, mass, 8)[0])) <= np.sqrt(exact) + slack
+
+
+def test_joined_histograms_keep_each_others_problems_apart() -> None:
+    parts = [histogram_of(*shape, data(seed=seed)) for seed, shape in enumerate([(1, 64), (8, 64)])]
+    whole = LevelHistogram.joined(parts)
+    assert whole.problems == 9
+    for read in (LevelHistogram.weighted, LevelHistogram.counted):
+        expected = [np.concatenate(rows) for rows in zip(*map(read, parts), strict=True)]
+        assert all(np.array_equal(a, b) for a, b in zip(read(whole), expected, strict=True))

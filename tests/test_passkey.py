@@ -26,13 +26,14 @@ def test_prompts_hold_the_number_once_announced_at_even_depths(
 ) -> None:
     seen = []
 
-    def answer(loaded: LoadedModel, prompt: torch.Tensor, cache: Any) -> str:
-        text = loaded.tokenizer.decode(prompt[0])
+    def answers(loaded: LoadedModel, prompts: torch.Tensor, cache: Any) -> list[str]:
+        (prompt,) = prompts
+        text = loaded.tokenizer.decode(prompt)
         key = text.split("The secret number is ")[1][:5]
-        seen.append((prompt.shape[1], text.index(key) / len(text), text.count(key), text))
-        return key
+        seen.append((len(prompt), text.index(key) / len(text), text.count(key), text))
+        return [key]
 
-    monkeypatch.setattr(module, "_answer", answer)
+    monkeypatch.setattr(module, "_answers", answers)
     result = ask(builtin, (200, 300), 4)
     assert result.lengths == [
         {"tokens": n, "trials": 4, "found": 4, "found_baseline": 4} for n in (200, 300)
@@ -44,6 +45,22 @@ def test_prompts_hold_the_number_once_announced_at_even_depths(
     assert depths == sorted(depths)
     assert len(set(depths)) == 4
     assert seen[0] == seen[1]  # both caches read the same prompt
+
+
+def test_a_batch_of_prompts_is_answered_one_by_one(
+    builtin: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = ask(builtin, (150,), 3)
+    sizes, answers = [], module._answers
+
+    def listen(loaded: LoadedModel, prompts: torch.Tensor, cache: Any) -> list[str]:
+        sizes.append(len(prompts))
+        return answers(loaded, prompts, cache)
+
+    monkeypatch.setattr(module, "_answers", listen)
+    monkeypatch.setattr(module, "_batches", lambda *_: [(150, range(2)), (150, range(2, 3))])
+    assert ask(builtin, (150,), 3).lengths == alone.lengths
+    assert sizes == [2, 2, 1, 1]
 
 
 def test_an_exact_cache_finds_what_the_stock_one_finds(builtin: LoadedModel) -> None:

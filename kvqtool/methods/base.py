@@ -36,8 +36,8 @@ class Method(ABC):
             histogram: what calibration saw; None where the spec needs no calibration.
 
         Returns:
-            Levels to encode by and levels to decode to, each (L,) or (channels, L) float32,
-            ascending, fp16 values.
+            Levels to encode by and levels to decode to, each (L,), or of a histogram of several
+            problems (problems, L); float32, ascending, fp16 values.
         """
 
     def quantize(self, states: Tensor, codebook: Codebook, spec: QuantSpec) -> dict[str, Tensor]:

@@ -38,6 +38,6 @@ class NuqMethod(Method):
             decoded = as_half(
                 torch.from_numpy(match_moments(points, counts, levels.double().numpy()))
             )
-        if spec.channel_levels:
+        if spec.channel_levels or histogram.problems > 1:
             return levels, decoded
         return levels[0], decoded[0]
