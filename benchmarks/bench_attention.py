@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -51,6 +51,7 @@ EAGER = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa math": SDPBackend.MATH,
 }
+TEMPLATE = "fp16 template"
 
 
 QUICK = (
@@ -111,14 +112,12 @@ def _measure_shape(
             contender.calls[0]()
         torch.cuda.synchronize()
         return []
-    contenders = [*_fp16(shape), *packed]
+    contenders = [*fp16_contenders(shape), *packed]
     if options.dequantize:
         contenders.append(_dequantized(shape, packed[0]))
     times = interleave(contenders, options.rounds)
     fp16 = {
-        c.name: statistics.median(times[c.name])
-        for c in contenders
-        if c.name in ("fp16 template", *EAGER)
+        c.name: statistics.median(times[c.name]) for c in contenders if c.name in (TEMPLATE, *EAGER)
     }
     best = min(fp16.values())
     rows = []
@@ -160,7 +159,8 @@ def _query(shape: Shape) -> Tensor:
     return torch.randn(shape.batch, shape.num_heads, HEAD_DIM, device="cuda", dtype=torch.half)
 
 
-def _fp16(shape: Shape) -> Iterator[Contender]:
+def fp16_contenders(shape: Shape, names: Sequence[str] = (*EAGER, TEMPLATE)) -> Iterator[Contender]:
+    """Yield torch's backends by name, those that run, and the kernel's own template, over fp16."""
     wide = (shape.batch, shape.num_kv_heads, shape.context, HEAD_DIM)
     nbytes = 4 * shape.batch * shape.num_kv_heads * shape.context * HEAD_DIM
     pairs = [
@@ -178,15 +178,18 @@ def _fp16(shape: Shape) -> Iterator[Contender]:
 
         return call
 
-    for name, backend in EAGER.items():
+    for name in (name for name in EAGER if name in names):
+        backend = EAGER[name]
         calls = [sdpa(backend, *pair) for pair in pairs]
         with suppress(RuntimeError):
             calls[0]()
             yield Contender(name, nbytes, calls)
+    if TEMPLATE not in names:
+        return
     variant = Variant(
         HEAD_DIM, 16, 16, False, False, False, groups_of(shape.num_heads, shape.num_kv_heads)
     )
-    yield _contender("fp16 template", shape, variant, random_pages(shape, variant))
+    yield contender(TEMPLATE, shape, variant, random_pages(shape, variant))
 
 
 def packed_variant(shape: Shape, text: str, given: str = "") -> Variant:
@@ -203,10 +206,10 @@ def _packed(shape: Shape, text: str, given: str = "") -> Contender:
     value = parse_spec(text).value
     per_token = 2 * outliers_per_tail(value, shape.num_kv_heads * HEAD_DIM)
     name = f"{text} {given}".strip()
-    return _contender(name, shape, variant, random_pages(shape, variant, per_token))
+    return contender(name, shape, variant, random_pages(shape, variant, per_token))
 
 
-def _contender(name: str, shape: Shape, variant: Variant, pages: Pages) -> Contender:
+def contender(name: str, shape: Shape, variant: Variant, pages: Pages) -> Contender:
     """Wrap pages with everything else a launch reads: one sink, random tables."""
     steps, half = HEAD_DIM // 16, HEAD_DIM // 2
     inv_freq = 500_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)

@@ -13,62 +13,138 @@
 //           and VALUE_COMP
 // Macros: those of pack.cu; WARPS is the block's. The rest as in attend.cu and pack.cu.
 #include "compensate_token.cuh"
+#include "survey.cuh"
 
 constexpr u32 THREADS = WARPS * 32;
 
-// A token's range and cuts, found by a whole block. `bins` are 768 zeros.
-DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32* bins, Cuts& cuts) {
+// What finding a token's range takes of shared memory: first the least and greatest items of
+// threads, then bins, where candidates are too many.
+struct Search {
+    u32* words;  // 776
+    DEVICE u32* items(u32 tail) const {
+        return words + tail * THREADS;
+    }
+    DEVICE u32* candidates(u32 tail) const {
+        return words + 2 * THREADS + tail * LISTED;
+    }
+    DEVICE u32* found() const {
+        return words + 768;
+    }
+};
+static_assert(2 * THREADS + 2 * LISTED == 768, "what is found lies behind both uses");
+
+// A token's range and cuts of any values, by bins.
+DEVICE u32 range_by_bins(const u16* keys, u32 channels, u32 per_tail, const Search& search,
+                         Cuts& cuts) {
     u32 warp = thread_index() / 32, lane = thread_index() % 32;
-    u32* shared = bins + 768;  // least, tie, greatest, tie; lowest and highest of the rest
+    u32 *bins = search.words, *shared = search.found();  // least, tie, greatest, tie; then the rest
+    sync_block();
+    for (u32 i = thread_index(); i < 768; i += THREADS) bins[i] = 0;
     if (thread_index() == 0) shared[4] = 0xffff, shared[5] = 0;
-    if (per_tail) {
-        u32 left = per_tail;
-        if (warp == 0) shared[0] = rank_bin<false>(bins, lane, left);
-        if (warp == 1) shared[2] = rank_bin<true>(bins, lane, left);
-        sync_block();
-        for (u32 i = thread_index(); i < channels; i += THREADS) {
-            u32 key = keys[i];
-            if (key >> 8 == shared[0]) add_shared((int*)bins + 256 + (key & 255), 1);
-            if (key >> 8 == shared[2]) add_shared((int*)bins + 512 + (key & 255), 1);
-        }
-        sync_block();
-        if (warp == 0) {
-            u32 low = rank_bin<false>(bins + 256, lane, left), key = shared[0] << 8 | low;
-            bool whole = bins[256 + low] == left;  // every element that equals the cut
-            u32 tie = whole ? 0xffff : tie_channel<false>(keys, channels, lane, key, left);
-            sync_warp();
-            shared[0] = key, shared[1] = tie;
-        }
-        if (warp == 1) {
-            u32 low = rank_bin<true>(bins + 512, lane, left), key = shared[2] << 8 | low;
-            bool whole = bins[512 + low] == left;
-            u32 tie = whole ? 0 : tie_channel<true>(keys, channels, lane, key, left);
-            sync_warp();
-            shared[2] = key, shared[3] = tie;
-        }
+    sync_block();
+    for (u32 i = thread_index(); i < channels; i += THREADS)
+        add_shared((int*)bins + (keys[i] >> 8), 1);
+    sync_block();
+    u32 left = per_tail;
+    if (warp == 0) shared[0] = rank_bin<false>(bins, lane, left);
+    if (warp == 1) shared[2] = rank_bin<true>(bins, lane, left);
+    sync_block();
+    for (u32 i = thread_index(); i < channels; i += THREADS) {
+        u32 key = keys[i];
+        if (key >> 8 == shared[0]) add_shared((int*)bins + 256 + (key & 255), 1);
+        if (key >> 8 == shared[2]) add_shared((int*)bins + 512 + (key & 255), 1);
     }
     sync_block();
-    cuts = per_tail ? Cuts{item_of(shared[0], shared[1]), item_of(shared[2], shared[3])} : NO_CUTS;
+    if (warp == 0) {
+        u32 key = shared[0] << 8 | rank_bin<false>(bins + 256, lane, left);
+        u32 tie = tie_channel<false>(keys, channels, lane, key, left);
+        sync_warp();
+        shared[0] = key, shared[1] = tie;
+    }
+    if (warp == 1) {
+        u32 key = shared[2] << 8 | rank_bin<true>(bins + 512, lane, left);
+        u32 tie = tie_channel<true>(keys, channels, lane, key, left);
+        sync_warp();
+        shared[2] = key, shared[3] = tie;
+    }
+    sync_block();
+    cuts = Cuts{item_of(shared[0], shared[1]), item_of(shared[2], shared[3])};
     u32 low = 0xffff, high = 0;
     for (u32 i = thread_index(); i < channels; i += THREADS) {
         u32 key = keys[i];
         if (is_cut(cuts, item_of(key, i))) continue;
         low = smaller(low, key), high = larger(high, key);
     }
-    KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) {
-        low = smaller(low, exchange(low, mask));
-        high = larger(high, exchange(high, mask));
-    }
+    low = least_of_warp(low), high = greatest_of_warp(high);
     if (lane == 0) least_shared(shared + 4, low), greatest_shared(shared + 5, high);
     sync_block();
     return range_of(shared[4], shared[5]);
 }
 
+// List the items up to an end of either tail; those of the upper one, and its end, are complemented.
+DEVICE void list_candidates(const u16* keys, u32 channels, const Search& search, const u32* ends,
+                            u32* listed) {
+    KVQ_ROLLED for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
+        Eight eight = *(const Eight*)(keys + first);
+        KVQ_UNROLL for (u32 k = 0; k < 8; k++) {
+            u32 item = item_of(eight.of[k / 2] >> k % 2 * 16 & 0xffff, first + k);
+            KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
+                u32 own = tail ? ~item : item;
+                if (own > ends[tail]) continue;
+                u32 at = take_shared(listed + tail, 1);
+                if (at < LISTED) search.candidates(tail)[at] = own;
+            }
+        }
+    }
+}
+
+// A token's range and cuts, found by a whole block from each thread's least and greatest item.
+DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32 least, u32 greatest,
+                      const Search& search, Cuts& cuts) {
+    u32 warp = thread_index() / 32, lane = thread_index() % 32, *found = search.found();
+    search.items(0)[thread_index()] = least, search.items(1)[thread_index()] = ~greatest;
+    if (thread_index() < 2) found[thread_index()] = 0;  // listed
+    sync_block();
+    if (warp < 2) {
+        const u32* items = search.items(warp);
+        u32 own = ~0u;
+        KVQ_UNROLL for (u32 i = 0; i < THREADS; i += 32) own = smaller(own, items[i + lane]);
+        u32 end = per_tail == 0 ? least_of_warp(own) : per_tail <= 32 ? ranked_lane(own, per_tail) : ~0u;
+        if (lane == 0) found[2 + warp] = end;
+    }
+    sync_block();
+    u32 ends[2] = {found[2], found[3]};
+    cuts = NO_CUTS;
+    if (per_tail == 0) return range_of(ends[0] >> 16, ~ends[1] >> 16);
+    if (ends[0] == ~0u || ends[1] == ~0u)
+        return range_by_bins(keys, channels, per_tail, search, cuts);
+    list_candidates(keys, channels, search, ends, found);
+    sync_block();
+    u32 listed[2] = {found[0], found[1]};
+    bool few = listed[0] <= LISTED && listed[1] <= LISTED;
+    if (!few || listed[0] == per_tail || listed[1] == per_tail)
+        return range_by_bins(keys, channels, per_tail, search, cuts);
+    if (warp < 2) {
+        u32 count = warp ? listed[1] : listed[0], cut, next, *items = search.candidates(warp);
+        if (lane < 3 && count + lane < LISTED) items[count + lane] = ~0u;
+        sync_warp();
+        rank_tail(items, count, per_tail, lane, cut, next);
+        if (lane == 0) found[4 + warp] = cut, found[6 + warp] = next;
+    }
+    sync_block();
+    cuts = Cuts{found[4], ~found[5]};
+    u32 low = found[6], high = ~found[7];
+    if (low >= cuts.high || high <= cuts.low)
+        return range_by_bins(keys, channels, per_tail, search, cuts);
+    return range_of(low >> 16, high >> 16);
+}
+
 // Put codes n, of a lane's 32 in a step, into their words.
 template <int bits>
 DEVICE void replace_codes(u8* step, u32 lane, const u32* n, const u32* codes, u32 count) {
-    u32 tiles[4];
-    selectors<bits>(step, lane, tiles);
+    u32 words[bits], tiles[4];
+    read_words<bits>(step, lane, words);
+    selectors<bits>(words, tiles);
     for (u32 i = 0; i < count; i++) {
         u32 shift = 4 * (n[i] % 8);
         KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
@@ -104,9 +180,9 @@ struct Target {
 // A token's keys at a place and its partner, as they are stored.
 DEVICE void find_keys(const KeyCode& code, const KeyChannel (&channels)[2], const u16* staged,
                       const Bench& bench, u32 at, Element (&found)[2]) {
-    if constexpr (!KEY_COMP) return key_pair(code, channels, staged, 0, at, found);
+    if constexpr (!KEY_COMP) return key_pair(channels, staged, turn_at(code, 0, at), found);
     float states[2];
-    key_states(code, channels, staged, 0, at, states);
+    key_states(channels, staged, turn_at(code, 0, at), states);
     KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
         const KeyChannel& channel = channels[k];
         u8 coded = bench.coded[channel.channel];
@@ -131,7 +207,7 @@ DEVICE void lay_keys(const KeyCode& code, u32 head, const u16* staged, const u16
         KeyChannel pair[2] = {key_channel(code, head, at),
                               key_channel(code, head, at + HEAD_DIM / 2)};
         float states[2];
-        key_states(code, pair, staged, 0, at, states);
+        key_states(pair, staged, turn_at(code, 0, at), states);
         KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
             bench.u[turn_of[pair[k].channel]] = key_scaled(pair[k], states[k]);
             bench.coded[pair[k].channel] = is_beyond(pair[k], states[k]) ? FLAG : 0;
@@ -237,12 +313,11 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     u32 sequence = block_index() / num_kv_heads, head = block_index() % num_kv_heads;
     u32 token = (u32)state[8 * sequence], channels = num_kv_heads * HEAD_DIM;
     u32 page = page_table[sequence * max_pages + token / 128], in_slab = token % 64;
-    u32* bins = (u32*)shared_memory();
-    float* middles = (float*)(bins + 776);  // of keys, of values
+    Search search{(u32*)shared_memory()};
+    float* middles = (float*)(search.words + 776);  // of keys, of values
     u16 *staged = (u16*)(middles + 32), *keys = staged + 2 * HEAD_DIM;
     Workshop shop = open_workshop(keys + channels, head, key_feedback, value_feedback, key_turn,
                                   value_turn);
-    for (u32 i = thread_index(); i < 768; i += THREADS) bins[i] = 0;
     const u16* own = key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM;
     const u16* all = value + (u64)sequence * channels;
     for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
@@ -250,11 +325,17 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
         if (i < (1u << VALUE_BITS) - 1) middles[16 + i] = value_middles[i];
     }
-    sync_block();
-    KVQ_UNROLL_4 for (u32 i = thread_index(); i < channels; i += THREADS) {
-        u32 at = order_key(all[i]);
-        keys[i] = (u16)at;
-        if (per_tail) add_shared((int*)bins + (at >> 8), 1);
+    u32 least = ~0u, greatest = 0;  // of this thread's items
+    KVQ_UNROLL_4 for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
+        Eight eight = *(const Eight*)(all + first);
+        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+            u32 pair = order_keys(eight.of[k]), channel = first + 2 * k;
+            u32 items[2] = {item_of(pair & 0xffff, channel), item_of(pair >> 16, channel + 1)};
+            least = smaller(least, smaller(items[0], items[1]));
+            greatest = larger(greatest, larger(items[0], items[1]));
+            eight.of[k] = pair;
+        }
+        *(Eight*)(keys + first) = eight;
     }
     sync_block();
     KeyCode code{lower,
@@ -275,7 +356,7 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
         append_keys(code, decode, lists, target, staged, shop.bench[0], task);
     }
     Cuts cuts;
-    u32 range = find_range(keys, channels, per_tail, bins, cuts);
+    u32 range = find_range(keys, channels, per_tail, least, greatest, search, cuts);
     if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
     ValueRow row{range, inverse_scale(range), cuts};
     if constexpr (KEY_COMP || VALUE_COMP) {

@@ -1,10 +1,12 @@
 // Attention of one query token straight from the packed cache.
 //
-// Grid: any number of blocks of WARPS warps; all slabs of all sequences and KV heads, and the exact
-// tokens in units of 64, are laid end to end and cut into equal ranges, one a block. Within a block
-// each warp takes an equal part of the range, keeps DEPTH - 1 chunks of codes under way and ends
-// with its own softmax; the block joins its warps, and the last block to arrive joins the blocks of
-// a (sequence, head). Nothing depends on the host: lengths lie on the device, counters return to 0.
+// Grid: any number of blocks of WARPS warps. The slabs of a (sequence, KV head) and its exact tokens
+// in units of 64 are a segment. Each segment is cut into equal parts, one a block, where that leaves
+// no block much more than its share; else all segments are laid end to end and cut into equal
+// ranges. Within a block each warp takes an equal part of the range, keeps DEPTH - 1 chunks of codes
+// under way and ends with its own softmax; the block joins its warps, and the last block to arrive
+// joins the blocks of a segment. Nothing depends on the host: lengths lie on the device, counters
+// return to 0.
 //
 // `query`, `output`  (batch, num_heads, HEAD_DIM) half, or bfloat16 with BF16
 // `slabs`            pages of 128 tokens, in each KV heads, two slabs each: keys, then values
@@ -22,6 +24,7 @@
 // `order`            (HEAD_DIM) channel of a head that stands at each place of a packed key
 // exact tokens       (batch, num_kv_heads, capacity, HEAD_DIM) keys after RoPE, and values
 // `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
+// `log_sums`         (batch, num_heads) float, written: log of the sum of exp(score); or null
 #include "attend_slab.cuh"
 
 constexpr u32 THREADS = WARPS * 32;
@@ -36,17 +39,18 @@ constexpr u32 LISTED = 112;  // outliers of a slab and side that are copied ahea
 constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
 // What goes with the next slab arrives while values are read, when this slab's is used up; else two
 // buffers take turns.
-constexpr u32 SIDES = DEPTH - 1 <= CHUNKS - KEY_CHUNKS ? 1 : 2;
+constexpr u32 SIDES = AHEAD || DEPTH - 1 <= CHUNKS - KEY_CHUNKS ? 1 : 2;
 constexpr u32 PARTIAL = HEAD_DIM + 2;
 // Shared memory: tables, the query, what warps hand to each other, then each warp's corner.
 constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE;
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
 constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
-constexpr u32 CORNER_SIDE = DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
-              CORNER_SPARSE = CORNER_QUERY + HEAD_DIM * GROUP * 2;
+constexpr u32 CORNER_SIDE = AHEAD ? 0 : DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
+              CORNER_SPARSE = CORNER_QUERY + STEPS * QUERY_STEP;
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
+constexpr u32 RAW_AT = CORNER_AT + CORNER_QUERY;  // where the first warp's query will be
 static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
 
 struct Exact {
@@ -57,7 +61,7 @@ struct Cache {
     const u8* slabs;
     const u32 *ranges, *outlier_index, *outlier_words;
     const int *page_table, *state;
-    u32 batch, num_heads, num_kv_heads, max_pages;
+    u32 batch, group_heads, num_kv_heads, max_pages;  // group_heads: query heads of a KV head
     const u64* frequencies;
     const u16* order;
     Exact sinks, window;
@@ -66,7 +70,9 @@ struct Cache {
 // A KV head of a sequence with up to GROUP of its query heads: the work of one softmax.
 struct Segment {
     u32 sequence, kv_head, first_head, heads, index;
-    u32 first_slab, slabs, sink_units, units, start;  // start: among the units of all segments
+    u32 first_slab, slabs, sink_units, units;
+    u32 start;                // among the units of all segments; else among the blocks
+    u32 first_block, blocks;  // that share it
 };
 
 // A slab's number among all, its half page's number among all, and its lists of outliers: first quad
@@ -75,7 +81,9 @@ struct Slab {
     u32 index, ranges, lists[4];
 };
 
+// Units of a KV head of a sequence; none past the last sequence.
 DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
+    if (sequence >= cache.batch) return 0;
     const int* state = cache.state + 8 * sequence;
     segment.first_slab = (u32)state[4] / 64;
     segment.slabs = ((u32)state[0] + 63) / 64 - segment.first_slab;
@@ -83,36 +91,94 @@ DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
     return segment.slabs + segment.sink_units + ((u32)state[2] + 63) / 64;
 }
 
-// Segments of a sequence follow each other, KV head by KV head.
+// Segments of a KV head, and of a sequence, which follow each other.
+DEVICE u32 segments_of_head(const Cache& cache) {
+    return (cache.group_heads + GROUP - 1) / GROUP;
+}
 DEVICE u32 segments_of(const Cache& cache) {
-    u32 heads = cache.num_heads / cache.num_kv_heads;
-    return cache.num_kv_heads * ((heads + GROUP - 1) / GROUP);
+    return cache.num_kv_heads * segments_of_head(cache);
 }
 
-DEVICE u32 total_units(const Cache& cache) {
-    u32 total = 0;
-    Segment segment;
-    for (u32 b = 0; b < cache.batch; b++)
-        total += segment_sizes(cache, b, segment) * segments_of(cache);
-    return total;
+// How the work is cut: whether every block has units of one segment only, or `share` units of all
+// there are, the first `longer` blocks one more.
+struct Cut {
+    bool whole;
+    u32 share, longer;
+};
+
+DEVICE u32 parts_of(u32 units, u32 share) {
+    return units ? larger(units / share, 1) : 0;
 }
 
-DEVICE Segment find_segment(const Cache& cache, u32 unit) {
+// Plan the cut for at most `blocks` blocks, a lane a sequence; returns how many have work.
+DEVICE u32 plan(const Cache& cache, u32 blocks, u32 lane, Cut& cut) {
+    u32 many = segments_of(cache), total = 0, used = 0, longest = 0;
     Segment segment;
-    u32 many = segments_of(cache), start = 0, b = 0;
-    for (;; b++) {
-        segment.units = segment_sizes(cache, b, segment);
-        if (unit - start < segment.units * many || b + 1 == cache.batch) break;
-        start += segment.units * many;
+    KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32)
+        total += sum_of_warp(segment_sizes(cache, first + lane, segment));
+    total *= many;
+    cut.share = larger((total + blocks - 1) / blocks, 1), cut.longer = 0;
+    KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32) {
+        u32 units = segment_sizes(cache, first + lane, segment), parts = parts_of(units, cut.share);
+        used += sum_of_warp(parts);
+        longest = larger(longest, parts ? (units + parts - 1) / parts : 0);
     }
-    u32 within = (unit - start) / segment.units, heads = cache.num_heads / cache.num_kv_heads;
-    u32 parts = many / cache.num_kv_heads, part = within % parts;
-    segment.sequence = b;
-    segment.kv_head = within / parts;
-    segment.first_head = segment.kv_head * heads + part * GROUP;
-    segment.heads = smaller(GROUP, heads - part * GROUP);
-    segment.index = b * many + within;
-    segment.start = start + within * segment.units;
+    used *= many, longest = greatest_of_warp(longest);
+    cut.whole = used <= blocks && longest <= cut.share + WARPS;
+    if (cut.whole) return used;
+    blocks = smaller(blocks, total);
+    cut.share = total / blocks, cut.longer = total % blocks;
+    return blocks;
+}
+
+// The first unit of a block, and the block that has a unit, where blocks have units of all segments.
+DEVICE u32 unit_of(const Cut& cut, u32 block) {
+    return block * cut.share + smaller(block, cut.longer);
+}
+DEVICE u32 block_of(const Cut& cut, u32 unit) {
+    u32 by_longer = unit / (cut.share + 1);
+    return by_longer < cut.longer ? by_longer : (unit - cut.longer) / cut.share;
+}
+
+// The segment to which a unit belongs, or where every block has but one, to which a block belongs.
+DEVICE Segment find_segment(const Cache& cache, const Cut& cut, u32 at, u32 lane) {
+    Segment segment;
+    u32 many = segments_of(cache), passed = 0, first = 0, size, owner;
+    for (;; first += 32) {  // a lane a sequence
+        segment.units = segment_sizes(cache, first + lane, segment);
+        size = cut.whole ? parts_of(segment.units, cut.share) : segment.units;
+        u32 until = size * many;
+        KVQ_UNROLL for (u32 d = 1; d < 32; d *= 2) {
+            u32 below = sum_below(until, d);
+            if (lane >= d) until += below;
+        }
+        u32 found = vote(at - passed < until);
+        if (found || first + 32 >= cache.batch) {
+            owner = found ? lowest_bit(found) : 0;
+            passed += from_lane(until, owner) - from_lane(size, owner) * many;
+            break;
+        }
+        passed += from_lane(until, 31);
+    }
+    segment.sequence = first + owner;
+    segment.units = from_lane(segment.units, owner);
+    segment.slabs = from_lane(segment.slabs, owner);
+    segment.first_slab = from_lane(segment.first_slab, owner);
+    segment.sink_units = from_lane(segment.sink_units, owner);
+    size = larger(from_lane(size, owner), 1);
+    u32 within = (at - passed) / size, groups = segments_of_head(cache), group = 0;
+    segment.kv_head = within;
+    if (groups > 1) segment.kv_head = within / groups, group = within % groups;
+    segment.first_head = segment.kv_head * cache.group_heads + group * GROUP;
+    segment.heads = smaller(GROUP, cache.group_heads - group * GROUP);
+    segment.index = segment.sequence * many + within;
+    segment.start = passed + within * size;
+    if (cut.whole) {
+        segment.first_block = segment.start, segment.blocks = size;
+    } else {
+        segment.first_block = block_of(cut, segment.start);
+        segment.blocks = block_of(cut, segment.start + segment.units - 1) + 1 - segment.first_block;
+    }
     return segment;
 }
 
@@ -125,6 +191,9 @@ struct Stream {
     Slab known;
     Slab slab;                      // the slab that is read
     const u8 *words, *next_words;  // this lane's share of it, and of the next one; null past the last
+    const u8* chunk;                        // of the ring
+    u32 keys[AHEAD ? AHEAD : 1][KEY_BITS];  // of the next steps, where a warp reads ahead
+    u32 values[AHEAD ? AHEAD : 1][VALUE_BITS];
 };
 
 DEVICE u8* side_of(const Stream& stream, u32 which) {
@@ -155,8 +224,44 @@ DEVICE Slab known_slab(const Stream& stream, u32 number) {
     return slab;
 }
 
+// A lane's share: 16 bytes of each 512, or where it reads ahead, its first word.
 DEVICE const u8* words_of(const Cache& cache, const Stream& stream, u32 index) {
-    return cache.slabs + (u64)index * SLAB + 16 * stream.lane;
+    return cache.slabs + (u64)index * SLAB + (AHEAD ? 0 : 16 * stream.lane);
+}
+
+// Bring a slab to the second cache.
+DEVICE void fetch_slab(const u8* words, u32 lane) {
+    KVQ_UNROLL for (u32 i = 0; i < SLAB; i += 4096) {
+        if (i + 4096 <= SLAB || i + 128 * lane < SLAB) fetch_line(words + i + 128 * lane);
+    }
+}
+
+// Read a step's words from the slab.
+template <int bits>
+DEVICE void load_words(const u8* step, u32 lane, u32 (&words)[bits]) {
+    if constexpr (bits == 3 || bits == 16) {
+        KVQ_UNROLL for (int i = 0; i < bits; i++) {
+            u32 word[1];
+            load_once<1>((const u32*)step + word_of<bits>(lane, i), word);
+            words[i] = word[0];
+        }
+    } else {
+        load_once<bits>((const u32*)step + bits * lane, words);
+    }
+}
+
+// Read step `number`, keys first, of this slab or past its end of the next one.
+DEVICE void read_ahead(Stream& stream, u32 number) {
+    constexpr u32 slot = AHEAD ? AHEAD : 1;
+    const u8* words = number < 2 * STEPS || !stream.next_words ? stream.words : stream.next_words;
+    u32 step = number % STEPS;
+    if (number / STEPS % 2) {
+        load_words<VALUE_BITS>(words + KEY_SLAB + step * step_bytes(VALUE_BITS), stream.lane,
+                               stream.values[step % slot]);
+    } else {
+        load_words<KEY_BITS>(words + step * step_bytes(KEY_BITS), stream.lane,
+                             stream.keys[step % slot]);
+    }
 }
 
 // Make `number` the slab that is read.
@@ -173,7 +278,7 @@ DEVICE const u32* outliers_at(const Cache& cache, const Slab& slab, u32 side) {
     return cache.outlier_words + (u64)slab.lists[2 * side] * 4;
 }
 DEVICE u32 outlier_words(const Slab& slab, u32 side) {
-    return (slab.lists[2 * side + 1] & ~SORTED) * 4;
+    return (slab.lists[2 * side + 1] & ~IN_ROUNDS) * 4;
 }
 
 // Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.
@@ -223,15 +328,55 @@ DEVICE const u8* take(const Cache& cache, const Stream& stream, u32 number) {
 // Begin to read slabs [first, stop) of a segment.
 DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream, u32 first, u32 stop) {
     stream.number = segment.first_slab + first, stream.last = segment.first_slab + stop - 1;
-    if (first >= stop) return;
+    if (first >= stop) {
+        await_copies<0>();  // nothing of its own is under way
+        return;
+    }
     look_ahead(cache, segment, stream);
     turn_to(cache, segment, stream);
     sync_warp();
-    KVQ_UNROLL for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
+    if constexpr (AHEAD) {
+        fetch_slab(stream.words, stream.lane);
+        KVQ_UNROLL for (u32 i = 0; i < AHEAD; i++) read_ahead(stream, i);
+        send_side(cache, stream.lane, stream.slab, side_of(stream, 0));
+        copies_sent();
+    } else {
+        KVQ_UNROLL for (u32 i = 0; i < DEPTH - 1; i++) send(cache, stream, i);
+    }
 }
 
-// The list of a slab's outliers: the first LISTED in shared memory, the rest where they are.
-struct List {
+// The words of a step, of keys or of values, and what comes behind it sent for.
+DEVICE void take_keys(const Cache& cache, Stream& stream, u32 step, u32 (&words)[KEY_BITS]) {
+    constexpr u32 many = KEY_CHUNK / step_bytes(KEY_BITS);
+    if constexpr (AHEAD) {
+        KVQ_UNROLL for (int i = 0; i < KEY_BITS; i++) words[i] = stream.keys[step % AHEAD][i];
+        read_ahead(stream, step + AHEAD);
+    } else {
+        if (step % many == 0 && step) stream.chunk = take(cache, stream, step / many);
+        read_words<KEY_BITS>(stream.chunk + step % many * step_bytes(KEY_BITS), stream.lane, words);
+    }
+}
+DEVICE void take_values(const Cache& cache, Stream& stream, u32 step, u32 (&words)[VALUE_BITS]) {
+    constexpr u32 many = VALUE_CHUNK / step_bytes(VALUE_BITS);
+    if constexpr (AHEAD) {
+        KVQ_UNROLL for (int i = 0; i < VALUE_BITS; i++) words[i] = stream.values[step % AHEAD][i];
+        read_ahead(stream, STEPS + step + AHEAD);
+    } else {
+        if (step % many == 0) stream.chunk = take(cache, stream, KEY_CHUNKS + step / many);
+        read_words<VALUE_BITS>(stream.chunk + step % many * step_bytes(VALUE_BITS), stream.lane,
+                               words);
+    }
+}
+
+// The list of a slab's outliers: in shared memory, or the first LISTED there and the rest where they
+// are.
+struct Near {
+    const u32* near;
+    DEVICE u32 operator()(u32 i) const {
+        return near[i];
+    }
+};
+struct Far {
     const u32 *near, *all;
     DEVICE u32 operator()(u32 i) const {
         return i < LISTED ? near[i] : all[i];
@@ -252,7 +397,7 @@ DEVICE void turn_query(const Warp& warp, const float* query, int position) {
         }
         KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
             float low = query[h * HEAD_DIM + i], high = query[h * HEAD_DIM + i + HEAD_DIM / 2];
-            u32* at = (u32*)(warp.query + ((i / 8 * GROUP + h) * 4 + i % 8 / 2) * 8) + i % 2;
+            u32* at = (u32*)(warp.query + query_at(i / 8, h, i % 8 / 2)) + i % 2;
             *at = h2_from(low * cosine + high * sine, high * cosine - low * sine);
         }
     }
@@ -268,36 +413,36 @@ DEVICE void cap_scores(float (&score)[4][4], float cap) {
     }
 }
 
-DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u32 first, u32 last,
+DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 first, u32 last,
                         float cap) {
     const Slab& slab = stream.slab;
     u32 number = stream.number;
     const u8* side = side_of(stream, stream.parity);
     float score[4][4] = {};
-    const u8* words = take(cache, stream, 0);
-    if constexpr (OUTLIERS) {
-        int* sparse = (int*)warp.sparse;
-        for (u32 i = warp.lane; i < SPARSE_ROW * GROUP; i += 32) sparse[i] = 0;
+    if constexpr (AHEAD) {
+        await_copies<0>();
         sync_warp();
-        List list{(const u32*)(side + 256), outliers_at(cache, slab, 0)};
-        key_outliers(warp, list, outlier_words(slab, 0), number % 2 * 4);
-        sync_warp();
-        if (2 * warp.column < GROUP) {
-            const int* row = sparse + 2 * warp.column * SPARSE_ROW + warp.row;
-            KVQ_UNROLL for (int i = 0; i < 16; i++) {
-                if (i % 2 < GROUP)
-                    score[i / 4][i % 4] =
-                        (float)row[i % 2 * SPARSE_ROW + 8 * (i / 2)] * (1.0f / SPARSE_ONE);
-            }
-        }
+        if (stream.next_words) fetch_slab(stream.next_words, stream.lane);
+    } else {
+        stream.chunk = take(cache, stream, 0);
     }
-    constexpr u32 steps = KEY_CHUNK / step_bytes(KEY_BITS);
-    KVQ_UNROLL for (u32 chunk = 0; chunk < KEY_CHUNKS; chunk++) {
-        if (chunk) words = take(cache, stream, chunk);
-        KVQ_UNROLL for (u32 s = 0; s < steps; s++) {
-            key_step(warp, words + s * step_bytes(KEY_BITS), chunk * steps + s, number % 2 * 4,
-                     score);
+    const u32* listed = (const u32*)(side + 256);
+    if constexpr (OUTLIERS) {
+        clear_sparse(warp);
+        sync_warp();
+        u32 count = outlier_words(slab, 0);
+        if (count <= LISTED) {
+            key_outliers(warp, Near{listed}, count, number % 2 * 4);
+        } else {
+            key_outliers(warp, Far{listed, outliers_at(cache, slab, 0)}, count, number % 2 * 4);
         }
+        sync_warp();
+        sparse_scores(warp, score);
+    }
+    KVQ_UNROLL for (u32 step = 0; step < STEPS; step++) {
+        u32 words[KEY_BITS];
+        take_keys(cache, stream, step, words);
+        key_step(warp, words, step, number % 2 * 4, score);
     }
     cap_scores(score, cap);
     u32 weights[4][2];
@@ -305,13 +450,25 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, const Stream& stream, u3
     soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
     if constexpr (OUTLIERS) {
         sync_warp();
-        List list{(const u32*)(side + 256) + LISTED, outliers_at(cache, slab, 1)};
-        value_outliers(warp, list, outlier_words(slab, 1), slab.lists[3] & SORTED);
+        u32 count = outlier_words(slab, 1);
+        bool in_rounds = slab.lists[3] & IN_ROUNDS;
+        if (count <= LISTED) {
+            value_outliers(warp, Near{listed + LISTED}, count, in_rounds);
+        } else {
+            Far list{listed + LISTED, outliers_at(cache, slab, 1)};
+            value_outliers(warp, list, count, in_rounds);
+        }
     }
-    constexpr u32 value_steps = VALUE_CHUNK / step_bytes(VALUE_BITS);
+    if constexpr (AHEAD) {
+        sync_warp();  // what went with this slab is used up
+        if (stream.next_words)
+            send_side(cache, stream.lane, known_slab(stream, number + 1), side_of(stream, 0));
+        copies_sent();
+    }
     KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
-        if (m % value_steps == 0) words = take(cache, stream, KEY_CHUNKS + m / value_steps);
-        value_step(warp, words + m % value_steps * step_bytes(VALUE_BITS), weights, warp.out[m]);
+        u32 words[VALUE_BITS];
+        take_values(cache, stream, m, words);
+        value_step(warp, words, weights, warp.out[m]);
     }
 }
 

@@ -6,47 +6,63 @@ struct Tables {
     const u32* angles;
 };
 
-// The angles of a page's places, and the table of all pairs of 4-bit codes, a copy for each lane.
-DEVICE void fill_tables(const Tables& tables, const Cache& cache, u8* shared) {
-    KVQ_ROLLED for (u32 i = thread_index(); i < ANGLE_BYTES / 16; i += THREADS) {
-        copy16(shared + LUT_BYTES + 16 * i, (const u8*)tables.angles + 16 * i);
+// Send for `bytes` from global memory, some 16 bytes a thread from thread `first` on.
+template <u32 bytes>
+DEVICE void send_bytes(u8* to, const void* from, u32 first) {
+    static_assert(bytes % 16 == 0, "whole pieces are copied");
+    KVQ_UNROLL_4 for (u32 i = (thread_index() + THREADS - first) % THREADS; i < bytes / 16; i += THREADS)
+        copy16(to + 16 * i, (const u8*)from + 16 * i);
+}
+
+// Send for what is only copied: angles of a page's places, frequencies and the order of channels.
+DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
+    if constexpr (DERIVED) {  // the two rows of a lane to the two halves of the table
+        KVQ_UNROLL_4 for (u32 i = thread_index(); i < ANGLE_BYTES / 8; i += THREADS)
+            copy8(shared + LUT_BYTES + i / 2 * 8 + i % 2 * (ANGLE_BYTES / 2), tables.angles + 2 * i);
+    } else {
+        send_bytes<ANGLE_BYTES>(shared + LUT_BYTES, tables.angles, 0);
+    }
+    send_bytes<HEAD_DIM * 4>(shared + FREQUENCIES_AT, cache.frequencies, 0);
+    send_bytes<HEAD_DIM * 2>(shared + ORDER_AT, cache.order, 128 % THREADS);
+}
+
+// Send for a segment's query and, where it is only copied, the table of its keys.
+DEVICE void send_segment(const Tables& tables, const Cache& cache, const Segment& segment,
+                         const u16* query, u8* shared) {
+    u32 heads = cache.group_heads * cache.num_kv_heads;
+    const u16* from = query + ((u64)segment.sequence * heads + segment.first_head) * HEAD_DIM;
+    KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM / 8; i += THREADS)
+        copy16(shared + RAW_AT + 16 * i, from + 8 * i);
+    if constexpr (KEY_BITS != 16 && !CHANNEL_LEVELS) {
+        send_bytes<HEAD_TABLE>(shared + HEAD_AT, tables.key_table + segment.kv_head * HEAD_TABLE / 2,
+                               64 % THREADS);
     }
     copies_sent();
-    u64* frequencies = (u64*)(shared + FREQUENCIES_AT);
-    u16* order = (u16*)(shared + ORDER_AT);
-    KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
-        order[i] = cache.order[i];
-        if (i < HEAD_DIM / 2) frequencies[i] = cache.frequencies[i];
-    }
+}
+
+// The tables of pairs of 4-bit codes and of four 2-bit ones, a copy for each lane. Lanes hold the
+// levels: of keys, then of values.
+DEVICE void fill_tables(u32 level, u8* shared) {
     constexpr u32 row = LUT_STRIDE / 16;
+    static_assert(PAIR_BYTES / 16 % 32 == 0, "warps have whole turns");
     KVQ_UNROLL_4 for (u32 i = thread_index(); i < PAIR_BYTES / 16; i += THREADS) {
-        u32 code = i / row;
-        const u16* levels = tables.levels + (LUT_STRIDE == 128 || i % row >= row / 2 ? 16 : 0);
-        u32 pair = levels[code & 15] | (u32)levels[code >> 4] << 16;
-        u32* at = (u32*)(shared + 16 * i);
-        at[0] = at[1] = at[2] = at[3] = pair;
+        u32 code = i / row, side = LUT_STRIDE == 128 || i % row >= row / 2 ? 16 : 0;
+        u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4)) << 16;
+        *(Zeros*)(shared + 16 * i) = Zeros{{pair, pair, pair, pair}};
     }
     if constexpr (VALUE_QUADS) {
         KVQ_UNROLL_4 for (u32 i = thread_index(); i < 65536 / 16; i += THREADS) {
             u32 code = i / 16;  // two lanes' copies at once
-            const u16* levels = tables.levels + 16;
-            u32* at = (u32*)(shared + PAIR_BYTES + 16 * i);
-            at[0] = at[2] = levels[code & 3] | (u32)levels[code >> 4 & 3] << 16;
-            at[1] = at[3] = levels[code >> 2 & 3] | (u32)levels[code >> 6 & 3] << 16;
+            u32 first = from_lane(level, 16 + (code & 3)) | from_lane(level, 16 + (code >> 4 & 3)) << 16;
+            u32 second = from_lane(level, 16 + (code >> 2 & 3)) | from_lane(level, 16 + (code >> 6)) << 16;
+            *(Zeros*)(shared + PAIR_BYTES + 16 * i) = Zeros{{first, second, first, second}};
         }
     }
-    await_copies<0>();
 }
 
-// A KV head's scales and offsets, or its channels' levels in the form `key_levels` reads.
+// A KV head's channels' levels in the form `key_levels` reads.
 DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
-    if constexpr (KEY_BITS == 16) return;
-    if constexpr (!CHANNEL_LEVELS) {
-        const u32* from = (const u32*)table + head * STEPS * 16;
-        KVQ_ROLLED for (u32 i = thread_index(); i < STEPS * 16; i += THREADS)((u32*)at)[i] =
-            from[i];
-        return;
-    }
+    if constexpr (KEY_BITS == 16 || !CHANNEL_LEVELS) return;
     constexpr u32 count = 1u << (KEY_BITS == 16 ? 0 : KEY_BITS);
     const u16* levels = table + head * HEAD_DIM * count;
     if constexpr (KEY_BITS == 2) {
@@ -70,13 +86,14 @@ DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
     }
 }
 
-DEVICE void fill_query(const Cache& cache, const Segment& segment, const u16* query, float scale,
-                       float* to) {
-    const u16* from =
-        query + ((u64)segment.sequence * cache.num_heads + segment.first_head) * HEAD_DIM;
-    KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
-        u32 head = i / HEAD_DIM, channel = cache.order[i % HEAD_DIM];
-        to[i] = head < segment.heads ? state_value(from[head * HEAD_DIM + channel]) * scale : 0.0f;
+// The query in the order of packed keys, scaled; zeros for heads that are not there.
+DEVICE void arrange_query(const Segment& segment, u8* shared, float scale) {
+    const u16 *raw = (const u16*)(shared + RAW_AT), *order = (const u16*)(shared + ORDER_AT);
+    float* to = (float*)(shared + QUERY_AT);
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
+        u32 head = i / HEAD_DIM;
+        to[i] = head < segment.heads ? state_value(raw[head * HEAD_DIM + order[i % HEAD_DIM]]) * scale
+                                     : 0.0f;
     }
 }
 
@@ -115,13 +132,13 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
 // offset.
 DEVICE void leave_result(Warp& warp, float* join) {
     sync_warp();
-    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
             warp.sum[j] += exchange(warp.sum[j], mask);
             warp.offset[j] += exchange(warp.offset[j], mask);
         }
-        u32 head = 2 * warp.column + j;
-        if (head >= GROUP) continue;
+        u32 head = warp.head + j;
+        if (!has_heads(warp)) continue;
         if (warp.row == 0) {
             join[head * 3] = warp.greatest[j];
             join[head * 3 + 1] = warp.sum[j];
@@ -134,13 +151,14 @@ DEVICE void leave_result(Warp& warp, float* join) {
     }
 }
 
-// One (head, channel) of the block's result: sum of weighted values, reference, sum of weights.
-DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 channel,
+// One (head, channel) of the result of a block whose first `warps` warps have one: sum of weighted
+// values, reference, sum of weights.
+DEVICE void join_warps(const float* join, const u8* corners, u32 warps, u32 head, u32 channel,
                        float (&result)[3]) {
     float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
-    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) highest =
+    KVQ_UNROLL_4 for (u32 w = 0; w < warps; w++) highest =
         greater(highest, join[(w * GROUP + head) * 3]);
-    KVQ_ROLLED for (u32 w = 0; w < WARPS; w++) {
+    KVQ_UNROLL_4 for (u32 w = 0; w < warps; w++) {
         const float* part = join + (w * GROUP + head) * 3;
         const float* mix = (const float*)(corners + w * CORNER + CORNER_MIX);
         float factor = exp2_fast(part[0] - highest);
@@ -150,31 +168,73 @@ DEVICE void join_warps(const float* join, const u8* corners, u32 head, u32 chann
     result[0] = total, result[1] = highest, result[2] = sum;
 }
 
-// One (head, channel) of a segment from the partial results of `parts` blocks.
-DEVICE float join_blocks(const float* partials, u32 parts, u32 head, u32 channel) {
-    constexpr u32 batch = 8;  // so many loads are under way at once
-    float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
-    KVQ_ROLLED for (u32 first = 0; first < parts; first += batch) {
-        float value[batch], reference[batch], share[batch], next = highest;
-        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
-            const float* part =
-                partials + ((u64)smaller(first + k, parts - 1) * GROUP + head) * PARTIAL;
-            value[k] = load_fresh(part + channel);
-            reference[k] = load_fresh(part + HEAD_DIM);
-            share[k] = load_fresh(part + HEAD_DIM + 1);
+// The log of the sum of exp(score), from a reference in powers of 2 and the sum over it.
+DEVICE float log_of_sum(float reference, float sum) {
+    return (reference + log2_fast(sum)) * 0.6931471805599453f;
+}
+
+// Of a segment's partial results, the factor of each part of a head, over the sum of weights: to
+// `factors` (parts, GROUP); and the log of that sum to `log_sums` (heads), if it is there.
+DEVICE void weigh_parts(const float* partials, u32 parts, u32 heads, float* factors,
+                        float* log_sums) {
+    u32 head = thread_index() / 32, lane = thread_index() % 32;
+    KVQ_ROLLED for (; head < GROUP; head += WARPS) {
+        const float* part = partials + head * PARTIAL + HEAD_DIM;
+        float highest = FAR_BELOW, sum = 0.0f;
+        KVQ_ROLLED for (u32 i = lane; i < parts; i += 32)
+            highest = greater(highest, load_fresh(part + (u64)i * GROUP * PARTIAL));
+        KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2)
+            highest = greater(highest, exchange(highest, mask));
+        KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) {
+            const float* own = part + (u64)i * GROUP * PARTIAL;
+            float factor = exp2_fast(load_fresh(own) - highest);
+            factors[i * GROUP + head] = factor;
+            sum += factor * load_fresh(own + 1);
         }
-        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
-            if (first + k >= parts) reference[k] = FAR_BELOW;
-            next = greater(next, reference[k]);
-        }
-        float old = exp2_fast(highest - next);
-        total *= old, sum *= old, highest = next;
-        KVQ_UNROLL for (u32 k = 0; k < batch; k++) {
-            float factor = exp2_fast(reference[k] - next);
-            total += value[k] * factor, sum += share[k] * factor;
-        }
+        KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) sum += exchange(sum, mask);
+        if (log_sums && lane == 0 && head < heads) log_sums[head] = log_of_sum(highest, sum);
+        float inverse = 1.0f / sum;
+        KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) factors[i * GROUP + head] *= inverse;
     }
-    return total / sum;
+}
+
+// One (head, channel) of a segment from its parts, whose first `many` values are at hand.
+template <u32 many>
+DEVICE float join_parts(const float* partials, u32 parts, const float* factors, u32 head,
+                        u32 channel, const float (&first)[many]) {
+    float total = 0.0f;
+    KVQ_UNROLL for (u32 k = 0; k < many; k++) {
+        if (k < parts) total += first[k] * factors[k * GROUP + head];
+    }
+    KVQ_UNROLL_4 for (u32 k = many; k < parts; k++) {
+        const float* part = partials + ((u64)k * GROUP + head) * PARTIAL;
+        total += load_fresh(part + channel) * factors[k * GROUP + head];
+    }
+    return total;
+}
+
+// The result of a segment from the partial results of its blocks, by the last of them.
+DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* factors, u16* out,
+                        float* log_sums) {
+    constexpr u32 many = 16, mine = (GROUP * HEAD_DIM + THREADS - 1) / THREADS;
+    float first[many];
+    auto load = [&](u32 i) {
+        KVQ_UNROLL for (u32 k = 0; k < many; k++) {
+            const float* part = partials + ((u64)smaller(k, parts - 1) * GROUP + i / HEAD_DIM) * PARTIAL;
+            first[k] = load_fresh(part + i % HEAD_DIM);
+        }
+    };
+    u32 i = smaller(thread_index(), heads * HEAD_DIM - 1);
+    load(i);
+    weigh_parts(partials, parts, heads, factors, log_sums);
+    sync_block();
+    KVQ_ROLLED for (u32 k = 0; k < mine; k++) {
+        i = thread_index() + k * THREADS;
+        if (i >= heads * HEAD_DIM) break;
+        if (k) load(i);
+        out[i] = state_bits(
+            join_parts<many>(partials, parts, factors, i / HEAD_DIM, i % HEAD_DIM, first));
+    }
 }
 
 KERNEL(THREADS)
@@ -182,8 +242,9 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
        const u32* outlier_words, const int* page_table, const int* state, const u16* key_table,
        const u16* levels, const u32* angles, const u64* frequencies, const u16* order,
        const u16* sink_key, const u16* sink_value, const u16* window_key, const u16* window_value,
-       float* partials, u32* counters, u32 batch, u32 num_heads, u32 num_kv_heads, u32 max_pages,
-       u32 sink_capacity, u32 window_capacity, float scale, float cap) {
+       float* partials, u32* counters, float* log_sums, u32 batch, u32 group_heads,
+       u32 num_kv_heads, u32 max_pages, u32 sink_capacity, u32 window_capacity, float scale,
+       float cap) {
     u8* shared = shared_memory();
     Cache cache{slabs,
                 ranges,
@@ -192,21 +253,29 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 page_table,
                 state,
                 batch,
-                num_heads,
+                group_heads,
                 num_kv_heads,
                 max_pages,
                 frequencies,
                 order,
                 Exact{sink_key, sink_value, sink_capacity},
                 Exact{window_key, window_value, window_capacity}};
-    u64 total = total_units(cache), blocks = smaller(block_count(), (u32)total);
-    if (block_index() >= blocks) return;  // more blocks than units
+    u32 number = thread_index() / 32, lane = thread_index() % 32;
+    Tables tables{key_table, levels, angles};
+    u32 level = levels[lane];
+    send_tables(tables, cache, shared);
+    Cut cut;
+    if (block_index() >= plan(cache, block_count(), lane, cut)) {  // more blocks than units
+        await_copies<0>();
+        return;
+    }
 
-    u32 number = thread_index() / 32;
     u8* corner = shared + CORNER_AT + number * CORNER;
-    float *shared_query = (float*)(shared + QUERY_AT), *join = (float*)(shared + JOIN_AT);
+    const float* shared_query = (const float*)(shared + QUERY_AT);
+    float* join = (float*)(shared + JOIN_AT);
     Warp warp;
-    warp.lane = thread_index() % 32, warp.row = warp.lane / 4, warp.column = warp.lane % 4;
+    warp.lane = lane, warp.row = warp.lane / 4, warp.column = warp.lane % 4;
+    warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
     warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
     warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
     warp.order = (const u16*)(shared + ORDER_AT);
@@ -220,57 +289,69 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     stream.corner = corner, stream.lane = warp.lane, stream.parity = 0;
     bool ready = false;
 
-    u32 unit = (u32)(total * block_index() / blocks);
-    u32 end = (u32)(total * (block_index() + 1) / blocks);
+    u32 unit = cut.whole ? 0 : unit_of(cut, block_index());
+    u32 end = cut.whole ? 1 : unit_of(cut, block_index() + 1);
     while (unit < end) {
-        Segment segment = find_segment(cache, unit);
-        u32 from = unit - segment.start, count = smaller(end - unit, segment.units - from);
-        u32 begins = from + count * number / WARPS, ends = from + count * (number + 1) / WARPS;
+        Segment segment = find_segment(cache, cut, cut.whole ? block_index() : unit, lane);
+        send_segment(tables, cache, segment, query, shared);
+        u32 from = unit - segment.start, until = smaller(end - segment.start, segment.units);
+        if (cut.whole) {
+            u32 part = block_index() - segment.first_block;
+            from = segment.units * part / segment.blocks;
+            until = segment.units * (part + 1) / segment.blocks;
+        }
+        u32 count = until - from, warps = smaller(count, WARPS);
+        u32 begins = from + (count < WARPS ? smaller(number, count) : count * number / WARPS);
+        u32 ends = from + (count < WARPS ? smaller(number + 1, count) : count * (number + 1) / WARPS);
         begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
-        if (!ready) fill_tables(Tables{key_table, levels, angles}, cache, shared), ready = true;
-        sync_block();
-        fill_query(cache, segment, query, scale, shared_query);
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
+        if (!ready) fill_tables(level, shared);
+        ready = true;
         KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
-        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
         }
         KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
+        await_copies<DEPTH - 1>();  // what was sent for before the slabs
         sync_block();
-        if (begins < ends)
+        arrange_query(segment, shared, scale);
+        sync_block();
+        if (begins < ends) {
             attend_units(warp, cache, segment, stream, shared_query, begins, ends, cap);
-        leave_result(warp, join + number * GROUP * 3);
+            leave_result(warp, join + number * GROUP * 3);
+        }
         sync_block();
 
-        u32 first = (u32)(((u64)(segment.start + 1) * blocks - 1) / total);
-        u32 last = (u32)(((u64)(segment.start + segment.units) * blocks - 1) / total);
-        u16* out = output + ((u64)segment.sequence * num_heads + segment.first_head) * HEAD_DIM;
+        u32 first_row = segment.sequence * num_kv_heads * group_heads + segment.first_head;
+        u16* out = output + (u64)first_row * HEAD_DIM;
         float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
         KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
-            u32 head = i / HEAD_DIM, channel = i % HEAD_DIM;
+            u32 head = i % GROUP, channel = i / GROUP;
             float result[3];
-            join_warps(join, shared + CORNER_AT, head, channel, result);
-            if (first == last) {
-                if (head < segment.heads) out[i] = state_bits(result[0] / result[2]);
+            join_warps(join, shared + CORNER_AT, warps, head, channel, result);
+            if (segment.blocks == 1) {
+                if (head >= segment.heads) continue;
+                out[head * HEAD_DIM + channel] = state_bits(result[0] / result[2]);
+                if (log_sums && channel == 0)
+                    log_sums[first_row + head] = log_of_sum(result[1], result[2]);
                 continue;
             }
             part[head * PARTIAL + channel] = result[0];
             if (channel < 2) part[head * PARTIAL + HEAD_DIM + channel] = result[1 + channel];
         }
-        if (first != last) {
+        if (segment.blocks > 1) {
+            u32 last = segment.blocks - 1;
             sync_block();
-            if (thread_index() == 0)
-                join[0] = arrive(counters + segment.index, last - first) == last - first;
+            if (thread_index() == 0) join[0] = arrive(counters + segment.index, last) == last;
             sync_block();
             if (join[0] != 0.0f) {
-                const float* parts = partials + (u64)(first + segment.index) * GROUP * PARTIAL;
-                KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM;
-                                i += THREADS) {
-                    out[i] = state_bits(
-                        join_blocks(parts, last - first + 1, i / HEAD_DIM, i % HEAD_DIM));
-                }
+                u64 first = segment.first_block + segment.index;
+                join_blocks(partials + first * GROUP * PARTIAL, segment.blocks, segment.heads,
+                            (float*)(shared + CORNER_AT), out,
+                            log_sums ? log_sums + first_row : nullptr);
             }
         }
-        unit += count;
+        unit += cut.whole ? 1 : count;
+        if (unit < end) sync_block();  // all have read what the next segment overwrites
     }
 }

@@ -6,8 +6,10 @@
 // SOFTCAP.
 //
 // Tokens are rows of the score fragments, query heads their columns: lane 4r + c holds tokens r and
-// r + 8 of each tile for heads 2c and 2c + 1. Scores are base-2 logarithms. A value token's scale
-// goes into its weight, so weights are kept relative to the greatest score + log2(scale).
+// r + 8 of each tile for columns 2c and 2c + 1. Up to four heads have two columns each, which say the
+// same, so that a lane has one head to soften; eight have one each. Scores are base-2 logarithms. A
+// value token's scale goes into its weight, so weights are kept relative to the greatest
+// score + log2(scale).
 #pragma once
 #include "unpack.cuh"
 
@@ -31,6 +33,8 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                                              : STEPS * 128;
 constexpr float FAR_BELOW = -1e30f;
 constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
+constexpr int LANE_HEADS = GROUP == 8 ? 2 : 1;  // heads of a lane
+constexpr u32 QUERY_STEP = GROUP * 32 + (GROUP > 1 ? 32 : 0);  // bytes, padded against conflicts
 constexpr u32 SPARSE_ROW =
     GROUP == 1 ? 64 : 68;               // sparse scores of a head, padded against conflicts
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
@@ -38,26 +42,37 @@ constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers,
 // A warp's corner of shared memory, and what it has accumulated.
 struct Warp {
     u32 lane, row, column;  // lane = 4 row + column
+    u32 head;               // the first of the lane's heads
     const u8 *lut, *angles, *head_table;
     const u64* frequencies;
     const u16* order;
-    u8* query;      // (STEPS, GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
+    u8* query;      // of each step (GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
     float* sparse;  // outliers' share of the scores, then the tokens' weights, (64, GROUP)
     float* mix;     // (HEAD_DIM, GROUP): outliers' share of the output
     ByteTable<KEY_BITS == 3 ? 3 : 2> key_levels;
     ByteTable<VALUE_BITS == 3 ? 3 : 2> value_levels;
     float out[STEPS][4];
-    float greatest[2], sum[2], offset[2];
+    float greatest[LANE_HEADS], sum[LANE_HEADS], offset[LANE_HEADS];
 };
 
+// The head that a column of the fragments stands for, and the first one of a lane.
+DEVICE u32 column_head(u32 column) {
+    return GROUP == 8 ? column : column / 2 % GROUP;
+}
+// Whether a lane's heads are its own, not another lane's once more.
+DEVICE bool has_heads(const Warp& warp) {
+    return GROUP >= 4 || warp.column < GROUP;
+}
+
+// Where a head's query for a lane's column of a step lies.
+DEVICE u32 query_at(u32 step, u32 head, u32 column) {
+    return step * QUERY_STEP + (head * 4 + column) * 8;
+}
+
 DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
-    b0 = b1 = 0;
-    if (GROUP == 8 || warp.row < GROUP) {
-        const u32* at =
-            (const u32*)(warp.query + ((step * GROUP + warp.row) * 4 + warp.column) * 8);
-        u32 first = at[0], second = at[1];
-        b0 = pick_bytes(first, second, 0x5410), b1 = pick_bytes(first, second, 0x7632);
-    }
+    const u32* at = (const u32*)(warp.query + query_at(step, column_head(warp.row), warp.column));
+    u32 first = at[0], second = at[1];
+    b0 = pick_bytes(first, second, 0x5410), b1 = pick_bytes(first, second, 0x7632);
 }
 
 // Levels of one tile's codes: channels 8 step + 2 column + {0, 1} of tokens r and r + 8, then their
@@ -92,20 +107,25 @@ DEVICE void key_levels(const Warp& warp, u32 step, u32 tile, u32 (&k)[4]) {
 }
 
 // Scores of a step's 16 channels, added to those of the steps before.
-DEVICE void key_step(const Warp& warp, const u8* words, u32 step, u32 first_tile,
+DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u32 first_tile,
                      float (&score)[4][4]) {
     u32 tiles[4], affine[4] = {0, 0, 0, 0}, b0, b1;
-    if constexpr (KEY_BITS != 16) selectors<KEY_BITS == 16 ? 4 : KEY_BITS>(words, warp.lane, tiles);
+    if constexpr (KEY_BITS != 16) selectors<KEY_BITS>(words, tiles);
     if constexpr (KEY_BITS != 16 && !CHANNEL_LEVELS) {
         const u32* at = (const u32*)(warp.head_table + (step * 4 + warp.column) * 16);
         KVQ_UNROLL for (int i = 0; i < 4; i++) affine[i] = at[i];
     }
     query_fragment(warp, step, b0, b1);
+    u32 eight[2];  // cosine and sine of eight tokens
+    if constexpr (ROTATED && DERIVED) {
+        const u32* turn =
+            (const u32*)(warp.angles + ANGLE_BYTES / 2 + (step * 32 + warp.column) * 8);
+        eight[0] = turn[0], eight[1] = turn[1];
+    }
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 k[4];
         if constexpr (KEY_BITS == 16) {
-            const u32* at = (const u32*)words + (32 * t + warp.lane) * 4;
-            KVQ_UNROLL for (int i = 0; i < 4; i++) k[i] = at[i];
+            KVQ_UNROLL for (int i = 0; i < 4; i++) k[i] = words[(4 * t + i) % KEY_BITS];
         } else {
             key_levels(warp, step, tiles[t], k);
             if constexpr (!CHANNEL_LEVELS) {
@@ -115,10 +135,17 @@ DEVICE void key_step(const Warp& warp, const u8* words, u32 step, u32 first_tile
             }
         }
         if constexpr (ROTATED) {
-            const u32* turn =
-                (const u32*)(warp.angles +
-                             (((first_tile + t) * STEPS + step) * 32 + warp.lane) * 16);
-            u32 cosine[2] = {turn[0], turn[2]}, sine[2] = {turn[1], turn[3]};
+            u32 cosine[2], sine[2];
+            u32 at = ((first_tile + t) * STEPS + step) * 32 + warp.lane;
+            if constexpr (DERIVED) {
+                const u32* turn = (const u32*)(warp.angles + at * 8);
+                cosine[0] = turn[0], sine[0] = turn[1];
+                cosine[1] = h2_fma(cosine[0], eight[0], h2_neg(h2_mul(sine[0], eight[1])));
+                sine[1] = h2_fma(sine[0], eight[0], h2_mul(cosine[0], eight[1]));
+            } else {
+                const u32* turn = (const u32*)(warp.angles + at * 16);
+                cosine[0] = turn[0], sine[0] = turn[1], cosine[1] = turn[2], sine[1] = turn[3];
+            }
             KVQ_UNROLL for (int i = 0; i < 2; i++) {
                 u32 first = h2_fma(k[i], cosine[i], h2_neg(h2_mul(k[i + 2], sine[i])));
                 k[i + 2] = h2_fma(k[i + 2], cosine[i], h2_mul(k[i], sine[i]));
@@ -134,12 +161,11 @@ struct alignas(8) Pair {
 };
 
 // Add p V of 16 channels for the slab's 64 tokens; `weights` are the tokens' fragments.
-DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4][2],
-                       float (&out)[4]) {
+DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS],
+                       const u32 (&weights)[4][2], float (&out)[4]) {
     if constexpr (VALUE_QUADS) {
-        const u32* pair = (const u32*)words + 2 * warp.lane;
         KVQ_UNROLL for (int i = 0; i < 2; i++) {
-            u32 word = pair[i], first[4], second[4];
+            u32 word = words[i], first[4], second[4];
             KVQ_UNROLL for (int a = 0; a < 4; a++) {
                 u32 at = pick_bytes(word, 8 * warp.lane, 0x5504 | a << 4);
                 Pair found = *(const Pair*)(warp.lut + PAIR_BYTES + at);
@@ -151,14 +177,11 @@ DEVICE void value_step(const Warp& warp, const u8* words, const u32 (&weights)[4
         return;
     }
     u32 tiles[4];
-    if constexpr (VALUE_BITS != 16) {
-        selectors<VALUE_BITS == 16 ? 4 : VALUE_BITS>(words, warp.lane, tiles);
-    }
+    if constexpr (VALUE_BITS != 16) selectors<VALUE_BITS>(words, tiles);
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 v[4];
         if constexpr (VALUE_BITS == 16) {
-            const u32* at = (const u32*)words + (32 * t + warp.lane) * 4;
-            KVQ_UNROLL for (int i = 0; i < 4; i++) v[i] = at[i];
+            KVQ_UNROLL for (int i = 0; i < 4; i++) v[i] = words[(4 * t + i) % VALUE_BITS];
         } else if constexpr (VALUE_PAIRS) {
             look_up_pairs<LUT_STRIDE>(warp.lut + VALUE_HALF, warp.lane, tiles[t], v);
         } else {
@@ -173,7 +196,10 @@ DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
     KeyWhere where = key_where(word);
     float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
     if constexpr (ROTATED) {
-        const u32* turn = (const u32*)(warp.angles + first_tile * STEPS * 512 + (word & 0xfff8));
+        u32 at = DERIVED ? first_tile * STEPS * 256 + ((word & 0xfff0) >> 1) +
+                               (word & 8 ? ANGLE_BYTES / 2 : 0)
+                         : first_tile * STEPS * 512 + (word & 0xfff8);
+        const u32* turn = (const u32*)(warp.angles + at);
         u32 pair = pick_bytes(turn[0], turn[1], where.odd ? 0x7632 : 0x5410);
         float cosine = h2_low(pair), sine = h2_high(pair);
         u = delta * (where.upper ? -sine : cosine);
@@ -181,7 +207,7 @@ DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
     } else if (where.upper) {
         u = 0.0f, v = delta;
     }
-    const u8* query = warp.query + (where.step * GROUP * 4 + where.column) * 8 + 4 * where.odd;
+    const u8* query = warp.query + query_at(where.step, 0, where.column) + 4 * where.odd;
     int* score = (int*)warp.sparse + where.token;
     KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
         u32 pair = *(const u32*)(query + 32 * h);
@@ -199,22 +225,50 @@ DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 fir
     }
 }
 
-// Floats of all heads that a KV head has, read and written at once.
-struct alignas(8) Two {
-    float of[2];
+struct alignas(16) Zeros {
+    u32 of[4];
 };
+
+// Nothing is in the sparse scores.
+DEVICE void clear_sparse(const Warp& warp) {
+    constexpr u32 pieces = SPARSE_ROW * GROUP / 4;
+    KVQ_UNROLL for (u32 i = 0; i < pieces; i += 32) {
+        if (i + 32 <= pieces || i + warp.lane < pieces)
+            ((Zeros*)warp.sparse)[i + warp.lane] = Zeros{{0, 0, 0, 0}};
+    }
+}
+
+// Begin a lane's scores with what outliers add to them.
+DEVICE void sparse_scores(const Warp& warp, float (&score)[4][4]) {
+    const int* at = (const int*)warp.sparse + warp.head * SPARSE_ROW + warp.row;
+    KVQ_UNROLL for (int i = 0; i < 8; i++) {
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
+            score[i / 2][2 * (i & 1) + j] = (float)at[j * SPARSE_ROW + 8 * i] * (1.0f / SPARSE_ONE);
+        }
+    }
+}
+
+// Floats of the heads that a KV head has, read and written at once.
 struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
     float of[GROUP];
 };
 
-// Outliers of values: a word is a half delta above channel << 8 and token << 2. In a sorted list
-// the words of channels that are equal modulo 32 stand together, and each lane takes those of one
-// remainder: no two lanes write to one place. The list's head says where they begin. Lane 31's run
-// to the end, so it meets the padding, zeros, which would mean channel 0: those are passed over.
-// Lists that grew word by word are not sorted; there atomics keep lanes apart.
+// Add an outlier of a value to a head's mix: delta times the token's weight.
+DEVICE void value_outlier(const Warp& warp, u32 word) {
+    float delta = h2_high(word);
+    Heads weights = *(const Heads*)(warp.sparse + (word >> 2 & 63) * GROUP);
+    Heads* at = (Heads*)(warp.mix + (word >> 8 & 255) * GROUP);
+    Heads sum = *at;
+    KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weights.of[h] * delta;
+    *at = sum;
+}
+
+// Outliers of values: a word is a half delta above channel << 8 and token << 2. A list in rounds has
+// words of different channels in each round, so that no two lanes write to one place. Lists that grew
+// word by word are in no rounds; there atomics keep lanes apart.
 template <typename Words>
-DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool sorted) {
-    if (!sorted) {
+DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool in_rounds) {
+    if (!in_rounds) {
         KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
             u32 word = list(i);
             const float* weight = warp.sparse + (word >> 2 & 63) * GROUP;
@@ -224,28 +278,25 @@ DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool 
         }
         return;
     }
-    u32 shift = warp.lane % 4 * 8, i = list(warp.lane / 4) >> shift & 255;
-    u32 end = warp.lane == 31 ? count : list((warp.lane + 1) / 4) >> (shift + 8) % 32 & 255;
-    KVQ_ROLLED for (; i < end; i += 2) {  // two at a time, so that two loads are under way
-        u32 words[2] = {list(i), i + 1 < end ? list(i + 1) : 0};
-        Heads weights[2];
-        KVQ_UNROLL for (int k = 0; k < 2; k++)
-            weights[k] = *(const Heads*)(warp.sparse + (words[k] >> 2 & 63) * GROUP);
-        KVQ_UNROLL for (int k = 0; k < 2; k++) {
-            if (!words[k]) continue;
-            float delta = h2_high(words[k]);
-            Heads* at = (Heads*)(warp.mix + (words[k] >> 8 & 255) * GROUP);
-            Heads sum = *at;
-            KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weights[k].of[h] * delta;
-            *at = sum;
-        }
+    // Words whose channels are equal modulo 8, which share banks, follow each other: eight lanes that
+    // are served at once take every `apart`-th word.
+    u32 rounds = list(0), size = list(1), longer = list(2);
+    u32 apart = smaller(size / 8 + 1, 4);  // a round has at most 32
+    u32 place = warp.lane % 8 * apart + warp.lane / 8, begin = HEADER;
+    if (warp.lane / 8 >= apart) place = 32;  // no word
+    u32 word = list(smaller(begin + place, count - 1));
+    KVQ_ROLLED for (u32 round = 0; round < rounds; round++) {
+        u32 own = size + (round < longer), now = word;
+        begin += own, word = list(smaller(begin + place, count - 1));  // of the next round
+        if (place < own) value_outlier(warp, now);
+        sync_warp();
     }
 }
 
-// Bring everything accumulated to a new reference; the factor of head h lies in lanes with
-// column h / 2.
-DEVICE void rescale(Warp& warp, const float (&factor)[2]) {
-    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+// Bring everything accumulated to a new reference; the factor of head h lies in lanes of column
+// h / LANE_HEADS.
+DEVICE void rescale(Warp& warp, const float (&factor)[LANE_HEADS]) {
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         warp.sum[j] *= factor[j];
         warp.offset[j] *= factor[j];
         KVQ_UNROLL for (int m = 0; m < (int)STEPS; m++) {
@@ -256,7 +307,8 @@ DEVICE void rescale(Warp& warp, const float (&factor)[2]) {
     if constexpr (OUTLIERS) {
         sync_warp();
         KVQ_ROLLED for (int h = 0; h < GROUP; h++) {
-            float f = from_lane(h & 1 ? factor[1] : factor[0], h >> 1);
+            float f = LANE_HEADS == 1 ? from_lane(factor[0], h)
+                                      : from_lane(h & 1 ? factor[LANE_HEADS - 1] : factor[0], h >> 1);
             KVQ_ROLLED for (u32 d = warp.lane; d < HEAD_DIM; d += 32) warp.mix[d * GROUP + h] *= f;
         }
         sync_warp();
@@ -274,26 +326,27 @@ DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 firs
             if (token < first || token >= last) score[i / 4][i % 4] = FAR_BELOW;
         }
     }
-    float highest[2] = {FAR_BELOW, FAR_BELOW}, shift[8];
+    float highest[LANE_HEADS], shift[8];
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) highest[j] = FAR_BELOW;
     KVQ_UNROLL for (int i = 0; i < 8; i++) {
         u32 token = 8 * i + warp.row;
         shift[i] = ranges ? log2_fast(greater(h2_low(ranges[token]), 5.9604645e-8f)) : 0.0f;
-        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             float& s = score[i / 2][2 * (i & 1) + j];
             s += shift[i];
             highest[j] = greater(highest[j], s);
         }
     }
-    float factor[2];
+    float factor[LANE_HEADS];
     bool grew = false;
-    KVQ_UNROLL for (int j = 0; j < 2; j++) {
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
             highest[j] = greater(highest[j], exchange(highest[j], mask));
         }
         grew |= highest[j] > warp.greatest[j] + LAZY;
     }
     if (any_lane(grew)) {
-        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             float next = greater(warp.greatest[j], highest[j]);
             factor[j] = exp2_fast(warp.greatest[j] - next);
             warp.greatest[j] = next;
@@ -303,21 +356,17 @@ DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 firs
     KVQ_UNROLL for (int i = 0; i < 8; i++) {
         u32 token = 8 * i + warp.row;
         float inverse = ranges ? exp2_fast(-shift[i]) : 1.0f;
-        float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[2], p[2];
-        KVQ_UNROLL for (int j = 0; j < 2; j++) {
+        float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[LANE_HEADS], p[LANE_HEADS];
+        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             weight[j] = exp2_fast(score[i / 2][2 * (i & 1) + j] - warp.greatest[j]);
             p[j] = weight[j] * inverse;
             warp.sum[j] += p[j];
             warp.offset[j] += p[j] * zero;
         }
-        if (OUTLIERS && 2 * warp.column < GROUP) {
-            float* at = warp.sparse + token * GROUP + 2 * warp.column;
-            if constexpr (GROUP == 1) {
-                at[0] = p[0];
-            } else {
-                *(Two*)at = Two{{p[0], p[1]}};
-            }
+        if (OUTLIERS && has_heads(warp)) {
+            float* at = warp.sparse + token * GROUP + warp.head;
+            KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) at[j] = p[j];
         }
-        weights[i / 2][i & 1] = transpose8(h2_from(weight[0], weight[1]));
+        weights[i / 2][i & 1] = transpose8(h2_from(weight[0], weight[LANE_HEADS - 1]));
     }
 }

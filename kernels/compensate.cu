@@ -128,7 +128,7 @@ compensate_keys(const u16* key, const int* page_table, const float* lower, const
         float state[2] = {0.0f, 0.0f};
         bool exists = token < place.tokens;
         if (exists) {
-            key_states(code, pair, rows + token * HEAD_DIM, place.slab * 64 + token, at, state);
+            key_states(pair, rows + token * HEAD_DIM, turn_at(code, place.slab * 64 + token, at), state);
         }
         KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
             put(bench, token, pair[k].channel, key_scaled(pair[k], state[k]),
@@ -141,7 +141,8 @@ compensate_keys(const u16* key, const int* page_table, const float* lower, const
         KeyChannel pair[2] = {key_channel(code, place.head, at % half),
                               key_channel(code, place.head, at % half + half)};
         float state[2];
-        key_states(code, pair, rows + token * HEAD_DIM, place.slab * 64 + token, at % half, state);
+        Turn turn_of = turn_at(code, place.slab * 64 + token, at % half);
+        key_states(pair, rows + token * HEAD_DIM, turn_of, state);
         bool is_upper = at >= half;
         float low = is_upper ? pair[1].lower : pair[0].lower;
         float high = is_upper ? pair[1].upper : pair[0].upper;

@@ -20,8 +20,9 @@ struct Source {
 template <bool is_key>
 DEVICE void decode_side(const Source& from, float* tile) {
     constexpr u32 bits = is_key ? KEY_BITS : VALUE_BITS;
-    u32 lane = thread_index() % 32, step = thread_index() / 32, tiles[4];
-    selectors<bits>(from.words + step * step_bytes(bits), lane, tiles);
+    u32 lane = thread_index() % 32, step = thread_index() / 32, words[bits], tiles[4];
+    read_words<bits>(from.words + step * step_bytes(bits), lane, words);
+    selectors<bits>(words, tiles);
     KVQ_UNROLL for (u32 n = 0; n < 32; n++) {
         u32 token, at, code = tiles[n / 8] >> 4 * (n % 8) & ((1u << bits) - 1);
         if constexpr (is_key) {
@@ -39,7 +40,7 @@ template <bool is_key>
 DEVICE void add_outliers(const Source& from, float* tile) {
     const u32* list = from.index + (is_key ? 0 : 2);
     const u32* words = from.outlier_words + (u64)list[0] * 4;
-    u32 first = list[1] & SORTED ? STARTS : 0, last = (list[1] & ~SORTED) * 4;
+    u32 first = list[1] & IN_ROUNDS ? HEADER : 0, last = (list[1] & ~IN_ROUNDS) * 4;
     for (u32 i = first + thread_index(); i < last; i += STEPS * 32) {
         u32 word = words[i], token = word >> 2 & 63, at = word >> 8 & 255;
         if constexpr (is_key) {

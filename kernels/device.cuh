@@ -70,6 +70,9 @@ DEVICE u32 least_of_warp(u32 value) {
 DEVICE u32 greatest_of_warp(u32 value) {
     return __reduce_max_sync(0xffffffffu, value);
 }
+DEVICE u32 sum_of_warp(u32 value) {
+    return __reduce_add_sync(0xffffffffu, value);
+}
 DEVICE u32 count_bits(u32 value) {
     return __popc(value);
 }
@@ -92,6 +95,17 @@ DEVICE u32 h2_fma(u32 a, u32 b, u32 c) {
 DEVICE u32 h2_mul(u32 a, u32 b) {
     u32 d;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+// Two halves, or bfloat16s, with +0 where they are -0.
+template <bool bfloat>
+DEVICE u32 no_negative_zero(u32 a) {
+    u32 d;
+    if constexpr (bfloat) {
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80), "r"(0));
+    } else {
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3c003c00), "r"(0));
+    }
     return d;
 }
 DEVICE u32 h2_neg(u32 a) {
@@ -168,8 +182,11 @@ DEVICE float div_exact(float a, float b) {
 DEVICE float fma_exact(float a, float b, float c) {
     return __fmaf_rn(a, b, c);
 }
+// 1 / a, rounded as IEEE division is, of a from 2^-100 to 2^100.
 DEVICE float reciprocal_exact(float a) {
-    return __frcp_rn(a);
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(a));
+    return __fmaf_rn(near, __fmaf_rn(-a, near, 1.0f), near);
 }
 
 // c += a b for a 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.
@@ -194,12 +211,37 @@ DEVICE void copy16(void* shared, const void* global) {
         "l"(global)
         : "memory");
 }
+DEVICE void copy8(void* shared, const void* global) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(shared)),
+        "l"(global)
+        : "memory");
+}
 DEVICE void copies_sent() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 template <int pending>
 DEVICE void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Words of global memory that nobody reads again, and a line of it to be had soon.
+template <int count>
+DEVICE void load_once(const u32* from, u32 (&to)[count]) {
+    if constexpr (count == 4) {
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "l"(from));
+    } else if constexpr (count == 2) {
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(to[0]), "=r"(to[1])
+                     : "l"(from));
+    } else {
+        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+    }
+}
+DEVICE void fetch_line(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 DEVICE void add_shared(float* at, float value) {

@@ -1,141 +1,22 @@
 // From the states a model computed to pages: codes, ranges and outliers, the same bits as codec.py.
 //
 // Three kernels, so that lists of outliers get exactly the room they need: `survey_values` finds
-// each token's range and which elements are outliers, `survey_keys` counts them, and, once the host
-// has laid out the lists, `pack_slabs` writes everything. Each float operation is one IEEE
-// operation in the order of codec.py; nothing is contracted.
+// each token's range and which elements are outliers, `pack_slabs` writes codes and says who is an
+// outlier, and, once the host has laid out the lists, `write_lists` fills them. Each float operation
+// is one IEEE operation in the order of codec.py; nothing is contracted.
 //
 // `states`  (batch, num_kv_heads, tokens, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
 // `turns`   (batch, tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
 // `ranges`  (pages, 128) half2: scale and offset
 // `cuts`    (batch, tokens) Cuts
-// `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; SORTED lists of
-//           values begin with 32 bytes, where each reading lane's words are
+// `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; lists of values
+//           IN_ROUNDS begin with HEADER words (kvqtool/pages.py)
 // `spilled` (2, room) of keys and of values, how many in `spills` (2): outliers that adding delta and
 //           code does not give back, (token * batch + sequence) * channels + channel above the half
 // `key_coded`, `key_moved` and those of values: from compensate.cu, with KEY_COMP and VALUE_COMP
-// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS; of
-// `pack_slabs` also KEY_COMP and VALUE_COMP: codes are there already.
-#include "pack.cuh"
-
-// Grid: (sequence, KV head, slab). Leaves the number of key outliers in `counts` (lists, 2).
-KERNEL(STEPS * 32)
-survey_keys(const u16* key, const int* page_table, const float* lower, const float* upper,
-            const float* offset, const float* inverse, const float* middles, const u16* order,
-            const float* turns, u32* counts, u32 num_kv_heads, u32 tokens, u32 max_pages) {
-    u16* staged = (u16*)shared_memory();
-    u32 slabs = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
-    Place place = find_place(block_index(), num_kv_heads, slabs, tokens, page_table, max_pages);
-    KeyCode code{lower, upper, offset, inverse, middles, order,
-                 turns + (u64)place.sequence * tokens * HEAD_DIM};
-    stage(key, place, num_kv_heads, tokens, staged);
-    sync_block();
-    KeyChannel channels[2][2];
-    lane_channels(code, place.head, step, lane, channels);
-    u32 found = 0, total;
-    KVQ_UNROLL_4 for (u32 n = 0; n < 16; n++) {
-        u32 token = n / 2 * 8 + lane / 4, e = n % 2;
-        if (token >= place.tokens) continue;
-        Element pair[2];
-        key_pair(code, channels[e], staged + token * ROW, place.slab * 64 + token,
-                 8 * step + lane % 4 * 2 + e, pair);
-        found += pair[0].is_outlier + pair[1].is_outlier;
-    }
-    lanes_before(found, lane, total);
-    u32 list = (place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
-    if (lane == 0 && total) add_global(counts + 2 * list, total);
-}
-
-constexpr u32 LISTED = 128;  // candidates for outliers of a tail
-
-// A warp's scratch: a token's values in order, and either candidates of both tails or bins.
-struct Scratch {
-    u32* words;  // 1024
-    u16* keys;
-};
-
-// What a token's outliers are: the cuts, and the least and the greatest item between them. `listed`
-// are the candidates of each tail in the scratch.
-struct Found {
-    Cuts cuts, rest;
-    u32 listed[2];
-};
-
-// The `rank`-th least of a tail's candidates and the one after it; candidates of the upper tail
-// are complemented.
-DEVICE void rank_items(const u32* items, u32 count, u32 rank, u32 lane, u32& cut, u32& next) {
-    u32 mine[LISTED / 32];
-    KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++)
-        mine[k] = lane + 32 * k < count ? items[lane + 32 * k] : ~0u;
-    KVQ_ROLLED for (u32 n = 0; n <= rank; n++) {
-        u32 least = ~0u;
-        KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++) least = smaller(least, mine[k]);
-        cut = next, next = least_of_warp(least);
-        KVQ_UNROLL for (u32 k = 0; k < LISTED / 32; k++) mine[k] = mine[k] == next ? ~0u : mine[k];
-    }
-}
-
-// Find a token's outliers where few elements can be some: those up to the `per_tail`-th of the
-// lanes' least items, and likewise at the other end. False where there are too many candidates, or
-// none is left between the cuts.
-DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane,
-                           u32 lane_least, u32 lane_greatest, Found& found) {
-    if (per_tail > 32) return false;
-    u32 low_end = 0, high_end = 0;
-    KVQ_ROLLED for (u32 n = 0; n < per_tail; n++) {
-        low_end = least_of_warp(lane_least), high_end = greatest_of_warp(lane_greatest);
-        if (lane_least == low_end) lane_least = ~0u;
-        if (lane_greatest == high_end) lane_greatest = 0;
-    }
-    u32(&listed)[2] = found.listed;
-    listed[0] = listed[1] = 0;
-    KVQ_UNROLL_4 for (u32 base = 0; base < channels / 2; base += 32) {
-        u32 i = smaller(base + lane, channels / 2 - 1), pair = ((const u32*)scratch.keys)[i];
-        bool exists = base + lane < channels / 2;
-        u32 items[2] = {item_of(pair & 0xffff, 2 * i), item_of(pair >> 16, 2 * i + 1)};
-        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
-            u32 tail = k / 2, item = items[k % 2];
-            bool mine = exists && (tail ? item >= high_end : item <= low_end);
-            u32 all = vote(mine);
-            if (!all) continue;
-            u32 at = listed[tail] + count_bits(all & ((1u << lane) - 1));
-            if (mine && at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
-            listed[tail] += count_bits(all);
-        }
-    }
-    sync_warp();
-    if (listed[0] > LISTED || listed[1] > LISTED) return false;
-    if (listed[0] == per_tail || listed[1] == per_tail) return false;
-    u32 low = 0, next_low = 0, high = 0, next_high = 0;
-    rank_items(scratch.words, listed[0], per_tail, lane, low, next_low);
-    rank_items(scratch.words + LISTED, listed[1], per_tail, lane, high, next_high);
-    found.cuts = Cuts{low, ~high}, found.rest = Cuts{next_low, ~next_high};
-    return next_low < ~high && ~next_high > low;
-}
-
-// The cuts of any token, by two histograms a tail: of the upper bytes, then of the lower bytes
-// within a bin, and then a count of channels among equals.
-DEVICE Cuts rank_all(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane) {
-    u32* bins = scratch.words;
-    const u16* keys = scratch.keys;
-    sync_warp();
-    KVQ_UNROLL_4 for (u32 i = lane; i < 1024; i += 32) bins[i] = 0;
-    sync_warp();
-    for (u32 i = lane; i < channels; i += 32) add_shared((int*)bins + (keys[i] >> 8), 1);
-    sync_warp();
-    u32 low_left = per_tail, high_left = per_tail;
-    u32 low_bin = rank_bin<false>(bins, lane, low_left);
-    u32 high_bin = rank_bin<true>(bins, lane, high_left);
-    for (u32 i = lane; i < channels; i += 32) {
-        if (keys[i] >> 8 == low_bin) add_shared((int*)bins + 512 + (keys[i] & 255), 1);
-        if (keys[i] >> 8 == high_bin) add_shared((int*)bins + 768 + (keys[i] & 255), 1);
-    }
-    sync_warp();
-    u32 low = low_bin << 8 | rank_bin<false>(bins + 512, lane, low_left);
-    u32 high = high_bin << 8 | rank_bin<true>(bins + 768, lane, high_left);
-    return Cuts{item_of(low, tie_channel<false>(keys, channels, lane, low, low_left)),
-                item_of(high, tie_channel<true>(keys, channels, lane, high, high_left))};
-}
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS; beside
+// `survey_values` also KEY_COMP and VALUE_COMP: codes are there already.
+#include "survey.cuh"
 
 // Grid: tokens of all sequences, a warp each. The `per_tail` least and greatest elements of a token
 // over all KV heads are outliers, lower channels first among the least that are equal, higher ones
@@ -150,14 +31,15 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
     Scratch scratch{words, (u16*)(words + 1024)};
     u32 least = ~0u, greatest = 0;  // of this lane
     const u16* row = value + ((u64)sequence * num_kv_heads * tokens + token) * HEAD_DIM;
-    KVQ_UNROLL_4 for (u32 i = lane; i < channels / 2; i += 32) {
-        u32 head = 2 * i / HEAD_DIM, at = 2 * i % HEAD_DIM;
-        u32 pair = *(const u32*)(row + (u64)head * tokens * HEAD_DIM + at);
-        u32 low = order_key((u16)pair), high = order_key((u16)(pair >> 16));
-        ((u32*)scratch.keys)[i] = low | high << 16;
-        u32 first = item_of(low, 2 * i), second = item_of(high, 2 * i + 1);
-        least = smaller(least, smaller(first, second));
-        greatest = larger(greatest, larger(first, second));
+    KVQ_UNROLL_4 for (u32 channel = 4 * lane; channel < channels; channel += 128) {
+        u32 head = channel / HEAD_DIM, at = channel % HEAD_DIM, items[4];
+        Quad states = *(const Quad*)(row + (u64)head * tokens * HEAD_DIM + at);
+        Quad keys{{order_keys(states.of[0]), order_keys(states.of[1])}};
+        *(Quad*)(scratch.keys + channel) = keys;
+        quad_items(keys, channel, items);
+        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+            least = smaller(least, items[k]), greatest = larger(greatest, items[k]);
+        }
     }
     sync_warp();
     u32 page = page_table[sequence * max_pages + token / 128];
@@ -220,150 +102,279 @@ DEVICE Element given_element(const Given& given, u32 token, u32 channel) {
     return Element{state, coded & 0x7fu, is_outlier};
 }
 
-// Grid: (sequence, KV head, slab). A warp writes one step of the keys and one of the values.
+// What codes and outliers of a slab are written from.
+struct Source {
+    Place place;
+    KeyCode code;
+    u32 lane, step;
+};
+
+// Where the words of a slab's lists of flags lie: a bit an element, a word a lane of each step, of the
+// keys, then of the values.
+DEVICE u32* flags_of(u32* flags, u64 list, u32 side, u32 thread) {
+    return flags + (list * 2 + side) * STEPS * 32 + thread;
+}
+
+// Of a lane's codes, those of tokens that exist: masks of nibbles of a tile's word.
+DEVICE u32 key_mask(const Source& from, u32 tile) {
+    u32 token = 16 * tile + from.lane / 4, tokens = from.place.tokens;
+    return (token < tokens ? 0x00ff00ffu : 0) | (token + 8 < tokens ? 0xff00ff00u : 0);
+}
+DEVICE u32 value_mask(const Source& from, u32 tile) {
+    u32 token = 16 * tile + from.lane % 4 * 2, tokens = from.place.tokens, mask = 0;
+    KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+        if (token + k / 2 * 8 + k % 2 < tokens) mask |= 0x0f0fu << (k / 2 * 16 + k % 2 * 4);
+    }
+    return mask;
+}
+// A bit for each nibble that is not zero in a mask of whole nibbles.
+DEVICE u32 nibble_bits(u32 mask) {
+    u32 bits = 0;
+    KVQ_UNROLL for (u32 i = 0; i < 8; i++) bits |= (mask >> 4 * i & 1) << i;
+    return bits;
+}
+
+// A lane's codes of a step's keys, a word a tile; returns who is an outlier.
+DEVICE u32 key_codes(const Source& from, const u16* staged, const Given& given,
+                     u32 (&tiles)[4]) {
+    u32 flags = 0, place = 8 * from.step + from.lane % 4 * 2;
+    KeyChannel channels[2][2];
+    lane_channels(from.code, from.place.head, from.step, from.lane, channels);
+    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+        u32 word = 0, found_flags = 0;
+        KVQ_UNROLL for (u32 half = 0; half < 2; half++) {
+            u32 token = t * 16 + half * 8 + from.lane / 4;
+            u32 exists = smaller(token, from.place.tokens - 1);
+            Turns turns = turns_at(from.code, from.place.slab * 64 + exists, place);
+            KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
+                Element found[2];
+                if constexpr (KEY_COMP) {
+                    found[0] = given_element(given, exists, channels[e][0].channel);
+                    found[1] = given_element(given, exists, channels[e][1].channel);
+                } else {
+                    key_pair(channels[e], staged + token * ROW, turns.of[e], found);
+                }
+                u32 i = half * 2 + e;
+                word |= found[0].code << 4 * i | found[1].code << 4 * (i + 4);
+                if (found[0].is_outlier) found_flags |= 1u << i;
+                if (found[1].is_outlier) found_flags |= 16u << i;
+            }
+        }
+        if (from.place.tokens < 64) {
+            u32 mask = key_mask(from, t);
+            word &= mask, found_flags &= nibble_bits(mask);
+        }
+        flags |= found_flags << 8 * t;
+        KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
+        tiles[3] = word;
+    }
+    return flags;
+}
+
+// A lane's codes of a step's values; returns who may be an outlier, as far as its size says.
+DEVICE u32 value_codes(const Source& from, const u16* staged, const Given& given,
+                       const Coded* rows, const float* middles, u32 (&tiles)[4]) {
+    u32 flags = 0;
+    u32 channel = 16 * from.step + from.lane / 4;
+    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+        u32 word = 0, found_flags = 0;
+        KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
+            u32 token = t * 16 + n / 2 * 8 + from.lane % 4 * 2 + n % 2;
+            Coded row = rows[token];
+            KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
+                u32 i = n / 2 * 4 + n % 2 + 2 * upper, at = channel + 8 * upper;
+                if constexpr (VALUE_COMP) {
+                    Element found = given_element(given, smaller(token, from.place.tokens - 1), at);
+                    word |= found.code << 4 * i;
+                    if (found.is_outlier) found_flags |= 1u << i;
+                } else {
+                    float x = state_value(staged[token * ROW + at]);
+                    float u = mul_exact(add_exact(x, -row.offset), row.inverse);
+                    word |= nearest<VALUE_BITS>(u, middles) << 4 * i;
+                    if (OUTLIERS && (x <= row.low || x >= row.high)) found_flags |= 1u << i;
+                }
+            }
+        }
+        if (from.place.tokens < 64) {
+            u32 mask = value_mask(from, t);
+            word &= mask, found_flags &= nibble_bits(mask);
+        }
+        flags |= found_flags << 8 * t;
+        KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
+        tiles[3] = word;
+    }
+    return flags;
+}
+
+// Grid: (sequence, KV head, slab). A warp writes one step of the keys and one of the values, who is an
+// outlier to `flags` (lists, 2, STEPS * 32), and the number of the keys' to `counts` (lists, 2).
 KERNEL(STEPS * 32)
 pack_slabs(const u16* key, const u16* value, const int* page_table, const float* lower,
            const float* upper, const float* offset, const float* inverse, const float* key_middles,
-           const float* value_middles, const u16* order, const float* turns, const u16* levels,
-           const u16* key_levels, const u32* ranges, const Cuts* cuts, const u32* index, u8* slabs,
-           u32* outlier_words, u32* spills, u64* spilled, const u8* key_coded, const u16* key_moved,
-           const u8* value_coded, const u16* value_moved, u32 room, u32 batch, u32 num_kv_heads,
-           u32 tokens, u32 max_pages) {
+           const float* value_middles, const u16* order, const float* turns, const u32* ranges,
+           const u8* key_coded, const u16* key_moved, const u8* value_coded,
+           const u16* value_moved, const Cuts* cuts, u32* counts, u32* flags, u8* slabs,
+           u32 num_kv_heads, u32 tokens, u32 max_pages) {
     u16* staged = (u16*)shared_memory();
     u16* staged_value = staged + 64 * ROW;
-    float* middles = (float*)(staged_value + 64 * ROW);  // of keys, of values
-    ValueRow* rows = (ValueRow*)(middles + 32);
-    u32* counts = (u32*)(rows + 64);
-    u32* cursors = counts + STEPS;  // where each lane's outliers of values go
-    for (u32 i = thread_index(); i < 32; i += STEPS * 32) {
+    Coded* rows = (Coded*)(staged_value + 64 * ROW);
+    float* middles = (float*)(rows + 64);  // of keys, of values
+    u32 many = (tokens + 63) / 64, thread = thread_index();
+    Source from;
+    from.lane = thread % 32, from.step = thread / 32;
+    from.place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
+    const Place& place = from.place;
+    from.code = KeyCode{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
+                        order, turns + (u64)place.sequence * tokens * HEAD_DIM};
+    u64 row = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
+    Given given[2] = {{key_coded + row * HEAD_DIM, key_moved + row * HEAD_DIM},
+                      {value_coded + row * HEAD_DIM, value_moved + row * HEAD_DIM}};
+    if constexpr (!KEY_COMP) stage(key, place, num_kv_heads, tokens, staged);
+    copies_sent();
+    if constexpr (!VALUE_COMP) stage(value, place, num_kv_heads, tokens, staged_value);
+    copies_sent();
+    for (u32 i = thread; i < 32; i += STEPS * 32) {
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
         if (i >= 16 && i < 15 + (1u << VALUE_BITS)) middles[i] = value_middles[i - 16];
-        cursors[i] = 0;
     }
+    const Cuts* own = cuts + (u64)place.sequence * tokens + place.slab * 64;
+    for (u32 i = thread; i < 64; i += STEPS * 32) {
+        u32 at = smaller(i, place.tokens - 1);
+        rows[i] = coded_row(ranges[place.page * 128 + place.slab % 2 * 64 + at], own[at]);
+    }
+    u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
+    u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
+    u32 tiles[4] = {0, 0, 0, 0};
+    await_copies<1>();
+    sync_block();
+    u32 found = key_codes(from, staged, given[0], tiles);
+    store_codes<KEY_BITS>(to + from.step * step_bytes(KEY_BITS), from.lane, tiles);
+    if constexpr (OUTLIERS) {
+        *flags_of(flags, list, 0, thread) = found;
+        u32 total = sum_of_warp(count_bits(found));
+        if (from.lane == 0 && total) add_global(counts + 2 * list, total);
+    }
+    await_copies<0>();
+    sync_block();
+    found = value_codes(from, staged_value, given[1], rows, middles + 16, tiles);
+    to += STEPS * step_bytes(KEY_BITS) + from.step * step_bytes(VALUE_BITS);
+    store_codes<VALUE_BITS>(to, from.lane, tiles);
+    if constexpr (!OUTLIERS) return;
+    KVQ_ROLLED for (u32 left = VALUE_COMP ? 0 : found; left; left &= left - 1) {  // among equals
+        u32 token, at, n = lowest_bit(left);
+        value_place(n, from.step, from.lane, token, at);
+        u32 item = item_of(order_key(staged_value[token * ROW + at]), place.head * HEAD_DIM + at);
+        if (!is_cut(own[token], item)) found &= ~(1u << n);
+    }
+    *flags_of(flags, list, 1, thread) = found;
+}
+
+// From the outliers of each channel to those of the channels before it, and the rounds of the list:
+// their number, size, how many have one more, and the outliers of all.
+DEVICE void deal_rounds(u32* channels, u32* rounds, u32 lane) {
+    u32 before = 0, most = 1, total;
+    KVQ_UNROLL for (u32 base = 0; base < HEAD_DIM; base += 32) {
+        u32 count = channels[base + lane], at = lanes_before(count, lane, total);
+        most = larger(most, count);
+        channels[base + lane] = before + at;
+        before += total;
+    }
+    most = larger(greatest_of_warp(most), (before + 31) / 32);
+    if (lane == 0) {
+        rounds[0] = most, rounds[1] = before / most, rounds[2] = before % most, rounds[3] = before;
+    }
+}
+
+// Grid: (sequence, KV head, slab). Write the lists of outliers where `index` says, from the flags.
+KERNEL(STEPS * 32)
+write_lists(const u16* key, const u16* value, const int* page_table, const float* lower,
+            const float* upper, const float* offset, const float* inverse,
+            const float* key_middles, const float* value_middles, const u16* order,
+            const float* turns, const u16* levels, const u16* key_levels, const u32* ranges,
+            const u8* key_coded, const u16* key_moved, const u8* value_coded,
+            const u16* value_moved, u32* flags, const u32* index, u32* outlier_words, u32* spills,
+            u64* spilled, u32 room, u32 batch, u32 num_kv_heads, u32 tokens, u32 max_pages) {
+    u32* counts = (u32*)shared_memory();   // of keys, a step each
+    u32* channels = counts + STEPS;         // outliers of each channel of values, then of those before
+    u32* rounds = channels + HEAD_DIM;      // how many, their size, and how many have one more
     u32 many = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
     Place place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
-    KeyCode code{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles,
-                 order, turns + (u64)place.sequence * tokens * HEAD_DIM};
+    u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
+    u32 key_flags = *flags_of(flags, list, 0, thread_index());
+    u32 value_flags = *flags_of(flags, list, 1, thread_index());
+    KeyCode code{lower, upper, offset, inverse, key_middles, order,
+                 turns + (u64)place.sequence * tokens * HEAD_DIM};
     Decode decode{levels, key_levels, (const u32*)key_levels};
-    if constexpr (!KEY_COMP) stage(key, place, num_kv_heads, tokens, staged);
-    if constexpr (!VALUE_COMP) stage(value, place, num_kv_heads, tokens, staged_value);
-    u64 row = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
-    Given keys{key_coded + row * HEAD_DIM, key_moved + row * HEAD_DIM};
-    Given values{value_coded + row * HEAD_DIM, value_moved + row * HEAD_DIM};
-    u32 head_channel = place.head * HEAD_DIM;
-    auto find_keys = [&](const KeyChannel(&pair)[2], u32 token, u32 at, Element(&found)[2]) {
-        if constexpr (KEY_COMP) {
-            found[0] = given_element(keys, token, pair[0].channel);
-            found[1] = given_element(keys, token, pair[1].channel);
-        } else {
-            key_pair(code, pair, staged + token * ROW, place.slab * 64 + token, at, found);
-        }
-    };
-    auto find_value = [&](u32 token, u32 at) {
-        if constexpr (VALUE_COMP) return given_element(values, token, at);
-        return value_element(middles + 16, staged_value[token * ROW + at], rows[token],
-                             head_channel + at);
-    };
-    u32 parity = place.slab % 2;
-    for (u32 i = thread_index(); i < place.tokens; i += STEPS * 32) {
-        u32 range = ranges[place.page * 128 + parity * 64 + i];
-        rows[i] = ValueRow{range, inverse_scale(range),
-                           cuts[(u64)place.sequence * tokens + place.slab * 64 + i]};
-    }
-    sync_block();
-    u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + parity;
-    u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
-    u32 key_flags = 0, value_flags = 0, tiles[4] = {0, 0, 0, 0};
-    KeyChannel channels[2][2];
-    lane_channels(code, place.head, step, lane, channels);
-    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
-        u32 word = 0;
-        KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
-            u32 e = n % 2, i = n / 2 * 2 + e, token = t * 16 + n / 2 * 8 + lane / 4;
-            if (token >= place.tokens) continue;
-            Element found[2];
-            find_keys(channels[e], token, 8 * step + lane % 4 * 2 + e, found);
-            word |= found[0].code << 4 * i | found[1].code << 4 * (i + 4);
-            key_flags |= (u32)found[0].is_outlier << (8 * t + i);
-            key_flags |= (u32)found[1].is_outlier << (8 * t + i + 4);
-        }
-        KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
-        tiles[3] = word;
-    }
-    store_codes<KEY_BITS>(to + step * step_bytes(KEY_BITS), lane, tiles);
-    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
-        u32 word = 0;
-        KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
-            u32 e = n % 2, i = n / 2 * 4 + e, token = t * 16 + n / 2 * 8 + lane % 4 * 2 + e;
-            if (token >= place.tokens) continue;
-            KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
-                Element found = find_value(token, 16 * step + 8 * upper + lane / 4);
-                word |= found.code << 4 * (i + 2 * upper);
-                value_flags |= (u32)found.is_outlier << (8 * t + i + 2 * upper);
-            }
-        }
-        KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
-        tiles[3] = word;
-    }
-    store_codes<VALUE_BITS>(to + STEPS * step_bytes(KEY_BITS) + step * step_bytes(VALUE_BITS), lane,
-                            tiles);
-    if constexpr (!OUTLIERS) return;
-
+    const u64 first = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
+    Given given[2] = {{key_coded + first * HEAD_DIM, key_moved + first * HEAD_DIM},
+                      {value_coded + first * HEAD_DIM, value_moved + first * HEAD_DIM}};
     Spill spill{spills, spilled, (u64)batch * num_kv_heads * HEAD_DIM,
-                ((u64)place.slab * 64 * batch + place.sequence) * num_kv_heads * HEAD_DIM +
-                    head_channel};
+                (((u64)place.slab * 64 * batch + place.sequence) * num_kv_heads + place.head) *
+                    HEAD_DIM};
     const u32* where = index + 4 * list;
     u32* words = outlier_words + (u64)where[0] * 4;
     u32 total, before = lanes_before(count_bits(key_flags), lane, total);
     if (lane == 0) counts[step] = total;
-    // A lane of the reader takes channels that are equal modulo 32.
-    u32 owner = step % 2 * 16 + lane / 4;
-    add_shared((int*)cursors + owner, count_bits(value_flags & 0x33333333u));
-    add_shared((int*)cursors + owner + 8, count_bits(value_flags & 0xccccccccu));
+    // The outliers of a lane's two channels come behind those of the lanes before it.
+    u32 places[2], own = lane / 4 * (HEAD_DIM / 8) + 2 * step;  // by the remainder modulo 8 first
+    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
+        u32 count = count_bits(value_flags & 0x33333333u << 2 * upper);
+        places[upper] = channel_rank(count, lane);
+        if (lane % 4 == 3) channels[own + upper] = places[upper] + count;
+    }
     sync_block();
+    if (step == 0) deal_rounds(channels, rounds, lane);
+    sync_block();
+    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) places[upper] += channels[own + upper];
     for (u32 s = 0; s < step; s++) before += counts[s];
     KVQ_ROLLED for (u32 left = key_flags; left; left &= left - 1, before++) {
         u32 token, at, n = lowest_bit(left);
         key_place(n, step, lane, token, at);
-        Element found[2];
-        u32 e = n % 2, partner = n / 4 % 2;
-        KeyChannel pair[2] = {e ? channels[1][0] : channels[0][0],
-                              e ? channels[1][1] : channels[0][1]};
-        find_keys(pair, token, 8 * step + lane % 4 * 2 + e, found);
-        float state = partner ? found[1].state : found[0].state;
-        float dense = key_dense(decode, place.head, at, partner ? found[1].code : found[0].code);
-        words[before] = delta_word(state, dense, key_word(token, at));
+        u32 low = at % (HEAD_DIM / 2), partner = at / (HEAD_DIM / 2);
+        KeyChannel pair[2] = {key_channel(code, place.head, low),
+                              key_channel(code, place.head, low + HEAD_DIM / 2)};
         u32 channel = partner ? pair[1].channel : pair[0].channel;
-        keep_spilled(spill, state, dense, words[before], token, channel);
+        Element found[2];
+        if constexpr (KEY_COMP) {
+            found[0] = found[1] = given_element(given[0], token, channel);
+        } else {
+            key_pair(pair, key + (first + token) * HEAD_DIM,
+                     turn_at(code, place.slab * 64 + token, low), found);
+        }
+        Element element = partner ? found[1] : found[0];
+        float dense = key_dense(decode, place.head, at, element.code);
+        u32 word = delta_word(element.state, dense, key_word(token, at));
+        words[before] = word;
+        keep_spilled(spill, element.state, dense, word, token, channel);
     }
     if (step == STEPS - 1 && lane == 31) {
         for (; before < where[1] * 4; before++) words[before] = 0;
     }
-    bool sorted = where[3] & SORTED;
-    u32 list_room = (where[3] & ~SORTED) * 4;
+    u32 list_room = (where[3] & ~IN_ROUNDS) * 4;
     words = outlier_words + (u64)where[2] * 4;
     spill.count++, spill.places += room;
-    if (step == 0) {
-        u32 start = lanes_before(cursors[lane], lane, total) + (sorted ? STARTS : 0);
-        sync_warp();
-        cursors[lane] = start;
-        sync_warp();
-        if (sorted && lane < STARTS) {
-            u32 word = 0;
-            KVQ_UNROLL for (u32 k = 0; k < 4; k++) word |= cursors[4 * lane + k] << 8 * k;
-            words[lane] = word;
-        }
-        u32 end = total + (sorted ? STARTS : 0);
-        if (lane < list_room - end && list_room) words[end + lane] = 0;
+    if (list_room && step == 0) {
+        u32 end = HEADER + rounds[3];
+        if (lane < HEADER) words[lane] = lane < 3 ? rounds[lane] : 0;
+        if (lane < list_room - end) words[end + lane] = 0;
     }
-    sync_block();
     KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
         u32 token, at, n = lowest_bit(left);
         value_place(n, step, lane, token, at);
-        Element found = find_value(token, at);
-        u32 slot = take_shared(cursors + at % 32, 1);
-        float dense = value_dense(decode, rows[token].range, found.code);
-        words[slot] = delta_word(found.state, dense, at << 8 | token << 2);
-        keep_spilled(spill, found.state, dense, words[slot], token, at);
+        u32 range = ranges[place.page * 128 + place.slab % 2 * 64 + token];
+        Element found;
+        if constexpr (VALUE_COMP) {
+            found = given_element(given[1], token, at);
+        } else {
+            ValueRow row{range, inverse_scale(range), NO_CUTS};
+            found = value_element(value_middles, value[(first + token) * HEAD_DIM + at], row, at);
+        }
+        u32& place_of = n / 2 % 2 ? places[1] : places[0];
+        u32 round = place_of % rounds[0];
+        u32 slot = HEADER + round * rounds[1] + smaller(round, rounds[2]) + place_of++ / rounds[0];
+        float dense = value_dense(decode, range, found.code);
+        u32 word = delta_word(found.state, dense, at << 8 | token << 2);
+        words[slot] = word;
+        keep_spilled(spill, found.state, dense, word, token, at);
     }
 }

@@ -23,23 +23,25 @@ DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, cons
     return place;
 }
 
-// Bring 64 tokens of one head to shared memory, zeros past the end.
+struct alignas(16) Eight {
+    u32 of[4];
+};
+
+// Send for 64 tokens of one head, zeros past the end.
 DEVICE void stage(const u16* states, const Place& place, u32 num_kv_heads, u32 tokens, u16* to) {
     const u16* from =
         states +
         (((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64) * HEAD_DIM;
     constexpr u32 pieces = HEAD_DIM / 8;
-    for (u32 i = thread_index(); i < 64 * pieces; i += STEPS * 32) {
-        u32 token = i / pieces;
+    KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+        u32 i = thread_index() + k * STEPS * 32, token = i / pieces;
         u16* at = to + token * ROW + i % pieces * 8;
         if (token < place.tokens) {
             copy16(at, from + (u64)i * 8);
         } else {
-            for (u32 k = 0; k < 8; k++) at[k] = 0;
+            *(Eight*)at = Eight{{0, 0, 0, 0}};
         }
     }
-    copies_sent();
-    await_copies<0>();
 }
 
 // How keys are encoded, by channel of the layer: threshold and affine, and the middles between
@@ -53,11 +55,11 @@ struct KeyCode {
 // The index of the nearest level: how many middles lie below u.
 template <int bits>
 DEVICE u32 nearest(float u, const float* middles) {
-    u32 code = 0;
-    KVQ_UNROLL for (u32 step = 1u << (bits - 1); step; step /= 2) {
-        if (middles[code + step - 1] < u) code += step;
+    u32 at = 0;  // in bytes
+    KVQ_UNROLL for (u32 step = 2u << bits; step >= 4; step /= 2) {
+        if (*(const float*)((const u8*)middles + step - 4 + at) < u) at += step;
     }
-    return code;
+    return at / 4;
 }
 
 struct Element {
@@ -115,14 +117,25 @@ DEVICE float divide(float a, float b, float inverse) {
 struct alignas(8) Turn {
     float cosine, sine;
 };
+struct alignas(16) Turns {
+    Turn of[2];
+};
+
+// How a token's keys turn at a place; or at two places from an even one on.
+DEVICE Turn turn_at(const KeyCode& code, u32 token, u32 place) {
+    return ROTATED ? ((const Turn*)code.turns)[(u64)token * (HEAD_DIM / 2) + place] : Turn{1, 0};
+}
+DEVICE Turns turns_at(const KeyCode& code, u32 token, u32 place) {
+    if constexpr (!ROTATED) return Turns{Turn{1, 0}, Turn{1, 0}};
+    return ((const Turns*)code.turns)[((u64)token * (HEAD_DIM / 2) + place) / 2];
+}
 
 // A token's keys at a place and at its partner before RoPE, undone by the exact inverse of the
 // model's own cosine and sine.
-DEVICE void key_states(const KeyCode& code, const KeyChannel (&channels)[2], const u16* row,
-                       u32 token, u32 place, float (&states)[2]) {
+DEVICE void key_states(const KeyChannel (&channels)[2], const u16* row, const Turn& turn,
+                       float (&states)[2]) {
     float x = state_value(row[channels[0].channel]), y = state_value(row[channels[1].channel]);
     if constexpr (ROTATED) {
-        Turn turn = ((const Turn*)code.turns)[(u64)token * (HEAD_DIM / 2) + place];
         float norm =
             add_exact(mul_exact(turn.cosine, turn.cosine), mul_exact(turn.sine, turn.sine));
         float low = add_exact(mul_exact(x, turn.cosine), mul_exact(y, turn.sine));
@@ -134,10 +147,10 @@ DEVICE void key_states(const KeyCode& code, const KeyChannel (&channels)[2], con
 }
 
 // The same, and their codes.
-DEVICE void key_pair(const KeyCode& code, const KeyChannel (&channels)[2], const u16* row,
-                     u32 token, u32 place, Element (&found)[2]) {
+DEVICE void key_pair(const KeyChannel (&channels)[2], const u16* row, const Turn& turn,
+                     Element (&found)[2]) {
     float states[2];
-    key_states(code, channels, row, token, place, states);
+    key_states(channels, row, turn, states);
     found[0] = key_element(channels[0], states[0]), found[1] = key_element(channels[1], states[1]);
 }
 
@@ -155,6 +168,11 @@ DEVICE void lane_channels(const KeyCode& code, u32 head, u32 step, u32 lane,
 // A 16-bit float as an integer of the same order; both zeros are one.
 DEVICE u32 order_key(u16 bits) {
     return bits == 0x8000 ? 0x8000 : bits & 0x8000 ? 0xffffu ^ bits : bits | 0x8000u;
+}
+// The keys of two.
+DEVICE u32 order_keys(u32 pair) {
+    u32 plus = no_negative_zero<BF16>(pair);
+    return plus ^ ((plus >> 15 & 0x00010001u) * 0xffffu | 0x80008000u);
 }
 DEVICE u16 key_bits(u32 key) {
     return (u16)(key & 0x8000 ? key ^ 0x8000 : 0xffff ^ key);
@@ -198,6 +216,16 @@ DEVICE bool is_cut_off(u16 bits, const ValueRow& row, u32 channel) {
 DEVICE Element value_element(const float* middles, u16 bits, const ValueRow& row, u32 channel) {
     return Element{state_value(bits), nearest<VALUE_BITS>(value_scaled(bits, row), middles),
                    is_cut_off(bits, row, channel)};
+}
+
+// The same for all values of a token; states from `low` to `high`, ends apart, are no outliers.
+struct alignas(16) Coded {
+    float offset, inverse, low, high;
+};
+
+DEVICE Coded coded_row(u32 range, const Cuts& cuts) {
+    return Coded{h2_high(range), inverse_scale(range), state_value(key_bits(cuts.low >> 16)),
+                 state_value(key_bits(cuts.high >> 16))};
 }
 
 // Within what a half can say.
@@ -245,6 +273,16 @@ DEVICE u32 lanes_before(u32 value, u32 lane, u32& total) {
     }
     total = from_lane(sum, 31);
     return sum - value;
+}
+
+// The sum over the lanes before this one that have the same channel of values.
+DEVICE u32 channel_rank(u32 value, u32 lane) {
+    u32 before = 0;
+    KVQ_UNROLL for (u32 d = 1; d < 4; d++) {
+        u32 below = sum_below(value, d);
+        if (lane % 4 >= d) before += below;
+    }
+    return before;
 }
 
 // The bin in which the `left`-th smallest (or greatest, `above`) element lies, and its rank there.

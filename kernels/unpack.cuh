@@ -8,8 +8,8 @@
 #include "device.cuh"
 
 constexpr u32 STEPS = HEAD_DIM / 16;
-constexpr u32 SORTED = 0x80000000u;  // beside the quads of values' lists
-constexpr u32 STARTS = 8;            // words of a sorted list's head
+constexpr u32 IN_ROUNDS = 0x80000000u;  // beside the quads of values' lists
+constexpr u32 HEADER = 4;               // words before the first outlier of a list in rounds
 
 // A model's states: half, or bfloat16 with BF16.
 DEVICE float state_value(u16 bits) {
@@ -41,25 +41,29 @@ DEVICE constexpr u32 step_bytes(u32 bits) {
 // codes spread over their nibbles' top bits. 2 bits: two tiles in a word, the second one two bits
 // higher.
 template <int bits>
-DEVICE void selectors(const u8* step, u32 lane, u32 (&tiles)[4]) {
-    const u32* words = (const u32*)step;
+DEVICE void selectors(const u32 (&words)[bits], u32 (&tiles)[4]) {
     if constexpr (bits == 4) {
-        KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[4 * lane + t];
+        KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[t];
     } else if constexpr (bits == 3) {
-        u32 w[3];
-        KVQ_UNROLL for (int t = 0; t < 3; t++) {
-            w[t] = words[32 * t + lane];
-            tiles[t] = w[t] & 0x77777777u;
-        }
-        tiles[3] =
-            (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+        KVQ_UNROLL for (int t = 0; t < 3; t++) tiles[t] = words[t] & 0x77777777u;
+        tiles[3] = (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) |
+                   (words[2] >> 1 & 0x44444444u);
     } else {
         KVQ_UNROLL for (int t = 0; t < 2; t++) {
-            u32 word = words[2 * lane + t];
-            tiles[2 * t] = word & 0x33333333u;
-            tiles[2 * t + 1] = word >> 2 & 0x33333333u;
+            tiles[2 * t] = words[t] & 0x33333333u;
+            tiles[2 * t + 1] = words[t] >> 2 & 0x33333333u;
         }
     }
+}
+
+// Which of a step's words are a lane's.
+template <int bits>
+DEVICE u32 word_of(u32 lane, u32 i) {
+    return bits == 3 ? 32 * i + lane : bits == 16 ? (32 * (i / 4) + lane) * 4 + i % 4 : bits * lane + i;
+}
+template <int bits>
+DEVICE void read_words(const u8* step, u32 lane, u32 (&words)[bits]) {
+    KVQ_UNROLL for (int i = 0; i < bits; i++) words[i] = ((const u32*)step)[word_of<bits>(lane, i)];
 }
 
 // Levels of 2- and 3-bit codes as bytes in registers: low bytes, then high bytes, of 4 levels each.

@@ -61,11 +61,14 @@ class Workspace:
     Args:
         partials: float32.
         counters: int32 zeros, one for each segment; the kernel leaves zeros behind.
+        log_sums: (batch, num_heads) float32, to hold the log of the sum of exp(score); empty, (0,),
+            where nobody asks.
         blocks: blocks of the launch, one a multiprocessor.
     """
 
     partials: Tensor
     counters: Tensor
+    log_sums: Tensor
     blocks: int
 
 
@@ -86,6 +89,7 @@ def new_workspace(variant: Variant, query: Tensor, num_kv_heads: int, blocks: in
     return Workspace(
         torch.empty(floats, dtype=torch.float32, device=query.device),
         torch.zeros(segments, dtype=torch.int32, device=query.device),
+        torch.empty(0, device=query.device),  # passed as a null pointer
         blocks,
     )
 
@@ -105,12 +109,14 @@ def attend_arguments(
     """Return the arguments of the kernel in its order."""
     pages, exact = context.pages, context.exact
     batch, num_heads, _ = query.shape
+    heads = pages.slabs.shape[1]
     return [
         *(query, out, pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words),
         *(pages.page_table, context.state, tables.key_table, tables.levels, tables.angles),
         *(tables.frequencies, tables.order, exact.sink_key, exact.sink_value),
         *(exact.window_key, exact.window_value, workspace.partials, workspace.counters),
-        *(batch, num_heads, pages.slabs.shape[1], pages.page_table.shape[1]),
+        workspace.log_sums,
+        *(batch, num_heads // heads, heads, pages.page_table.shape[1]),
         *(exact.sink_key.shape[2], exact.window_key.shape[2]),
         tables.scale * math.log2(math.e),
         (tables.softcap or 0.0) * math.log2(math.e),
@@ -175,7 +181,7 @@ def _check(
     workspace: Workspace,
 ) -> None:
     heads, batch, exact = context.pages.slabs.shape[1], len(query), context.exact
-    capacities = exact.sink_key.shape[2], exact.window_key.shape[2]
+    capacities, logs = (exact.sink_key.shape[2], exact.window_key.shape[2]), workspace.log_sums
     states = [
         (name, part, variant.states, (batch, heads, capacities[i // 2], variant.head_dim))
         for i, (name, part) in enumerate(vars(exact).items())
@@ -189,6 +195,7 @@ def _check(
         [
             ("partials", workspace.partials, torch.float32, (None,)),
             ("counters", workspace.counters, torch.int32, (None,)),
+            ("log_sums", logs, torch.float32, tuple(query.shape[:2]) if logs.numel() else (0,)),
         ],
     )
     if query.shape[1] % heads or variant.softcap != (tables.softcap is not None):

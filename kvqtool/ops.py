@@ -44,9 +44,10 @@ def call_attend(
     flags = variant.channel_levels, variant.rotated, variant.outliers
     numbers = [variant.head_dim, variant.key_bits, variant.value_bits, *(int(f) for f in flags)]
     numbers += [variant.group, int(variant.softcap), int(variant.bfloat16)]
-    numbers += [variant.most_warps, int(variant.value_table), workspace.blocks]
+    numbers += [variant.most_warps, int(variant.value_table), variant.ahead, int(variant.derived)]
+    numbers.append(workspace.blocks)
     reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
-    written = [workspace.partials, workspace.counters]
+    written = [workspace.partials, workspace.counters, workspace.log_sums]
     out: Tensor = torch.ops.kvqtool.attend(query, read, written, numbers, reals)
     return out
 
@@ -62,7 +63,7 @@ def _attend_cuda(
     reals: list[float],
 ) -> Tensor:
     context, tables, variant = _arguments(read, numbers, reals)
-    return attend(query, context, tables, variant, Workspace(written[0], written[1], numbers[-1]))
+    return attend(query, context, tables, variant, Workspace(*written, numbers[-1]))
 
 
 @_attend_cuda.register_kernel("cpu")
@@ -73,7 +74,8 @@ def _attend_cpu(
     numbers: list[int],
     reals: list[float],
 ) -> Tensor:
-    return attend_reference(query, *_arguments(read, numbers, reals))
+    log_sums = written[2] if written[2].numel() else None
+    return attend_reference(query, *_arguments(read, numbers, reals), log_sums)
 
 
 @_attend_cuda.register_fake
@@ -96,7 +98,8 @@ def _arguments(
     tables = LayerTables(read[10], read[11], read[12], read[13], read[14], reals[0], cap)
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
     flags = bool(levels), bool(rotated), bool(outliers)
-    most_warps, value_table = numbers[9], numbers[10] > 0
+    most_warps, value_table, ahead = numbers[9], numbers[10] > 0, numbers[11]
+    derived = numbers[12] > 0
     return (
         context,
         tables,
@@ -107,5 +110,7 @@ def _arguments(
             *(softcap > 0, bf16 > 0),
             most_warps,
             value_table,
+            ahead,
+            derived,
         ),
     )

@@ -23,7 +23,7 @@ from kvqtool.recover import Exceptions
 from kvqtool.variant import Variant
 
 _WARPS: Final = 4  # of a block of `survey_values`
-_SURVEYS: Final = ("survey_values", "survey_keys")
+_WRITERS: Final = ("pack_slabs", "write_lists")
 _ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 
 
@@ -100,21 +100,19 @@ class _Prompt:
         ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
         cuts = torch.empty(batch, tokens, 2, dtype=torch.int32, device=device)
         counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
-        self._survey(table, ranges, cuts, counts)
-        given = self._compensate(table, ranges, cuts)
+        values = [self.states[1], table, ranges, cuts, counts]
+        self._launch("survey_values", [*values, batch, heads, tokens, blocks, self.code.per_tail])
+        slabs = counts.new_empty(blocks * batch, heads, SLABS, self.variant.slab_words)
+        slabs[-batch:] = 0  # a slab past the last token is not written
+        flagged = len(slabs) if self.variant.outliers else 0
+        flags = counts.new_empty(flagged, heads, SLABS, 2, 32 * self.variant.steps)
+        given = [*self.states, table, *self._keys, self.code.value_middles, self.tables.order]
+        coded = self._compensate(table, ranges, cuts)
+        written = [ranges, *coded, cuts, counts, flags, slabs]
+        self._launch("pack_slabs", [*given, self.turns, *written, heads, tokens, blocks])
         index, words = _lay_out(counts)
-        slabs = counts.new_zeros(blocks * batch, heads, SLABS, self.variant.slab_words)
         pages = Pages(slabs, ranges, index, words, table)
-        return Packed(pages, counts, self._write(pages, cuts, given))
-
-    def _survey(self, table: Tensor, ranges: Tensor, cuts: Tensor, counts: Tensor) -> None:
-        """Find each token's range of values and count outliers."""
-        (key, value), (batch, *shape) = self.states, self.shape
-        found: list[Argument] = [ranges, cuts, counts, batch, *shape, self.code.per_tail]
-        self._launch("survey_values", [value, table, *found])
-        if self.variant.outliers:
-            found = [self.tables.order, self.turns, counts, *shape]
-            self._launch("survey_keys", [key, table, *self._keys, *found])
+        return Packed(pages, counts, self._write_lists(pages, given, [ranges, *coded, flags]))
 
     def _compensate(self, table: Tensor, ranges: Tensor, cuts: Tensor) -> list[Tensor]:
         """Return codes and moved outliers of the sides whose rounding is compensated: those of
@@ -138,23 +136,17 @@ class _Prompt:
                 self._launch(f"compensate_{name}", [*given, *shape])
         return written
 
-    def _write(
-        self, pages: Pages, cuts: Tensor, given: list[Tensor]
+    def _write_lists(
+        self, pages: Pages, given: list[Tensor], coded: list[Tensor]
     ) -> tuple[Exceptions, Exceptions]:
-        """Write codes and lists of outliers."""
-        tables, room = self.tables, len(pages.outlier_words)
-        spills = cuts.new_zeros(2)
-        spilled = torch.empty(2, room, dtype=torch.int64, device=cuts.device)
-        states = [
-            *self.states,
-            pages.page_table,
-            *self._keys,
-            self.code.value_middles,
-            tables.order,
-        ]
-        read = [self.turns, tables.levels, tables.key_table, pages.ranges, cuts]
-        written = [pages.outlier_index, pages.slabs, pages.outlier_words, spills, spilled]
-        self._launch("pack_slabs", [*states, *read, *written, *given, room, *self.shape])
+        """Write the outliers that `flags`, last of `coded`, tells of."""
+        room = len(pages.outlier_words)
+        spills = pages.outlier_words.new_zeros(2)
+        spilled = torch.empty(2, room, dtype=torch.int64, device=spills.device)
+        if self.variant.outliers:
+            read = [*given, self.turns, self.tables.levels, self.tables.key_table, *coded]
+            written = [pages.outlier_index, pages.outlier_words, spills, spilled]
+            self._launch("write_lists", [*read, *written, room, *self.shape])
         return _exceptions(spills, spilled)
 
     @property
@@ -190,9 +182,9 @@ def _expect_prompt(
 
 def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return (index, words) with room for lists of so many outliers; waits for the GPU."""
-    _, quads, is_sorted = list_sizes(counts.flatten())
+    _, quads, in_rounds = list_sizes(counts.flatten())
     first = quads.cumsum(0) - quads
-    sizes = quads - (is_sorted.long() << 31)  # bit 31 of an int32
+    sizes = quads - (in_rounds.long() << 31)  # bit 31 of an int32
     index = torch.stack([first, sizes], dim=1).to(torch.int32).view(*counts.shape[:3], 4)
     size = max(int(quads.sum()), 1) * QUAD
     return index, torch.zeros(size, dtype=torch.int32, device=counts.device)
@@ -200,18 +192,19 @@ def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _grid(name: str, shape: torch.Size, variant: Variant) -> tuple[int, int, int]:
     """Return a launch's shape: a warp a token of all heads; or a block a slab, with room for its
-    keys, values and counts; or for what compensated rounding works on.
+    keys, values and what its tokens have, or for counts; or for what compensated rounding works on.
     """
     batch, heads, tokens, head_dim = shape
-    slabs = batch * heads * -(-tokens // SLAB_TOKENS)
+    slabs, threads = batch * heads * -(-tokens // SLAB_TOKENS), 32 * variant.steps
     if name == "survey_values":
         shared = _WARPS * (2 * heads * head_dim + 4096)
         return -(-batch * tokens // _WARPS), 32 * _WARPS, shared
     if name.startswith("compensate"):
         shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + SLAB_TOKENS * 16
         return slabs, SLAB_TOKENS, shared
-    rows = 2 * SLAB_TOKENS * (head_dim + 8) * 2 + SLAB_TOKENS * 16  # states, what a token has
-    return slabs, 32 * variant.steps, rows + 4 * (64 + variant.steps)
+    if name == "write_lists":
+        return slabs, threads, 4 * (head_dim + variant.steps + 4)
+    return slabs, threads, 2 * SLAB_TOKENS * (head_dim + 8) * 2 + SLAB_TOKENS * 16 + 4 * 32
 
 
 def pack_kernels(variant: Variant, comp: Macros = NOT_COMPENSATED) -> dict[str, Kernel]:
@@ -219,6 +212,7 @@ def pack_kernels(variant: Variant, comp: Macros = NOT_COMPENSATED) -> dict[str, 
     `CodeTables.comp_macros`.
     """
     macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
-    survey = {name: Kernel("pack", name, (*macros, *NOT_COMPENSATED)) for name in _SURVEYS}
+    survey = Kernel("pack", "survey_values", (*macros, *NOT_COMPENSATED))
     rounding = {name: Kernel("compensate", name, macros) for name in _ROUNDINGS}
-    return survey | rounding | {"pack_slabs": Kernel("pack", "pack_slabs", (*macros, *comp))}
+    writers = {name: Kernel("pack", name, (*macros, *comp)) for name in _WRITERS}
+    return {"survey_values": survey} | rounding | writers

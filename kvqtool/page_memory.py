@@ -9,8 +9,7 @@ from kvqtool.spec import KvSpec
 
 SLABS: Final = PAGE_TOKENS // SLAB_TOKENS
 QUAD: Final = 4  # outlier words are read 16 bytes at a time
-STARTS: Final = 8  # words in which a sorted list says where each lane's outliers begin
-MOST_SORTED: Final = 252 - STARTS  # outliers of a sorted list, so that a byte counts its words
+HEADER: Final = 4  # words of a list in rounds that say how many rounds there are
 
 
 def page_buffers(

@@ -19,7 +19,7 @@ from kvqtool.codebook import Codebook
 from kvqtool.codec import channel_affine
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.outliers import row_of_outlier
-from kvqtool.page_memory import MOST_SORTED, QUAD, SLABS, STARTS
+from kvqtool.page_memory import HEADER, QUAD, SLABS
 from kvqtool.side import QuantSpec
 from kvqtool.slabs import pack_slabs
 
@@ -71,7 +71,7 @@ class Pages:
         slabs: (pages, num_kv_heads, 2, words) int32; a slab's keys, then its values.
         ranges: (pages, 128, 2) float16, scale and offset of each token's values.
         outlier_index: (pages, num_kv_heads, 2, 4) int32: first quad of words and quads of the
-            keys, then of the values; bit 31 says that a list of values is sorted.
+            keys, then of the values; bit 31 says that a list of values is in rounds.
         outlier_words: (4 * quads,) int32: a float16 delta above 16 bits that say where.
         page_table: (batch, blocks) int32.
     """
@@ -196,36 +196,44 @@ def lay_out_lists(owner: Tensor, word: Tensor, lists: int) -> tuple[Tensor, Tens
         The index (lists, 4) int32 and the words int32 of `Pages`.
     """
     device = owner.device
-    # Values stand sorted by the lane that reads them; keys stay in the order of their tokens.
-    lane = torch.where(owner % 2 == 1, word >> 8 & 31, 0)
-    rank = torch.argsort(owner * 32 + lane, stable=True)
-    owner, lane, word = owner[rank], lane[rank], word[rank]
+    # Values by channel, those of the same banks first, dealt out to rounds; keys stay in the order
+    # of their tokens.
+    channel = word >> 8 & 255
+    channel = owner * 256 + torch.where(owner % 2 == 1, channel % 8 * 32 + channel // 8, 0)
+    channel, order = channel.sort(stable=True)
+    owner, word = owner[order], word[order]
     counts = torch.bincount(owner, minlength=2 * lists)
-    head, quads, is_sorted = list_sizes(counts)
+    most = torch.bincount(channel, minlength=512 * lists).view(-1, 256).amax(1)
+    header, quads, in_rounds = list_sizes(counts)
     first = quads.cumsum(0) - quads
     packed = torch.zeros(max(int(quads.sum()), 1) * QUAD, dtype=torch.int32, device=device)
-    within = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts)[owner]
-    packed[first[owner] * QUAD + head[owner] + within] = word
-    starts = torch.bincount(owner * 32 + lane, minlength=64 * lists).view(-1, 32)
-    starts = starts.cumsum(1) - starts + STARTS
-    heads = (starts.view(-1, STARTS, 4) << torch.arange(0, 32, 8, device=device)).sum(-1)
-    places = (first * QUAD)[is_sorted][:, None] + torch.arange(STARTS, device=device)
-    packed[places] = heads[is_sorted].to(torch.int32)
-    sizes = quads - (is_sorted.long() << 31)  # bit 31 of an int32
+    rounds = torch.where(in_rounds, torch.maximum(most, (counts + 31) // 32), 1)
+    size, longer = counts // rounds, counts % rounds
+    at = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts)[owner]
+    turn, place = at % rounds[owner], at // rounds[owner]
+    at = turn * size[owner] + torch.minimum(turn, longer[owner]) + place
+    packed[first[owner] * QUAD + header[owner] + at] = word
+    heads = torch.stack([rounds, size, longer, torch.zeros_like(size)], dim=1)
+    places = (first * QUAD)[in_rounds][:, None] + torch.arange(HEADER, device=device)
+    packed[places] = heads[in_rounds].to(torch.int32)
+    sizes = quads - (in_rounds.long() << 31)  # bit 31 of an int32
     return torch.stack([first, sizes], dim=1).view(lists, 4).to(torch.int32), packed
 
 
 def list_sizes(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the words before a list's first outlier, its quads, and whether it is sorted.
+    """Return the words before a list's first outlier, its quads, and whether it is in rounds.
 
     Args:
-        counts: (2 * lists,) outliers of each list, keys and values in turn. Lists of values whose
-            words a byte can count are sorted and begin with 32 bytes: where each lane's words are.
+        counts: (2 * lists,) outliers of each list, keys and values in turn. Lists of values are in
+            rounds: up to 32 words of different channels each, which lanes add at once. There are R
+            rounds, the most outliers of a channel or a 32nd of all; outlier n in the order of
+            channels, by their remainder modulo 8 first, is in round n modulo R. Before the first
+            stand R, the size of a round, and how many rounds have one more.
     """
     is_value = torch.arange(len(counts), device=counts.device) % 2 == 1
-    is_sorted = is_value & (counts > 0) & (counts <= MOST_SORTED)
-    head = is_sorted.to(counts.dtype) * STARTS
-    return head, (counts + head + (QUAD - 1)) // QUAD, is_sorted
+    in_rounds = is_value & (counts > 0)
+    header = in_rounds.to(counts.dtype) * HEADER
+    return header, (counts + header + (QUAD - 1)) // QUAD, in_rounds
 
 
 def outlier_words(side: PageSide, batch: int) -> tuple[Tensor, Tensor]:

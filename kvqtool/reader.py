@@ -67,7 +67,12 @@ class PageReader:
         self._variants: dict[tuple[int, torch.dtype, bool], Variant] = {}
 
     def attend(
-        self, query: Tensor, context: PackedContext, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        context: PackedContext,
+        scaling: float,
+        softcap: float | None,
+        log_sums: Tensor | None = None,
     ) -> Tensor:
         """Attend with one query token a sequence.
 
@@ -76,6 +81,8 @@ class PageReader:
             context: the layer's tokens.
             scaling: factor on scores.
             softcap: cap of the scores, or None.
+            log_sums: (batch, num_heads) float32, to hold the log of the sum of exp(score) over
+                these tokens; None where they are all there are.
 
         Returns:
             (batch, 1, num_heads, head_dim) in the query's dtype.
@@ -86,9 +93,12 @@ class PageReader:
             self.tables_on(flat.device), scale=scaling * self._form.scaling, softcap=softcap
         )
         if flat.is_cuda:
-            out = attend(flat, context, tables, variant, self._workspace(variant, flat))
+            workspace = self._workspace(variant, flat)
+            if log_sums is not None:
+                workspace = replace(workspace, log_sums=log_sums)
+            out = attend(flat, context, tables, variant, workspace)
         else:
-            out = attend_reference(flat, context, tables, variant)
+            out = attend_reference(flat, context, tables, variant, log_sums)
         if self._spec.value.rotated:
             out = rotate_heads(out.float()).to(out.dtype)
         return out[:, None]

@@ -16,7 +16,7 @@ from kvqtool.cuda import Kernel, Launcher, run_on_gpu
 from kvqtool.errors import InputError
 from kvqtool.fused import LayerTables, PackedContext, expect_state, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
-from kvqtool.page_memory import QUAD, SLABS, STARTS
+from kvqtool.page_memory import HEADER, QUAD, SLABS
 from kvqtool.pages import Pages
 from kvqtool.slabs import unpack_slabs
 from kvqtool.variant import Variant
@@ -125,9 +125,15 @@ def dequantize_kernel(variant: Variant, dtype: torch.dtype) -> Kernel:
 
 
 def attend_reference(
-    query: Tensor, context: PackedContext, tables: LayerTables, variant: Variant
+    query: Tensor,
+    context: PackedContext,
+    tables: LayerTables,
+    variant: Variant,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
-    """Return what `fused.attend` does, (batch, num_heads, head_dim) in the query's dtype."""
+    """Return what `fused.attend` does, (batch, num_heads, head_dim) in the query's dtype, and write
+    `log_sums`, (batch, num_heads) float32, if they are given.
+    """
     keys, values = decode_pages(context, tables, variant)
     exact, heads = context.exact, keys.shape[1]
     out = torch.empty_like(query)
@@ -140,6 +146,8 @@ def attend_reference(
         score = grouped @ key.transpose(1, 2) * tables.scale
         if tables.softcap is not None:
             score = tables.softcap * (score / tables.softcap).tanh()
+        if log_sums is not None:
+            log_sums[b] = score.logsumexp(-1).flatten()
         out[b] = (score.softmax(-1) @ value).view(-1, variant.head_dim).to(query.dtype)
     return out
 
@@ -163,7 +171,7 @@ def _decode_keys(codes: Tensor, tables: LayerTables, variant: Variant) -> Tensor
 def _outliers(pages: Pages, side: int) -> tuple[Tensor, Tensor]:
     """Return (list, word) of every outlier of a side, padding included."""
     first, quads = pages.outlier_index.view(-1, 4)[:, 2 * side : 2 * side + 2].long().unbind(1)
-    head = (quads < 0).long() * STARTS  # bit 31: sorted, behind a head
+    head = (quads < 0).long() * HEADER  # bit 31: in rounds, behind a header
     counts = (quads & 0x7FFFFFFF) * QUAD - head
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     within = torch.arange(len(row), device=counts.device) - (counts.cumsum(0) - counts)[row]

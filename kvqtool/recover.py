@@ -15,7 +15,7 @@ from torch import Tensor
 from kvqtool.bits import pack_codes
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, count_dtype, index_dtype
 from kvqtool.outliers import HALF_MAX, row_of_outlier
-from kvqtool.page_memory import QUAD, SLABS, STARTS
+from kvqtool.page_memory import HEADER, QUAD, SLABS
 from kvqtool.pages import CODES_AT_ONCE, Pages, PageSide, decode_at
 from kvqtool.slabs import unpack_slabs
 
@@ -122,7 +122,7 @@ def _outliers(
     number = 0 if side.is_key else 1
     count = counts[..., number].flatten().long()
     first, quads = pages.outlier_index.view(-1, 4)[:, 2 * number : 2 * number + 2].long().unbind(1)
-    head = (quads < 0).long() * STARTS  # bit 31: sorted, behind a head
+    head = (quads < 0).long() * HEADER  # bit 31: in rounds, behind a header
     owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
     within = torch.arange(len(owner), device=count.device) - (count.cumsum(0) - count)[owner]
     word = pages.outlier_words[first[owner] * QUAD + head[owner] + within]

@@ -36,6 +36,8 @@ class Variant:
         bfloat16: query, output and exact tokens are bfloat16, not float16.
         most_warps: warps of a block where shared memory has room for them.
         value_table: values of 2 and 3 bits are looked up in shared memory, not in registers.
+        derived: angles of every second eight tokens are made from those of the eight before.
+        ahead: steps whose codes a warp reads ahead into registers; 0 for a ring in shared memory.
     """
 
     head_dim: int
@@ -49,6 +51,8 @@ class Variant:
     bfloat16: bool = False
     most_warps: int = MOST_WARPS
     value_table: bool = True
+    ahead: int = 0
+    derived: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -115,6 +119,8 @@ class Variant:
             ("DEPTH", self.depth),
             ("SHARED_BYTES", self.shared_bytes),
             ("VALUE_TABLE", int(self.value_table)),
+            ("AHEAD", self.ahead),
+            ("DERIVED", int(self.derived)),
         )
 
     @cached_property
@@ -148,10 +154,12 @@ class Variant:
     def _corner_bytes(self) -> int:
         slot = max(128 * b * (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
         side = 256 + (896 if self.outliers else 0)
-        mix = self.head_dim * self.group * (2 + 4)
+        mix = self.head_dim * self.group * (2 + 4) + (32 * self.steps if self.group > 1 else 0)
         if self.outliers:
             mix += 256 if self.group == 1 else 272 * self.group
         sides = 1 if self.depth - 1 <= self._chunks[1] else 2
+        if self.ahead:
+            return side + mix
         return self.depth * slot + sides * side + mix
 
 
@@ -172,6 +180,8 @@ def variant_of(
         group,
         softcap,
         bfloat16,
+        ahead=1,
+        derived=spec.key.pre_rope,
     )
     plain = replace(variant, value_table=False)
     chosen = variant if variant.warps == plain.warps else plain

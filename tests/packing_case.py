@@ -17,7 +17,7 @@ from kvqtool.compensation import BlockFisher
 from kvqtool.cuda import Launcher
 from kvqtool.fused import LayerTables
 from kvqtool.packing import Packed
-from kvqtool.page_memory import STARTS
+from kvqtool.page_memory import HEADER
 from kvqtool.pages import Pages, PageSide, build_pages
 from kvqtool.recover import count_outliers, find_exceptions
 from kvqtool.rope import Rotation
@@ -164,7 +164,7 @@ def same_lists(found: Pages, expected: Pages) -> None:
 def lists_of(pages: Pages) -> Iterator[Tensor]:
     """Yield each list's outliers, without its head and its padding."""
     for first, quads in pages.outlier_index.view(-1, 2).tolist():
-        begin = 4 * first + (STARTS if quads < 0 else 0)
+        begin = 4 * first + (HEADER if quads < 0 else 0)
         words = pages.outlier_words[begin : 4 * (first + (quads & 0x7FFFFFFF))]
         yield words[words != 0].sort()[0]
 

@@ -174,6 +174,11 @@ inline u32 least_of_warp(u32 value) {
 inline u32 greatest_of_warp(u32 value) {
     return ~least_of_warp(~value);
 }
+inline u32 sum_of_warp(u32 value) {
+    u32 *all = shim::gather(value), sum = 0;
+    for (u32 i = 0; i < 32; i++) sum += all[i];
+    return sum;
+}
 inline u32 count_bits(u32 value) {
     return __builtin_popcount(value);
 }
@@ -229,6 +234,10 @@ inline u32 h2_fma(u32 a, u32 b, u32 c) {
 }
 inline u32 h2_mul(u32 a, u32 b) {
     return h2_pack((double)h2_low(a) * h2_low(b), (double)h2_high(a) * h2_high(b));
+}
+template <bool bfloat>
+inline u32 no_negative_zero(u32 a) {
+    return ((a & 0xffff) == 0x8000 ? 0 : a & 0xffff) | (a >> 16 == 0x8000 ? 0 : a >> 16) << 16;
 }
 inline u32 h2_neg(u32 a) {
     return a ^ 0x80008000u;
@@ -301,9 +310,17 @@ inline void copy16(void* shared, const void* global) {
     }
     std::memcpy(shared, global, 16);
 }
+inline void copy8(void* shared, const void* global) {
+    std::memcpy(shared, global, 8);
+}
 inline void copies_sent() {}
 template <int pending>
 inline void await_copies() {}
+template <int count>
+inline void load_once(const u32* from, u32 (&to)[count]) {
+    for (int i = 0; i < count; i++) to[i] = from[i];
+}
+inline void fetch_line(const void*) {}
 inline void add_shared(float* at, float value) {
     *at += value;
 }

@@ -1,0 +1,142 @@
+// Which of a token's values are its outliers: candidates first, then the order of these. See pack.cu.
+#pragma once
+#include "pack.cuh"
+
+constexpr u32 LISTED = 128;  // candidates for outliers of a tail
+
+// A warp's scratch: a token's values in order, and either candidates of both tails or bins.
+struct Scratch {
+    u32* words;  // 1024
+    u16* keys;
+};
+
+// What a token's outliers are: the cuts, and the least and the greatest item between them. `listed`
+// are the candidates of each tail in the scratch.
+struct Found {
+    Cuts cuts, rest;
+    u32 listed[2];
+};
+
+struct alignas(16) FourItems {
+    u32 of[4];
+};
+struct alignas(8) Quad {
+    u32 of[2];  // four keys
+};
+
+// The `rank`-th least of a tail's candidates, which are padded to a multiple of four, and the one
+// after it; candidates of the upper tail are complemented. A lane holds some, and counts for each
+// how many are less.
+template <int held>
+DEVICE void rank_items(const u32* items, u32 count, u32 rank, u32 lane, u32& cut, u32& next) {
+    u32 mine[held], below[held], at_cut = ~0u, after = ~0u;
+    KVQ_UNROLL for (u32 k = 0; k < held; k++) {
+        mine[k] = lane + 32 * k < count ? items[lane + 32 * k] : ~0u;
+        below[k] = 0;
+    }
+    KVQ_ROLLED for (u32 i = 0; i < count; i += 4) {
+        FourItems others = *(const FourItems*)(items + i);
+        KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
+            KVQ_UNROLL for (u32 k = 0; k < held; k++) below[k] += others.of[j] < mine[k];
+        }
+    }
+    KVQ_UNROLL for (u32 k = 0; k < held; k++) {
+        if (below[k] == rank - 1) at_cut = smaller(at_cut, mine[k]);
+        if (below[k] == rank) after = smaller(after, mine[k]);
+    }
+    cut = least_of_warp(at_cut), next = least_of_warp(after);
+}
+
+DEVICE void rank_tail(const u32* items, u32 count, u32 rank, u32 lane, u32& cut, u32& next) {
+    if (count <= 64) {
+        rank_items<2>(items, count, rank, lane, cut, next);
+    } else {
+        rank_items<LISTED / 32>(items, count, rank, lane, cut, next);
+    }
+}
+
+// The `rank`-th least of the lanes' items, if so many lanes have one: ~0 else.
+DEVICE u32 ranked_lane(u32 item, u32 rank) {
+    u32 below = 0;
+    KVQ_UNROLL for (u32 k = 0; k < 32; k++) below += from_lane(item, k) < item;
+    return least_of_warp(below == rank - 1 ? item : ~0u);
+}
+
+// The items of four neighbouring channels.
+DEVICE void quad_items(const Quad& quad, u32 channel, u32 (&items)[4]) {
+    KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
+        items[2 * k] = quad.of[k] << 16 | (channel + 2 * k);
+        items[2 * k + 1] = (quad.of[k] & 0xffff0000u) | (channel + 2 * k + 1);
+    }
+}
+
+// Find a token's outliers where few elements can be some: those up to the `per_tail`-th of the
+// lanes' least items, and likewise at the other end. False where there are too many candidates, or
+// none is left between the cuts.
+DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane,
+                           u32 lane_least, u32 lane_greatest, Found& found) {
+    if (per_tail > 32) return false;
+    u32 low_end = ranked_lane(lane_least, per_tail);
+    u32 high_end = ~ranked_lane(~lane_greatest, per_tail);
+    if (low_end == ~0u || high_end == 0) return false;
+    u32* listed = scratch.words + 2 * LISTED;  // of either tail
+    if (lane < 2) listed[lane] = 0;
+    sync_warp();
+    KVQ_ROLLED for (u32 first = 4 * lane; first < channels; first += 8 * 128) {
+        u32 low_flags = 0, high_flags = 0;  // a bit an element
+        KVQ_UNROLL for (u32 k = 0; k < 8; k++) {
+            u32 channel = first + 128 * k, items[4];
+            if (channel >= channels) break;
+            quad_items(*(const Quad*)(scratch.keys + channel), channel, items);
+            KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
+                if (items[j] <= low_end) low_flags |= 1u << (4 * k + j);
+                if (items[j] >= high_end) high_flags |= 1u << (4 * k + j);
+            }
+        }
+        KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
+            KVQ_ROLLED for (u32 left = tail ? high_flags : low_flags; left; left &= left - 1) {
+                u32 n = lowest_bit(left), channel = first + n / 4 * 128 + n % 4;
+                u32 item = item_of(scratch.keys[channel], channel), at = take_shared(listed + tail, 1);
+                if (at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
+            }
+        }
+    }
+    sync_warp();
+    KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) found.listed[tail] = listed[tail];
+    if (found.listed[0] > LISTED || found.listed[1] > LISTED) return false;
+    if (found.listed[0] == per_tail || found.listed[1] == per_tail) return false;
+    KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
+        u32 at = found.listed[tail] + lane;  // pad to whole quads
+        if (lane < 3 && at < LISTED) scratch.words[tail * LISTED + at] = ~0u;
+    }
+    sync_warp();
+    u32 low, next_low, high, next_high;
+    rank_tail(scratch.words, found.listed[0], per_tail, lane, low, next_low);
+    rank_tail(scratch.words + LISTED, found.listed[1], per_tail, lane, high, next_high);
+    found.cuts = Cuts{low, ~high}, found.rest = Cuts{next_low, ~next_high};
+    return next_low < ~high && ~next_high > low;
+}
+
+// The cuts of any token, by two histograms a tail: of the upper bytes, then of the lower bytes
+// within a bin, and then a count of channels among equals.
+DEVICE Cuts rank_all(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane) {
+    u32* bins = scratch.words;
+    const u16* keys = scratch.keys;
+    sync_warp();
+    KVQ_UNROLL_4 for (u32 i = lane; i < 1024; i += 32) bins[i] = 0;
+    sync_warp();
+    for (u32 i = lane; i < channels; i += 32) add_shared((int*)bins + (keys[i] >> 8), 1);
+    sync_warp();
+    u32 low_left = per_tail, high_left = per_tail;
+    u32 low_bin = rank_bin<false>(bins, lane, low_left);
+    u32 high_bin = rank_bin<true>(bins, lane, high_left);
+    for (u32 i = lane; i < channels; i += 32) {
+        if (keys[i] >> 8 == low_bin) add_shared((int*)bins + 512 + (keys[i] & 255), 1);
+        if (keys[i] >> 8 == high_bin) add_shared((int*)bins + 768 + (keys[i] & 255), 1);
+    }
+    sync_warp();
+    u32 low = low_bin << 8 | rank_bin<false>(bins + 512, lane, low_left);
+    u32 high = high_bin << 8 | rank_bin<true>(bins + 768, lane, high_left);
+    return Cuts{item_of(low, tie_channel<false>(keys, channels, lane, low, low_left)),
+                item_of(high, tie_channel<true>(keys, channels, lane, high, high_left))};
+}
