@@ -81,6 +81,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "adaptive_layer",
         "cache",
         "steady",
+        "context_parallel",
         "usage",
         "forward",
         "split",
