@@ -21,8 +21,9 @@ from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.page_memory import QUAD
 from kvqtool.page_store import PageStore
 from kvqtool.page_writer import PageWriter
-from kvqtool.pages import Pages, PageSide, build_pages, outlier_words
+from kvqtool.pages import Pages
 from kvqtool.reader import PageReader
+from kvqtool.recover import listed_words
 from kvqtool.rows import Pair
 from kvqtool.spec import KvSpec
 
@@ -97,28 +98,26 @@ class OpenPage:
         tables, code = self._reader.tables_on(key.device), self.writer.code_for(key)
         append((key, value, turns, at), growing, code, tables, variant, self.writer.run)
 
-    def load(self, sides: tuple[PageSide, PageSide], states: Pair, pages: PageStore) -> None:
-        """Hold tokens that have rows already: fewer than a page has room for, and no others.
+    def load(self, states: Pair, turns: Pair | None, pages: PageStore) -> None:
+        """Hold these tokens, fewer than a page has room for, and no others.
 
         Args:
-            sides: the tokens' canonical rows and what reads them.
-            states: their states, (batch, num_kv_heads, tokens, head_dim) each.
+            states: keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim).
+            turns: cosine and sine of each pair, (tokens, batch, width / 2) float32; None where keys
+                are not rotated.
             pages: the store this page stands at the head of.
         """
         self.prepare(states[0], pages)
-        assert self._growing is not None and self._states is not None
-        batch, place = len(states[0]), self._place(pages)
+        assert self._states is not None
+        place, packed = self._place(pages), self.writer.pack(states, turns)
         self.tokens = states[0].shape[2]
-        fresh = build_pages(*sides, batch)
-        place.slabs.copy_(fresh.slabs)
-        place.ranges.copy_(fresh.ranges)
+        place.slabs.copy_(packed.pages.slabs)
+        place.ranges.copy_(packed.pages.ranges)
         for kept, given in zip(self._states, states, strict=True):
             kept[:, :, : self.tokens] = given
-        for number, side in enumerate(sides):
-            if "outlier_values" in side.rows:
-                owner, word = outlier_words(side, batch)
-                owner, rank = owner.sort(stable=True)
-                self._write_lists(place, number, owner, word[rank])
+        for side in (0, 1):
+            owner, word = listed_words(packed.pages, packed.counts, side)
+            self._write_lists(place, side, owner, word)
 
     def _write_lists(self, place: Pages, number: int, owner: Tensor, word: Tensor) -> None:
         """Write one side's outliers, sorted by the list they belong to, into the room of lists."""

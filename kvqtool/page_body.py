@@ -5,7 +5,6 @@ device form, and canonical rows of the tokens that fill no page yet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -54,16 +53,6 @@ class PageBody:
             )
         self.pages.append((heads[0], heads[1]))
         return True
-
-    def take_rest(self) -> tuple[PageSide, PageSide]:
-        """Return the sides with the rows behind the pages, and forget these."""
-        key, value = (
-            replace(side, rows=rest.read())
-            for side, rest in zip(self.pages.sides, self.rest, strict=True)
-        )
-        for rest in self.rest:
-            rest.clear(rest.batch)
-        return key, value
 
     def unload(self, first: int = 0) -> None:
         """Turn the pages from block `first` on into rows again."""

@@ -75,7 +75,6 @@ class PagedStore(LayerStore):
         elif tokens:
             states = join(self._take_open(), leaving) if opened.tokens else leaving
             self._add_pages(states, angles)
-            self._reopen(states)
         if tokens or self._is_borrowed:
             self._exact["window"], self._is_borrowed = own(staying), False
 
@@ -224,13 +223,16 @@ class PagedStore(LayerStore):
         bounds = sorted({0, *range(first, whole, size), whole, tokens})
         for start, stop in pairwise(bounds):
             part, at = cut(states, start, stop), self.sinks + self.dropped + self.bodies[0].tokens
-            if first <= start < whole and writer is not None and writer.can_take(part[0]):
-                turns = None if self.form.inv_freq is None else angles(at, at + stop - start)
+            if start < first or writer is None or not writer.can_take(part[0]):
+                self._add(self._encode(part, angles), angles)
+                continue
+            turns = None if self.form.inv_freq is None else angles(at, at + stop - start)
+            if start < whole:
                 packed = writer.pack(part, turns)
                 body.pages.add(packed.pages, packed.counts, packed.exceptions)
                 self._decoded = None
             else:
-                self._add(self._encode(part, angles), angles)
+                self.open_page.load(part, turns, body.pages)
 
     def _fill(self) -> bool:
         filled = self.uses_pages and self._pages_of().fill()
@@ -282,18 +284,6 @@ class PagedStore(LayerStore):
         states = self.open_page.states()
         self.open_page.empty(self._pages_of().pages)
         return states
-
-    def _reopen(self, states: Pair) -> None:
-        """Put the tokens behind the pages into the open page, where their states are among these,
-        the last ones stored.
-        """
-        body = self._pages_of()
-        behind = body.rest[0].tokens
-        if self._open is None or not 0 < behind <= states[0].shape[2]:
-            return
-        last = cut(states, states[0].shape[2] - behind)
-        self._open.load(body.take_rest(), last, body.pages)
-        self._decoded = None
 
     def _pages_of(self) -> PageBody:
         assert self._body is not None, "the layer has stored nothing yet"

@@ -91,6 +91,22 @@ def find_exceptions(pages: Pages, counts: Tensor, side: PageSide, batch: int) ->
     return Exceptions(place, rows["outlier_values"][wrong])
 
 
+def listed_words(pages: Pages, counts: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return (slab, word) of every outlier of keys (0) or of values (1), list by list.
+
+    Args:
+        pages: the pages.
+        counts: what `count_outliers` says of them.
+        side: which.
+    """
+    count = counts[..., side].flatten().long()
+    first, quads = pages.outlier_index.view(-1, 4)[:, 2 * side : 2 * side + 2].long().unbind(1)
+    head = (quads < 0).long() * HEADER  # bit 31: in rounds, behind a header
+    owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
+    within = torch.arange(len(owner), device=count.device) - (count.cumsum(0) - count)[owner]
+    return owner, pages.outlier_words[first[owner] * QUAD + head[owner] + within]
+
+
 def no_exceptions(device: torch.device) -> Exceptions:
     """Return none."""
     none = torch.zeros(0, dtype=torch.int64, device=device)
@@ -119,13 +135,7 @@ def _words(pages: Pages, side: PageSide, batch: int) -> Tensor:
 def _outliers(
     pages: Pages, counts: Tensor, side: PageSide, batch: int, exceptions: Exceptions
 ) -> dict[str, Tensor]:
-    number = 0 if side.is_key else 1
-    count = counts[..., number].flatten().long()
-    first, quads = pages.outlier_index.view(-1, 4)[:, 2 * number : 2 * number + 2].long().unbind(1)
-    head = (quads < 0).long() * HEADER  # bit 31: in rounds, behind a header
-    owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
-    within = torch.arange(len(owner), device=count.device) - (count.cumsum(0) - count)[owner]
-    word = pages.outlier_words[first[owner] * QUAD + head[owner] + within]
+    owner, word = listed_words(pages, counts, 0 if side.is_key else 1)
     token, channel = _place(word, side)
     slab, page = owner % SLABS, owner // SLABS // side.num_heads
     channel = channel + owner // SLABS % side.num_heads * side.head_dim
