@@ -105,12 +105,6 @@ def mark_packed(keys: Tensor, packed: PackedKeys) -> None:
     setattr(keys, _PACKED_ATTRIBUTE, packed)
 
 
-def packed_of(keys: Tensor) -> PackedKeys | None:
-    """Return what stands for the keys, or None where they stand for themselves."""
-    packed: PackedKeys | None = getattr(keys, _PACKED_ATTRIBUTE, None)
-    return packed
-
-
 def mark_witness(keys: Tensor, witness: Callable[[str | None], None]) -> None:
     """Ask to be told when attention is handed this very tensor, and what of its options kernels do
     not know.
@@ -164,7 +158,7 @@ def band_attention(
     scoring = Scoring(scaling, options.get("softcap"))
     is_plain = is_mark(attention_mask)
     attention_mask = None if is_plain else attention_mask
-    packed = packed_of(key)
+    packed: PackedKeys | None = getattr(key, _PACKED_ATTRIBUTE, None)
     if packed is not None:
         out = _attend_packed(query, packed, attention_mask, scoring, is_plain=is_plain)
         if out is not None:

@@ -1,34 +1,34 @@
 """One sequence over several processes: each keeps a share of the tokens and attends to it, and the
 results are merged.
 
-Shares are contiguous runs of the prompt's pages; sinks go to the first process, what fills no page
-and every new token to the last. All else of the model runs in every process. A layer's attention
-over all tokens T is that over the shares T_p, weighted: with l_p = log sum exp(score) over T_p,
-out = sum_p softmax(l)_p out_p. One gather of (out_p, l_p) a layer is all that processes exchange.
+Shares are contiguous runs of the prompt's pages; sinks are the first process's, what fills no page
+and every later token the last one's. All else of the model runs in every process. A layer's
+attention over all tokens T is that over the shares T_p, weighted: with l_p = log sum exp(score)
+over T_p, out = sum_p softmax(l)_p out_p. One sum of (out_p, l_p) a layer is all that processes
+exchange, and no process ever holds more than its share.
 
 with attach(model, bundle, read_path="fused") as session:
     cache = ContextParallelCache(session.new_cache(bundle), ranks)
-    model.generate(**inputs, past_key_values=cache)
+    for ids in cache.calls(prompt_ids, 2048):
+        logits = next_logits(model, ids, cache)
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from kvqtool.attention import mark_packed, packed_of
 from kvqtool.cache import KvqCache
 from kvqtool.errors import InputError, RunError
-from kvqtool.layer import KvqLayer, PackedLayer
+from kvqtool.layer import KvqLayer
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.ranks import Ranks
-from kvqtool.rows import Pair
+from kvqtool.shared_layer import SharedLayer
 
 _ONE_WAY: Final = "a cache shared by processes only grows; use one process to go back or reorder"
 
@@ -36,23 +36,33 @@ _ONE_WAY: Final = "a cache shared by processes only grows; use one process to go
 class ContextParallelCache(Cache):
     """A `KvqCache` that keeps this process's share of every layer that keeps all tokens.
 
-    Every process makes one and feeds it the same calls: the whole prompt in one, then a token of
-    each sequence at a time. Sliding layers, and those kvqtool does not pack, are kept whole.
+    Every process makes one and feeds it the same calls. Sliding layers, and those kvqtool does not
+    pack, are kept whole.
     """
 
     def __init__(self, cache: KvqCache, ranks: Ranks) -> None:
         """Share a cache that is still empty.
 
         Args:
-            cache: this process's; `nbytes` and reports are its own.
+            cache: this process's, with exact prefill; `nbytes` and reports are its own.
             ranks: this process among all, which have met (`ranks.join_ranks`).
 
         Raises:
-            InputError: when the cache holds tokens, or kernels do not read a layer to be shared.
+            InputError: when the cache holds tokens, keeps a recent window or reads prompts
+                otherwise, or kernels do not read a layer that is to be shared.
         """
         if cache.get_seq_length():
             raise InputError("the cache holds tokens; share an empty one and read the prompt then")
+        if cache.bundle.spec.has_window:
+            raise InputError(
+                f"{cache.bundle.spec} keeps a recent window; share a cache without -r among "
+                "processes"
+            )
+        if cache.prefill != "exact":
+            raise InputError(f"prefill {cache.prefill} is not shared by processes; use exact")
         self.own = cache
+        self._ranks = ranks
+        self._prompt: int | None = None
         layers = [
             SharedLayer(cache, number, layer, ranks)
             if isinstance(layer, KvqLayer) and not layer.is_sliding
@@ -60,6 +70,43 @@ class ContextParallelCache(Cache):
             for number, layer in enumerate(cache.layers)
         ]
         super().__init__(layers=layers)
+
+    def calls(self, ids: Tensor, most: int) -> Iterator[Tensor]:
+        """Cut a prompt into calls of the model that end where shares do.
+
+        Without this the first call is the prompt that is shared, and all further tokens go to the
+        last process.
+
+        Args:
+            ids: (batch, tokens) int64, the whole prompt.
+            most: tokens of a call at most.
+
+        Yields:
+            (batch, up to `most`) int64.
+
+        Raises:
+            InputError: when there is not a page for each process.
+        """
+        self._prompt, start = ids.shape[1], 0
+        ends = self._bounds(ids.shape[1])[1:]
+        while start < self._prompt:
+            stop = min(start + most, next(end for end in ends if end > start))
+            yield ids[:, start : min(stop, self._prompt)]
+            start = stop
+
+    def _bounds(self, tokens: int) -> list[int]:
+        """Return where each process's share of a prompt begins, and where the last one ends:
+        nowhere.
+        """
+        sinks, processes = self.own.bundle.spec.sink_tokens, self._ranks.world_size
+        pages = max(tokens - sinks, 0) // PAGE_TOKENS
+        if pages < processes:
+            raise InputError(
+                f"a prompt of {tokens} tokens has {pages} whole pages of {PAGE_TOKENS}, too few "
+                f"for {processes} processes; start fewer, or read a longer prompt"
+            )
+        inner = [sinks + pages * n // processes * PAGE_TOKENS for n in range(1, processes)]
+        return [0, *inner, sys.maxsize]
 
     def announce(self, layer_idx: int, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
         """See `KvqCache.announce`."""
@@ -76,10 +123,15 @@ class ContextParallelCache(Cache):
         attend to; see `KvqLayer.update`.
 
         Raises:
-            RunError: when a prompt goes on, or the layer cannot be read from pages after all.
+            InputError: when the prompt has no page for each process.
+            RunError: when a call of a prompt ends within a share, or the layer cannot be read from
+                pages after all.
         """
         layer = self.layers[layer_idx]
         if isinstance(layer, SharedLayer):
+            if not layer.tokens:
+                bounds = self._bounds(self._prompt or key_states.shape[2])
+                layer.begin(bounds[self._ranks.rank], bounds[self._ranks.rank + 1])
             shown = layer.update(key_states, value_states)
         else:
             shown = self.own.update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -107,154 +159,7 @@ class ContextParallelCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self.own.reset()
+        self._prompt = None
         for layer in self.layers:
             if isinstance(layer, SharedLayer):
                 layer.reset()
-
-
-class SharedLayer(CacheLayerMixin):
-    """One layer of a `ContextParallelCache` of which this process keeps a share."""
-
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, cache: KvqCache, number: int, layer: KvqLayer, ranks: Ranks) -> None:
-        """Share layer `number` of an empty cache."""
-        super().__init__()
-        if not layer.path.is_fused:
-            raise InputError(
-                f"layer {number} cannot be shared: it is read through torch ({layer.path.reason}); "
-                'attach with read_path="fused"'
-            )
-        self._cache = cache
-        self._number = number
-        self._layer = layer
-        self._ranks = ranks
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.tokens = 0
-        self.is_initialized = False
-        self._packed: PackedLayer | None = None  # where no new token ever comes
-
-    @property
-    def takes_tokens(self) -> bool:
-        """Whether new tokens come to this process."""
-        return self._ranks.rank == self._ranks.world_size - 1
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the layer starts with the prompt."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store the prompt's share, or a token where tokens come to, and return what is attended
-        to; see `ContextParallelCache.update`.
-        """
-        fresh = key_states.shape[2]
-        if not self.tokens:
-            shown = self._cache.update(key_states, value_states, self._number)
-            self._layer.keep(*self._share())
-            self.tokens, self.is_initialized = fresh, True
-            return shown
-        if fresh > 1:
-            raise RunError(
-                f"a cache shared by processes takes a token a call after the prompt, not {fresh}; "
-                "read the prompt in one call"
-            )
-        self.tokens += 1
-        packed = self._attended(key_states, value_states)
-        shape = *key_states.shape[:2], self.tokens, key_states.shape[3]
-        placeholder = key_states.new_full((1,), math.nan).expand(shape)
-        mark_packed(placeholder, SharedKeys(packed, self._ranks))
-        return placeholder, placeholder
-
-    def _attended(self, key_states: Tensor, value_states: Tensor) -> PackedLayer:
-        """Return this process's tokens, the new one among them where it comes here."""
-        if self.takes_tokens:
-            keys, _ = self._cache.update(key_states, value_states, self._number)
-            packed = packed_of(keys)
-            if not isinstance(packed, PackedLayer):
-                raise RunError(f"layer {self._number} cannot be shared: {self._layer.path.reason}")
-            return packed
-        if self._packed is None:
-            self._layer.check_path()
-            if not self._layer.path.is_fused:
-                raise RunError(f"layer {self._number} cannot be shared: {self._layer.path.reason}")
-            self._packed = self._layer.packed(self._layer.first_seen())
-        return self._packed
-
-    def _share(self) -> tuple[int, int]:
-        """Return the first of the tokens that stay here, and the first behind them.
-
-        Raises:
-            InputError: when there is not a page for each process.
-        """
-        store, (rank, processes) = self._layer.store, (self._ranks.rank, self._ranks.world_size)
-        pages = store.bodies[0].tokens // PAGE_TOKENS
-        if pages < processes:
-            raise InputError(
-                f"a prompt of {store.tokens} tokens has {pages} whole pages of {PAGE_TOKENS}, too "
-                f"few for {processes} processes; start fewer, or read a longer prompt"
-            )
-        bounds = [store.sinks + pages * n // processes * PAGE_TOKENS for n in (rank, rank + 1)]
-        return bounds[0] if rank else 0, store.tokens if self.takes_tokens else bounds[1]
-
-    def get_seq_length(self) -> int:
-        """Return the tokens that all processes hold together."""
-        return self.tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys a call of `query_length` queries will see, and the first's index."""
-        return self.tokens + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: without bound."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """Return the same under the name transformers 5.17 asks for."""
-        return -1
-
-
-@dataclass(frozen=True)
-class SharedKeys:
-    """What attention reads of one layer: its own tokens, and the other processes' results."""
-
-    packed: PackedLayer
-    ranks: Ranks
-    sees_all: bool = True
-
-    def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        """Return the output of one query a sequence over all processes' tokens, (batch, 1,
-        num_heads, head_dim): the same in each, bit for bit.
-        """
-        log_sums = query.new_empty(query.shape[:2], dtype=torch.float32)
-        out = self.packed.attend(query, scaling, softcap, log_sums)[:, 0]
-        gathered = self.ranks.gather(torch.cat([out.float(), log_sums[..., None]], dim=-1))
-        return merge(gathered[..., :-1], gathered[..., -1]).to(query.dtype)[:, None]
-
-    def attend_causal(self, query: Tensor, scaling: float) -> Tensor:
-        """Return the output of several queries a sequence; a token comes at a time."""
-        raise AssertionError("shared layers take a token a call after the prompt")
-
-    def expand(self) -> Pair:
-        """Return the keys and values themselves; no process has them all."""
-        raise AssertionError("shared layers are read by the kernel only")
-
-
-def merge(outs: Tensor, log_sums: Tensor) -> Tensor:
-    """Return attention over all tokens from that over each share of them.
-
-    Args:
-        outs: (shares, ..., head_dim) float32, attention's output over each share.
-        log_sums: (shares, ...) float32, the log of the sum of exp(score) over it.
-
-    Returns:
-        (..., head_dim) float32.
-
-    Example: two shares of two heads of 64 -> outs (2, 2, 64), log_sums (2, 2), result (2, 64).
-    """
-    return (log_sums.softmax(0)[..., None] * outs).sum(0)

@@ -136,18 +136,6 @@ class KvqLayer(CacheLayerMixin):
         context = self.store.context(self.read_angles, position, seen_from)
         return PackedLayer(self.reader, context, self.path)
 
-    def keep(self, start: int, stop: int) -> None:
-        """Keep tokens start..stop-1 only, for good: no later query sees any before them.
-
-        Args:
-            start: 0, or where a page begins.
-            stop: where a page ends, or the number of tokens.
-        """
-        if stop < self.store.tokens:
-            self.store.truncate(stop)
-        self.store.kept_from = start
-        self.store.drop_unseen()
-
     def _mark_band(
         self,
         shown: tuple[Tensor, int],
@@ -171,7 +159,7 @@ class KvqLayer(CacheLayerMixin):
 
     def first_seen(self) -> int:
         """Return the first token that the next query sees."""
-        return self.store.first_seen(self.store.tokens)
+        return max(self.store.tokens - self.sliding_window + 1, 0) if self.sliding_window else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys a call of `query_length` queries will see, and the first's index."""
@@ -247,6 +235,11 @@ class PackedLayer:
         """
         self.path.count("fused")
         return self.reader.attend(query, self.context, scaling, softcap, log_sums)
+
+    def attend_share(self, query: Tensor, scaling: float, own: int) -> tuple[Tensor, Tensor]:
+        """Return what several queries get of these tokens; see `PageReader.attend_share`."""
+        self.path.count("dequantize")
+        return self.reader.attend_share(query, self.context, scaling, own)
 
     def attend_causal(self, query: Tensor, scaling: float) -> Tensor:
         """Return the output of a sequence's last queries, (batch, queries, num_heads, head_dim),

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvqtool.blockwise import attend_causal
+from kvqtool.blockwise import attend_share
 from kvqtool.codebook import Codebook
 from kvqtool.fused import LayerTables, PackedContext, Workspace, attend, new_workspace
 from kvqtool.hadamard import rotate_heads
@@ -124,12 +124,26 @@ class PageReader:
         Returns:
             (batch, queries, num_heads, head_dim) in the query's dtype.
         """
+        out, _ = self.attend_share(query, context, scaling, query.shape[2])
+        return out.to(query.dtype).transpose(1, 2).contiguous()
+
+    def attend_share(self, query: Tensor, context: PackedContext, scaling: float, own: int) -> Pair:
+        """Attend with the last tokens of every sequence to a share of it; see `attend_causal`.
+
+        Args:
+            query: (batch, num_heads, queries, head_dim) after RoPE.
+            context: the share, of which the last `own` tokens are the queries'.
+            scaling: factor on scores.
+            own: as many as queries, or 0.
+
+        Returns:
+            (batch, num_heads, queries, head_dim) float32, and the log of the sum of exp(score),
+            (batch, num_heads, queries) float32.
+        """
         exact, (first, last) = context.exact, _seen(context)
         tokens = exact.sink_key.shape[2] + last - first + exact.window_key.shape[2]
         size = tokens_at_once(len(query), PAGE_TOKENS, TOKENS_DECODED)
-        parts = self.parts(context, size)
-        out = attend_causal(query, parts, tokens - query.shape[2], scaling)
-        return out.transpose(1, 2).contiguous()
+        return attend_share(query, self.parts(context, size), tokens - own, scaling)
 
     def parts(self, context: PackedContext, size: int) -> Iterator[Pair]:
         """Yield what `expand` returns in parts: the sinks with the first `size` packed tokens,

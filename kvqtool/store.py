@@ -63,7 +63,8 @@ class LayerStore:
         """Forget everything."""
         self._exact: dict[str, tuple[Tensor, Tensor]] = {}
         self._bodies: tuple[Body, Body] | None = None
-        self.tokens = self.dropped = self.kept_from = 0  # no query sees tokens before the last
+        self.tokens = 0
+        self.dropped = 0
         self.padding: tuple[int, ...] = ()
 
     @property
@@ -162,9 +163,8 @@ class LayerStore:
         return cut((key, value), start - first)
 
     def drop_unseen(self) -> None:
-        """Free what no query will see again: whole pages."""
-        unseen = dropped_tokens(self.spec, self.tokens, self.sliding_window)
-        body = max(unseen, self.kept_from - self.sinks) - self.dropped
+        """Free what a sliding layer's queries will not see again: whole pages."""
+        body = dropped_tokens(self.spec, self.tokens, self.sliding_window) - self.dropped
         if body > 0:
             for side in self.bodies:
                 side.drop(body)
@@ -177,7 +177,7 @@ class LayerStore:
         sink = min(tokens, self.sinks)
         body = min(tokens - sink - self.dropped, self.bodies[0].tokens)
         stored = self.sinks + self.dropped if self.dropped else 0
-        if body < 0 or self.first_seen(tokens) < stored:
+        if body < 0 or self._first_seen(tokens) < stored:
             raise RunError(
                 "a sliding layer has dropped what cropping would bring back; record the past first"
             )
@@ -243,9 +243,9 @@ class LayerStore:
         """Sink tokens stored."""
         return self._exact["sink"][0].shape[2]
 
-    def first_seen(self, tokens: int) -> int:
+    def _first_seen(self, tokens: int) -> int:
         """Return the first token that the query after `tokens` tokens sees."""
-        return max(tokens - self.sliding_window + 1, 0) if self.sliding_window else self.kept_from
+        return max(tokens - self.sliding_window + 1, 0) if self.sliding_window else 0
 
     def _start(self, key: Tensor, value: Tensor) -> None:
         self._exact = dict.fromkeys(("sink", "window"), own(cut((key, value), 0, 0)))

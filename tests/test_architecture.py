@@ -82,6 +82,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cache",
         "steady",
         "context_parallel",
+        "shared_layer",
         "usage",
         "forward",
         "split",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import context_worker
@@ -16,11 +17,13 @@ from test_ranks import environment, free_port
 
 from kvqtool.attach import attach
 from kvqtool.bundle import Bundle, save_bundle
-from kvqtool.context_parallel import ContextParallelCache, merge
+from kvqtool.context_parallel import ContextParallelCache
 from kvqtool.errors import InputError, RunError
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel
 from kvqtool.ranks import ALONE, Ranks
+from kvqtool.shared_layer import merge
+from kvqtool.spec import parse_spec
 
 PROCESSES = 2
 SPEC = "nuq3-1%-sink1"
@@ -55,6 +58,12 @@ def test_logits_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
         assert (one["logits"] - alone["logits"]).abs().max() < LOGIT_ERROR
 
 
+def test_prompts_may_come_in_several_calls(found: list[dict[str, Any]]) -> None:
+    alone, *shared = (one["in_calls"] for one in found)
+    for logits in shared:
+        assert (logits - alone).abs().max() < LOGIT_ERROR
+
+
 def test_all_processes_have_the_same_bits(found: list[dict[str, Any]]) -> None:
     assert torch.equal(found[1]["logits"], found[2]["logits"])
 
@@ -80,9 +89,11 @@ def test_merging_shares_is_attention_over_all() -> None:
     random = torch.Generator().manual_seed(0)
     score = torch.randn(3, 90, generator=random, dtype=torch.float64) * 8
     value = torch.randn(90, 16, generator=random, dtype=torch.float64)
-    parts = [slice(0, 1), slice(1, 70), slice(70, 90)]
+    parts = [slice(0, 1), slice(1, 70), slice(70, 90)]  # and a share that is still empty
     outs = torch.stack([score[:, p].softmax(-1) @ value[p] for p in parts])
     log_sums = torch.stack([score[:, p].logsumexp(-1) for p in parts])
+    outs = torch.cat([outs, torch.zeros_like(outs[:1])])
+    log_sums = torch.cat([log_sums, torch.full_like(log_sums[:1], -torch.inf)])
     merged = merge(outs.float(), log_sums.float())
     assert (merged.double() - score.softmax(-1) @ value).abs().max() < 1e-6
 
@@ -115,14 +126,23 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"300 tokens has 2 whole pages of 128.*3 processes"):
             next_logits(builtin.model, text_ids(builtin, 1, 300), cache)
 
-    def test_a_prompt_in_two_calls(
+    def test_a_call_that_ends_within_two_shares(
         self, builtin: LoadedModel, session: Any, calibrated: Maker
     ) -> None:
         cache = ContextParallelCache(session.new_cache(calibrated(SPEC)), Ranks(0, 2))
-        ids = text_ids(builtin, 1, 302)
-        next_logits(builtin.model, ids[:, :300], cache)
-        with pytest.raises(RunError, match="a token a call after the prompt, not 2"):
-            next_logits(builtin.model, ids[:, 300:], cache)
+        ids = text_ids(builtin, 1, 300)
+        next_logits(builtin.model, next(cache.calls(ids, 100)), cache)
+        with pytest.raises(RunError, match="a call of 50 tokens after 100 ends within two shares"):
+            next_logits(builtin.model, ids[:, 100:150], cache)
+
+    def test_a_recent_window_and_another_prefill(self, session: Any, calibrated: Maker) -> None:
+        bundle = calibrated(SPEC)
+        with pytest.raises(InputError, match="prefill decode-exact is not shared"):
+            ContextParallelCache(session.new_cache(bundle, prefill="decode-exact"), Ranks(0, 2))
+        cache = session.new_cache(bundle)
+        cache.bundle = replace(bundle, spec=parse_spec("nuq3-r8"))
+        with pytest.raises(InputError, match="keeps a recent window; share a cache without -r"):
+            ContextParallelCache(cache, Ranks(0, 2))
 
     def test_a_cache_that_holds_tokens(
         self, builtin: LoadedModel, session: Any, calibrated: Maker
