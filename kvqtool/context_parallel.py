@@ -28,6 +28,7 @@ from kvqtool.errors import InputError, RunError
 from kvqtool.layer import KvqLayer
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.ranks import Ranks
+from kvqtool.sharding import check_pages, first_pages
 from kvqtool.shared_layer import SharedLayer
 
 _ONE_WAY: Final = "a cache shared by processes only grows; use one process to go back or reorder"
@@ -99,14 +100,9 @@ class ContextParallelCache(Cache):
         nowhere.
         """
         sinks, processes = self.own.bundle.spec.sink_tokens, self._ranks.world_size
-        pages = max(tokens - sinks, 0) // PAGE_TOKENS
-        if pages < processes:
-            raise InputError(
-                f"a prompt of {tokens} tokens has {pages} whole pages of {PAGE_TOKENS}, too few "
-                f"for {processes} processes; start fewer, or read a longer prompt"
-            )
-        inner = [sinks + pages * n // processes * PAGE_TOKENS for n in range(1, processes)]
-        return [0, *inner, sys.maxsize]
+        check_pages(tokens, sinks, processes)
+        firsts = first_pages(tokens, sinks, processes)[1:]
+        return [0, *(sinks + first * PAGE_TOKENS for first in firsts), sys.maxsize]
 
     def announce(self, layer_idx: int, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
         """See `KvqCache.announce`."""

@@ -63,7 +63,9 @@ def _attend_cuda(
     reals: list[float],
 ) -> Tensor:
     context, tables, variant = _arguments(read, numbers, reals)
-    return attend(query, context, tables, variant, Workspace(*written, numbers[-1]))
+    partials, counters, log_sums = written
+    workspace = Workspace(partials, counters, log_sums, numbers[-1])
+    return attend(query, context, tables, variant, workspace)
 
 
 @_attend_cuda.register_kernel("cpu")
