@@ -24,6 +24,7 @@
 // `order`            (HEAD_DIM) channel of a head that stands at each place of a packed key
 // exact tokens       (batch, num_kv_heads, capacity, HEAD_DIM) keys after RoPE, and values
 // `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
+// `log_sums`         (batch, num_heads) float, written: log of the sum of exp(score); or null
 #include "attend_slab.cuh"
 
 constexpr u32 THREADS = WARPS * 32;

@@ -168,9 +168,15 @@ DEVICE void join_warps(const float* join, const u8* corners, u32 warps, u32 head
     result[0] = total, result[1] = highest, result[2] = sum;
 }
 
+// The log of the sum of exp(score), from a reference in powers of 2 and the sum over it.
+DEVICE float log_of_sum(float reference, float sum) {
+    return (reference + log2_fast(sum)) * 0.6931471805599453f;
+}
+
 // Of a segment's partial results, the factor of each part of a head, over the sum of weights: to
-// `factors` (parts, GROUP).
-DEVICE void weigh_parts(const float* partials, u32 parts, float* factors) {
+// `factors` (parts, GROUP); and the log of that sum to `log_sums` (heads), if it is there.
+DEVICE void weigh_parts(const float* partials, u32 parts, u32 heads, float* factors,
+                        float* log_sums) {
     u32 head = thread_index() / 32, lane = thread_index() % 32;
     KVQ_ROLLED for (; head < GROUP; head += WARPS) {
         const float* part = partials + head * PARTIAL + HEAD_DIM;
@@ -186,6 +192,7 @@ DEVICE void weigh_parts(const float* partials, u32 parts, float* factors) {
             sum += factor * load_fresh(own + 1);
         }
         KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) sum += exchange(sum, mask);
+        if (log_sums && lane == 0 && head < heads) log_sums[head] = log_of_sum(highest, sum);
         float inverse = 1.0f / sum;
         KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) factors[i * GROUP + head] *= inverse;
     }
@@ -207,7 +214,8 @@ DEVICE float join_parts(const float* partials, u32 parts, const float* factors, 
 }
 
 // The result of a segment from the partial results of its blocks, by the last of them.
-DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* factors, u16* out) {
+DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* factors, u16* out,
+                        float* log_sums) {
     constexpr u32 many = 16, mine = (GROUP * HEAD_DIM + THREADS - 1) / THREADS;
     float first[many];
     auto load = [&](u32 i) {
@@ -218,7 +226,7 @@ DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* fact
     };
     u32 i = smaller(thread_index(), heads * HEAD_DIM - 1);
     load(i);
-    weigh_parts(partials, parts, factors);
+    weigh_parts(partials, parts, heads, factors, log_sums);
     sync_block();
     KVQ_ROLLED for (u32 k = 0; k < mine; k++) {
         i = thread_index() + k * THREADS;
@@ -234,8 +242,9 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
        const u32* outlier_words, const int* page_table, const int* state, const u16* key_table,
        const u16* levels, const u32* angles, const u64* frequencies, const u16* order,
        const u16* sink_key, const u16* sink_value, const u16* window_key, const u16* window_value,
-       float* partials, u32* counters, u32 batch, u32 group_heads, u32 num_kv_heads, u32 max_pages,
-       u32 sink_capacity, u32 window_capacity, float scale, float cap) {
+       float* partials, u32* counters, float* log_sums, u32 batch, u32 group_heads,
+       u32 num_kv_heads, u32 max_pages, u32 sink_capacity, u32 window_capacity, float scale,
+       float cap) {
     u8* shared = shared_memory();
     Cache cache{slabs,
                 ranges,
@@ -313,15 +322,18 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         }
         sync_block();
 
-        u16* out = output + ((u64)segment.sequence * num_kv_heads * group_heads + segment.first_head) * HEAD_DIM;
+        u32 first_row = segment.sequence * num_kv_heads * group_heads + segment.first_head;
+        u16* out = output + (u64)first_row * HEAD_DIM;
         float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
         KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
             u32 head = i % GROUP, channel = i / GROUP;
             float result[3];
             join_warps(join, shared + CORNER_AT, warps, head, channel, result);
             if (segment.blocks == 1) {
-                if (head < segment.heads)
-                    out[head * HEAD_DIM + channel] = state_bits(result[0] / result[2]);
+                if (head >= segment.heads) continue;
+                out[head * HEAD_DIM + channel] = state_bits(result[0] / result[2]);
+                if (log_sums && channel == 0)
+                    log_sums[first_row + head] = log_of_sum(result[1], result[2]);
                 continue;
             }
             part[head * PARTIAL + channel] = result[0];
@@ -335,7 +347,8 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
             if (join[0] != 0.0f) {
                 u64 first = segment.first_block + segment.index;
                 join_blocks(partials + first * GROUP * PARTIAL, segment.blocks, segment.heads,
-                            (float*)(shared + CORNER_AT), out);
+                            (float*)(shared + CORNER_AT), out,
+                            log_sums ? log_sums + first_row : nullptr);
             }
         }
         unit += cut.whole ? 1 : count;

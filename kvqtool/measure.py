@@ -180,8 +180,8 @@ def _packed(cached: CacheModel, tokens: int, found: list[Outliers] | None = None
 
 
 def _check_single(load: Load) -> None:
-    if load.work.tp * load.work.pp > 1:
-        raise InputError("--measure runs on one device; drop --tp and --pp")
+    if load.work.gpus > 1:
+        raise InputError("--measure runs on one device; drop --tp, --pp and --context-parallel")
 
 
 def _no_angles(start: int, stop: int) -> tuple[Tensor, Tensor]:

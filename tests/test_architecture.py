@@ -81,6 +81,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "adaptive_layer",
         "cache",
         "steady",
+        "context_parallel",
+        "shared_layer",
         "usage",
         "forward",
         "split",

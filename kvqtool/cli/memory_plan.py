@@ -88,6 +88,12 @@ def run(
     ] = None,
     tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share every layer.")] = 1,
     pp: Annotated[int, typer.Option("--pp", min=1, help="GPUs that share the layers.")] = 1,
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            "--context-parallel", min=1, help="GPUs that share the tokens of each sequence."
+        ),
+    ] = 1,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -168,6 +174,7 @@ def run(
         prefill_chunk=prefill_chunk,
         tp=tp,
         pp=pp,
+        context_parallel=context_parallel,
         reserve_bytes=_reserve(reserve),
     )
     rows = plans(shape, schemes, contexts, work, (card, memory))
