@@ -166,7 +166,7 @@ class PageReader:
         key, value = states
         if self._form.scaling != 1:
             key = (key.float() * self._form.scaling).to(key.dtype)
-        if self._spec.value.rotated:
+        if self._spec.value.rotated and value.numel():
             value = rotate_heads(value.float()).to(value.dtype)
         return key, value
 
