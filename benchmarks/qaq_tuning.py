@@ -14,6 +14,7 @@ from kvqtool.data import Windows
 from kvqtool.forward import hidden_states
 from kvqtool.models import LoadedModel
 from kvqtool.perplexity import evaluate
+from kvqtool.stepwise import is_stepwise
 from kvqtool.usage import measure
 
 RATIOS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # values' tolerance to keys'
@@ -38,7 +39,8 @@ class Tuner:
         with attached(self.loaded, bundle) as session:
             for window in self.windows.ids.to(self.loaded.device).split(1):
                 cache = session.new_cache(bundle, prefill="decode-exact")
-                hidden_states(session.model, {"input_ids": window}, cache)
+                for piece in window.split(1 if is_stepwise(bundle.spec) else window.shape[1], 1):
+                    hidden_states(session.model, {"input_ids": piece}, cache)
                 usage = measure(cache)
                 held.append((usage.cache_bytes, usage.cache_bytes_fp16))
         nbytes, nbytes_fp16 = (sum(column) for column in zip(*held, strict=True))
@@ -46,7 +48,13 @@ class Tuner:
 
     def loss_of(self, bundle: Bundle) -> float:
         """Return the divergence on the tuning windows, nats."""
-        (score,) = evaluate(self.loaded, self.windows, [bundle], allow_calibration_text=True)
+        (score,) = evaluate(
+            self.loaded,
+            self.windows,
+            [bundle],
+            protocol=protocol_of(bundle),
+            allow_calibration_text=True,
+        )
         return score.kld_mean
 
     def reach(
@@ -93,6 +101,11 @@ class Tuner:
             if best == at:
                 return self.ratios[at], scores[at][1]
             at = best
+
+
+def protocol_of(bundle: Bundle) -> str:
+    """Return how a bundle is scored: at once where that stores what decoding would."""
+    return "true-decode" if is_stepwise(bundle.spec) else "decode-exact"
 
 
 def with_budgets(bundle: Bundle, key: float, value: float) -> Bundle:
