@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final
 
@@ -27,6 +27,8 @@ class Adaptive:
         level: what shares bits: `token` is a token's numbers in all layers, `layer` those in one
             layer, `head` those in one KV head. Range and outliers are a layer's or a head's. Keys
             and values are apart either way.
+        planned_bits: bits of a code, on average, that a plan counts where no text has been seen; no
+            part of the scheme. The most by default.
         shadow: whether a host copy lets a value's bits rise when later queries attend to it more.
         formula: `paper`, or `released` for the arithmetic of the authors' code.
     """
@@ -34,6 +36,7 @@ class Adaptive:
     level: str = "layer"
     formula: str = "paper"
     shadow: bool = False
+    planned_bits: float = field(default=8.0, compare=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (
