@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from kvqtool.usage import measure
 
 RATIOS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # values' tolerance to keys'
 _STEPS = 10
+_GREATEST = 1e6  # of a tolerance; past it only the formula's least bits are left
+_LEAP = 6.0  # doublings of a tolerance at once
 _CLOSE = 0.01  # of the target's bits
 _THERE = 0.05  # farther from its target a scheme has no such bits
 
@@ -64,6 +67,7 @@ class Tuner:
         cost, and the keys' tolerance, sought from `start` on.
         """
         scale, low, high = start, 0.0, float("inf")  # low: too many bits
+        last: tuple[float, float] | None = None
         for _ in range(_STEPS):
             found = with_budgets(bundle, scale, scale * ratio)
             bits, at = self.bits_of(found), scale
@@ -72,9 +76,15 @@ class Tuner:
             if abs(over) < _CLOSE * target:
                 break
             low, high = (scale, high) if over > 0 else (low, scale)
-            scale *= 2**over  # a doubled tolerance takes a bit
+            # A doubled tolerance takes a bit, or what the last step did: the released formula less.
+            rate = (last[1] - bits) / math.log2(at / last[0]) if last else 1.0
+            last = at, bits
+            scale *= 2 ** max(min(over / rate, _LEAP), -_LEAP) if rate > 0 else 2**over
             if not low < scale < high:
                 scale = (low * high) ** 0.5
+            scale = min(scale, _GREATEST / ratio)
+            if scale == at:
+                break
         return found, bits, at
 
     def best_ratio(self, bundle: Bundle, target: float) -> tuple[float, float]:
