@@ -43,6 +43,13 @@ def assumptions(load: Load, context: int) -> list[str]:
         lines.append(
             f"keys hold {share} outliers; other text may hold more, up to cache_bytes_bound"
         )
+    if spec.adaptive is not None:
+        bits = f"{spec.adaptive.planned_bits:g} bits"
+        lines.append(
+            f"{spec.name}: a text decides bits, codes are counted at {bits}; see --code-bits"
+        )
+        if spec.adaptive.shadow:
+            lines.append("the copy of values in host memory is not counted")
     if any(layer.angles and layer.angles.table_after is not None for layer in shape.layers):
         lines.append("where positions do not give a model's angles, the angles are stored")
     if work.context_parallel > 1:

@@ -16,7 +16,7 @@ from kvqtool.adaptive_layer import AdaptiveLayer
 from kvqtool.adaptive_store import AdaptiveStore
 from kvqtool.angles import AngleStore
 from kvqtool.bundle import Bundle
-from kvqtool.council import Council, shares_layers
+from kvqtool.council import Council
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
 from kvqtool.open_page import OpenPage
@@ -51,7 +51,8 @@ class KvqCache(Cache):
         self._announced: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._padding: tuple[int, ...] = ()
         self._has_begun = False
-        self._council = Council() if shares_layers(bundle.spec) else None
+        rule = bundle.spec.adaptive
+        self._council = Council() if rule is not None and rule.level == "token" else None
         layers = DynamicCache(config=config).layers
         for layer in seam.packed:
             layers[layer.index] = self._new_layer(layer, paths[layer.index])
