@@ -57,7 +57,7 @@ def main() -> None:
 
 def _pack_row(case: PackCase, tokens: int, copy: float) -> dict[str, object]:
     built, repeats = moved(build_pack(case), "cuda"), tokens // case.tokens
-    key, value = (part.repeat(1, 1, repeats, 1) for part in built.states)
+    key, value = (part.repeat(1, 1, repeats, 1) for part in built.prompt)
     turns = built.turns.repeat(1, repeats, 1, 1)
     times = []
     for _ in range(7):

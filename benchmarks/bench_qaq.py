@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from bench_quality import commit, machine
 from qaq_table import Table
-from qaq_tuning import RATIOS, Tuner, note, tune
+from qaq_tuning import RATIOS, Tuner, note, protocol_of, tune
 
 from kvqtool.bundle import load_bundle, save_bundle
 from kvqtool.calibrate import calibrate
@@ -56,10 +56,13 @@ FIXED = {
     "preset kvq2": ("kvq2",),
 }
 ALLOCATED = "kvq3@{:g}"
+STEPWISE = ("qaq token", "qaq shadow")  # decoded token by token: for short windows, when asked for
 FAMILIES = {
     "qaq": "qaq-1%",
     "qaq released": "qaq-released-1%",
     "qaq head": "qaq-head-1%",
+    "qaq token": "qaq-token-1%",
+    "qaq shadow": "qaq-shadow-1%",
     "qaq over nuq": "qaq-nuq-1%-sink1",
     "released over nuq": "qaq-nuq-released-1%-sink1",
     "qaq over nuq, window 64": "qaq-nuq-w64-1%-sink1",
@@ -140,7 +143,8 @@ def score(setting: Setting, paths: tuple[str, ...], dataset: str | None) -> list
     windows = evaluation_windows(
         text, loaded.tokenizer, seq_len=seq_len, windows=setting.windows, stride=None
     )
-    results = evaluate(loaded, windows, [load_bundle(Path(path)) for path in paths])
+    bundles = [load_bundle(Path(path)) for path in paths]
+    results = evaluate(loaded, windows, bundles, protocol=protocol_of(bundles[0]))
     rows = [
         {"text": text.name, "file": p, **asdict(r)} for p, r in zip(paths, results, strict=True)
     ]
@@ -169,7 +173,8 @@ def main() -> None:
     groups = FIXED | {"allocated": tuple(ALLOCATED.format(target) for target in targets)}
     groups |= {name: (text,) for name, text in FAMILIES.items()}
     slow = ("allocated", *FAMILIES)  # to make; they go first where nothing else is asked for
-    names = options.family or sorted(groups, key=lambda name: name not in slow)
+    all_at_once = [name for name in groups if name not in STEPWISE]
+    names = options.family or sorted(all_at_once, key=lambda name: name not in slow)
     head = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),

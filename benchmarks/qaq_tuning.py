@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -14,10 +15,13 @@ from kvqtool.data import Windows
 from kvqtool.forward import hidden_states
 from kvqtool.models import LoadedModel
 from kvqtool.perplexity import evaluate
+from kvqtool.stepwise import is_stepwise
 from kvqtool.usage import measure
 
 RATIOS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # values' tolerance to keys'
 _STEPS = 10
+_GREATEST = 1e6  # of a tolerance; past it only the formula's least bits are left
+_LEAP = 6.0  # doublings of a tolerance at once
 _CLOSE = 0.01  # of the target's bits
 _THERE = 0.05  # farther from its target a scheme has no such bits
 
@@ -38,7 +42,8 @@ class Tuner:
         with attached(self.loaded, bundle) as session:
             for window in self.windows.ids.to(self.loaded.device).split(1):
                 cache = session.new_cache(bundle, prefill="decode-exact")
-                hidden_states(session.model, {"input_ids": window}, cache)
+                for piece in window.split(1 if is_stepwise(bundle.spec) else window.shape[1], 1):
+                    hidden_states(session.model, {"input_ids": piece}, cache)
                 usage = measure(cache)
                 held.append((usage.cache_bytes, usage.cache_bytes_fp16))
         nbytes, nbytes_fp16 = (sum(column) for column in zip(*held, strict=True))
@@ -46,7 +51,13 @@ class Tuner:
 
     def loss_of(self, bundle: Bundle) -> float:
         """Return the divergence on the tuning windows, nats."""
-        (score,) = evaluate(self.loaded, self.windows, [bundle], allow_calibration_text=True)
+        (score,) = evaluate(
+            self.loaded,
+            self.windows,
+            [bundle],
+            protocol=protocol_of(bundle),
+            allow_calibration_text=True,
+        )
         return score.kld_mean
 
     def reach(
@@ -56,6 +67,7 @@ class Tuner:
         cost, and the keys' tolerance, sought from `start` on.
         """
         scale, low, high = start, 0.0, float("inf")  # low: too many bits
+        last: tuple[float, float] | None = None
         for _ in range(_STEPS):
             found = with_budgets(bundle, scale, scale * ratio)
             bits, at = self.bits_of(found), scale
@@ -64,9 +76,15 @@ class Tuner:
             if abs(over) < _CLOSE * target:
                 break
             low, high = (scale, high) if over > 0 else (low, scale)
-            scale *= 2**over  # a doubled tolerance takes a bit
+            # A doubled tolerance takes a bit, or what the last step did: the released formula less.
+            rate = (last[1] - bits) / math.log2(at / last[0]) if last else 1.0
+            last = at, bits
+            scale *= 2 ** max(min(over / rate, _LEAP), -_LEAP) if rate > 0 else 2**over
             if not low < scale < high:
                 scale = (low * high) ** 0.5
+            scale = min(scale, _GREATEST / ratio)
+            if scale == at:
+                break
         return found, bits, at
 
     def best_ratio(self, bundle: Bundle, target: float) -> tuple[float, float]:
@@ -93,6 +111,11 @@ class Tuner:
             if best == at:
                 return self.ratios[at], scores[at][1]
             at = best
+
+
+def protocol_of(bundle: Bundle) -> str:
+    """Return how a bundle is scored: at once where that stores what decoding would."""
+    return "true-decode" if is_stepwise(bundle.spec) else "decode-exact"
 
 
 def with_budgets(bundle: Bundle, key: float, value: float) -> Bundle:

@@ -12,8 +12,15 @@
 // `key_reads`, `key_feedback`, `key_turn` and those of values: as in compensate.cu, with KEY_COMP
 //           and VALUE_COMP
 // Macros: those of pack.cu; WARPS is the block's. The rest as in attend.cu and pack.cu.
+#include "append_floats.cuh"
 #include "append_range.cuh"
 #include "compensate_token.cuh"
+
+#if VALUE_FLOAT
+typedef u32 OrderKey;
+#else
+typedef u16 OrderKey;
+#endif
 
 // Put codes n, of a lane's 32 in a step, into their words.
 template <int bits>
@@ -69,10 +76,10 @@ DEVICE void find_keys(const KeyCode& code, const KeyChannel (&channels)[2], cons
 }
 
 // A token's value of one channel, as it is stored.
-DEVICE Element find_value(const float* middles, u16 bits, const ValueRow& row, const Bench& bench,
-                          u32 head, u32 at) {
-    if constexpr (!VALUE_COMP) return value_element(middles, bits, row, head * HEAD_DIM + at);
-    float moved = add_exact(state_value(bits), -mul_exact(bench.owed[at], h2_low(row.range)));
+DEVICE Element find_value(const float* middles, ValueState state, const RowOfValues& row,
+                          const Bench& bench, u32 head, u32 at) {
+    if constexpr (!VALUE_COMP) return value_element(middles, state, row, head * HEAD_DIM + at);
+    float moved = add_exact(number_of(state), -mul_exact(bench.owed[at], h2_low(row.range)));
     return Element{moved, bench.coded[at] & 0x7fu, (bench.coded[at] & FLAG) != 0};
 }
 
@@ -91,8 +98,8 @@ DEVICE void lay_keys(const KeyCode& code, u32 head, const u16* staged, const u16
     }
 }
 
-DEVICE void lay_values(const ValueRow& row, u32 head, const u16* staged, const u16* turn_of,
-                       const Bench& bench) {
+DEVICE void lay_values(const RowOfValues& row, u32 head, const ValueState* staged,
+                       const u16* turn_of, const Bench& bench) {
     for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
         bench.u[turn_of[i]] = value_scaled(staged[i], row);
         bench.coded[i] = is_cut_off(staged[i], row, head * HEAD_DIM + i) ? FLAG : 0;
@@ -125,7 +132,7 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& 
 
 // The two codes of a token's values that one lane of a step holds.
 DEVICE void append_values(const float* middles, const Decode& decode, const Lists& lists,
-                          const Target& target, const u16* staged, const ValueRow& value,
+                          const Target& target, const ValueState* staged, const RowOfValues& value,
                           const Bench& bench, u32 task) {
     u32 in_slab = target.in_slab, step = task / 8, lane = task % 8 * 4 + in_slab % 8 / 2;
     u32 n[2], codes[2];
@@ -151,11 +158,11 @@ struct Workshop {
 };
 
 // Lay it out in shared memory and begin to fill it.
-DEVICE Workshop open_workshop(u16* memory, u32 head, const float* key_feedback,
+DEVICE Workshop open_workshop(u8* memory, u32 head, const float* key_feedback,
                               const float* value_feedback, const u16* key_turn,
                               const u16* value_turn) {
     Workshop shop;
-    u8* at = (u8*)memory;
+    u8* at = memory;
     const float* feedback[2] = {key_feedback, value_feedback};
     const u16* turn[2] = {key_turn, value_turn};
     KVQ_UNROLL for (u32 side = 0; side < 2; side++) {
@@ -190,18 +197,25 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     u32 token = (u32)state[8 * sequence], channels = num_kv_heads * HEAD_DIM;
     u32 page = page_table[sequence * max_pages + token / 128], in_slab = token % 64;
     Search search{(u32*)shared_memory()};
-    float* middles = (float*)(search.words + 776);  // of keys, of values
-    u16 *staged = (u16*)(middles + 32), *keys = staged + 2 * HEAD_DIM;
-    Workshop shop = open_workshop(keys + channels, head, key_feedback, value_feedback, key_turn,
-                                  value_turn);
+    float* middles = (float*)(search.words + (VALUE_FLOAT ? BINS + 8 : 776));  // of keys, of values
+    u16* staged = (u16*)(middles + 32);
+    ValueState* own_values = (ValueState*)(staged + HEAD_DIM);
+    OrderKey* keys = (OrderKey*)(own_values + HEAD_DIM);
+    Workshop shop = open_workshop((u8*)(keys + channels), head, key_feedback, value_feedback,
+                                  key_turn, value_turn);
     const u16* own = key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM;
     const u16* all = value + (u64)sequence * channels;
     for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
-        staged[i] = own[i], staged[HEAD_DIM + i] = all[head * HEAD_DIM + i];
+        staged[i] = own[i];
+        if constexpr (!VALUE_FLOAT) own_values[i] = all[head * HEAD_DIM + i];
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
         if (i < (1u << VALUE_BITS) - 1) middles[16 + i] = value_middles[i];
     }
     u32 least = ~0u, greatest = 0;  // of this thread's items
+#if VALUE_FLOAT
+    for (u32 i = thread_index(); i < BINS; i += THREADS) search.words[i] = 0;
+    order_floats<THREADS>(all, channels, head, own_values, keys);
+#else
     KVQ_UNROLL_4 for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
         Eight eight = *(const Eight*)(all + first);
         KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
@@ -213,6 +227,7 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
         }
         *(Eight*)(keys + first) = eight;
     }
+#endif
     sync_block();
     KeyCode code{lower,
                  upper,
@@ -231,14 +246,18 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     if (!KEY_COMP && task < STEPS * 4) {
         append_keys(code, decode, lists, target, staged, shop.bench[0], task);
     }
-    Cuts cuts;
+    ValueCuts cuts;
+#if VALUE_FLOAT
+    u32 range = find_float_range<THREADS>(keys, channels, per_tail, search.words, cuts);
+#else
     u32 range = find_range(keys, channels, per_tail, least, greatest, search, cuts);
+#endif
     if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
-    ValueRow row{range, inverse_scale(range), cuts};
+    RowOfValues row{range, inverse_scale(range), cuts};
     if constexpr (KEY_COMP || VALUE_COMP) {
         if constexpr (KEY_COMP) lay_keys(code, head, staged, shop.turn_of[0], shop.bench[0]);
         if constexpr (VALUE_COMP) {
-            lay_values(row, head, staged + HEAD_DIM, shop.turn_of[1], shop.bench[1]);
+            lay_values(row, head, own_values, shop.turn_of[1], shop.bench[1]);
         }
         await_copies<0>();
         sync_block();
@@ -259,7 +278,7 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
         }
     }
     if (thread_index() < STEPS * 8) {
-        append_values(middles + 16, decode, lists, target, staged + HEAD_DIM, row, shop.bench[1],
+        append_values(middles + 16, decode, lists, target, own_values, row, shop.bench[1],
                       thread_index());
     }
 }

@@ -24,6 +24,7 @@
 // `order`            (HEAD_DIM) channel of a head that stands at each place of a packed key
 // exact tokens       (batch, num_kv_heads, capacity, HEAD_DIM) keys after RoPE, and values
 // `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
+// `log_sums`         (batch, num_heads) float, written: log of the sum of exp(score); or null
 #include "attend_block.cuh"
 
 KERNEL(THREADS)
@@ -31,8 +32,9 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
        const u32* outlier_words, const int* page_table, const int* state, const u16* key_table,
        const u16* levels, const u32* angles, const u64* frequencies, const u16* order,
        const u16* sink_key, const u16* sink_value, const u16* window_key, const u16* window_value,
-       float* partials, u32* counters, u32 batch, u32 group_heads, u32 num_kv_heads, u32 max_pages,
-       u32 sink_capacity, u32 window_capacity, float scale, float cap) {
+       float* partials, u32* counters, float* log_sums, u32 batch, u32 group_heads,
+       u32 num_kv_heads, u32 max_pages, u32 sink_capacity, u32 window_capacity, float scale,
+       float cap) {
     u8* shared = shared_memory();
     Cache cache{slabs,
                 ranges,
@@ -92,15 +94,18 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         }
         sync_block();
 
-        u16* out = output + ((u64)segment.sequence * num_kv_heads * group_heads + segment.first_head) * HEAD_DIM;
+        u32 first_row = segment.sequence * num_kv_heads * group_heads + segment.first_head;
+        u16* out = output + (u64)first_row * HEAD_DIM;
         float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
         KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
             u32 head = i % GROUP, channel = i / GROUP;
             float result[3];
             join_warps(join, shared + CORNER_AT, warps, head, channel, result);
             if (segment.blocks == 1) {
-                if (head < segment.heads)
-                    out[head * HEAD_DIM + channel] = state_bits(result[0] / result[2]);
+                if (head >= segment.heads) continue;
+                out[head * HEAD_DIM + channel] = state_bits(result[0] / result[2]);
+                if (log_sums && channel == 0)
+                    log_sums[first_row + head] = log_of_sum(result[1], result[2]);
                 continue;
             }
             part[head * PARTIAL + channel] = result[0];
@@ -114,7 +119,8 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
             if (join[0] != 0.0f) {
                 u64 first = segment.first_block + segment.index;
                 join_blocks(partials + first * GROUP * PARTIAL, segment.blocks, segment.heads,
-                            (float*)(shared + CORNER_AT), out);
+                            (float*)(shared + CORNER_AT), out,
+                            log_sums ? log_sums + first_row : nullptr);
             }
         }
         unit += cut.whole ? 1 : count;

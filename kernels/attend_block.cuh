@@ -116,9 +116,15 @@ DEVICE void join_warps(const float* join, const u8* corners, u32 warps, u32 head
     result[0] = total, result[1] = highest, result[2] = sum;
 }
 
+// The log of the sum of exp(score), from a reference in powers of 2 and the sum over it.
+DEVICE float log_of_sum(float reference, float sum) {
+    return (reference + log2_fast(sum)) * 0.6931471805599453f;
+}
+
 // Of a segment's partial results, the factor of each part of a head, over the sum of weights: to
-// `factors` (parts, GROUP).
-DEVICE void weigh_parts(const float* partials, u32 parts, float* factors) {
+// `factors` (parts, GROUP); and the log of that sum to `log_sums` (heads), if it is there.
+DEVICE void weigh_parts(const float* partials, u32 parts, u32 heads, float* factors,
+                        float* log_sums) {
     u32 head = thread_index() / 32, lane = thread_index() % 32;
     KVQ_ROLLED for (; head < GROUP; head += WARPS) {
         const float* part = partials + head * PARTIAL + HEAD_DIM;
@@ -134,6 +140,7 @@ DEVICE void weigh_parts(const float* partials, u32 parts, float* factors) {
             sum += factor * load_fresh(own + 1);
         }
         KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) sum += exchange(sum, mask);
+        if (log_sums && lane == 0 && head < heads) log_sums[head] = log_of_sum(highest, sum);
         float inverse = 1.0f / sum;
         KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) factors[i * GROUP + head] *= inverse;
     }
@@ -155,7 +162,8 @@ DEVICE float join_parts(const float* partials, u32 parts, const float* factors, 
 }
 
 // The result of a segment from the partial results of its blocks, by the last of them.
-DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* factors, u16* out) {
+DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* factors, u16* out,
+                        float* log_sums) {
     constexpr u32 many = 16, mine = (GROUP * HEAD_DIM + THREADS - 1) / THREADS;
     float first[many];
     auto load = [&](u32 i) {
@@ -166,7 +174,7 @@ DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* fact
     };
     u32 i = smaller(thread_index(), heads * HEAD_DIM - 1);
     load(i);
-    weigh_parts(partials, parts, factors);
+    weigh_parts(partials, parts, heads, factors, log_sums);
     sync_block();
     KVQ_ROLLED for (u32 k = 0; k < mine; k++) {
         i = thread_index() + k * THREADS;

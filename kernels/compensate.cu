@@ -11,7 +11,7 @@
 // `coded`    (batch, num_kv_heads, tokens, HEAD_DIM) bytes: the code, with FLAG for an outlier
 // `moved`    likewise halves: where an outlier, what is stored of it
 // The rest as in pack.cu. Macros: those of pack.cu.
-#include "pack.cuh"
+#include "floats.cuh"
 
 constexpr u32 COLUMN = 65;              // tokens of a channel's errors, padded
 constexpr u32 CODE_ROW = HEAD_DIM + 4;  // bytes of a token's codes, padded
@@ -154,33 +154,35 @@ compensate_keys(const u16* key, const int* page_table, const float* lower, const
 }
 
 KERNEL(64)
-compensate_values(const u16* value, const int* page_table, const u32* ranges, const Cuts* cuts,
+compensate_values(const ValueState* value, const int* page_table, const u32* ranges,
+                  const ValueCuts* cuts,
                   const float* middles, const float* reads, const float* feedback, const u16* turn,
                   u8* coded, u16* moved, u32 num_kv_heads, u32 tokens, u32 max_pages) {
     Bench bench = lay_out();
-    ValueRow* tokens_of = (ValueRow*)(bench.turn_of + HEAD_DIM);
+    RowOfValues* tokens_of = (RowOfValues*)(bench.turn_of + HEAD_DIM);
     u32 slabs = (tokens + 63) / 64, token = thread_index();
     Place place = find_place(block_index(), num_kv_heads, slabs, tokens, page_table, max_pages);
-    const u16* rows = value + (((u64)place.sequence * num_kv_heads + place.head) * tokens +
+    const ValueState* rows = value + (((u64)place.sequence * num_kv_heads + place.head) * tokens +
                                place.slab * 64) * HEAD_DIM;
     find_turns(bench, turn + place.head * HEAD_DIM);
-    ValueRow mine{0, 0.0f, NO_CUTS};
+    RowOfValues mine{};
     if (token < place.tokens) {
         u32 range = ranges[place.page * 128 + place.slab % 2 * 64 + token];
-        mine = ValueRow{range, inverse_scale(range),
+        mine = RowOfValues{range, inverse_scale(range),
                         cuts[(u64)place.sequence * tokens + place.slab * 64 + token]};
     }
     tokens_of[token] = mine;
     sync_block();
     KVQ_ROLLED for (u32 i = thread_index(); i < 64 * HEAD_DIM; i += 64) {
         u32 row = i / HEAD_DIM, channel = i % HEAD_DIM;
-        u16 bits = row < place.tokens ? rows[i] : (u16)0;
-        put(bench, row, channel, value_scaled(bits, tokens_of[row]),
-            is_cut_off(bits, tokens_of[row], place.head * HEAD_DIM + channel));
+        bool exists = row < place.tokens;
+        ValueState state = exists ? rows[i] : (ValueState)0;
+        put(bench, row, channel, value_scaled(state, tokens_of[row]),
+            exists && is_cut_off(state, tokens_of[row], place.head * HEAD_DIM + channel));
     }
     sync_block();
     auto move = [&](u32 channel, float owed) {
-        float state = state_value(rows[token * HEAD_DIM + channel]);
+        float state = number_of(rows[token * HEAD_DIM + channel]);
         return add_exact(state, -mul_exact(owed, h2_low(mine.range)));
     };
     Rounding rounding{middles, reads, feedback, turn, coded, moved};

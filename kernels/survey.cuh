@@ -22,8 +22,8 @@ DEVICE u32 rank_bin(const u32* bins, u32 lane, u32& left) {
 
 // The channel of the `left`-th element that equals `key`, counted from the first or the last
 // channel.
-template <bool above>
-DEVICE u32 tie_channel(const u16* keys, u32 channels, u32 lane, u32 key, u32 left) {
+template <bool above, typename Key>
+DEVICE u32 tie_channel(const Key* keys, u32 channels, u32 lane, u32 key, u32 left) {
     for (u32 base = 0;; base += 32) {
         u32 channel = above ? channels - 1 - base - lane : base + lane;
         u32 mask = vote(keys[channel] == key), count = count_bits(mask);

@@ -28,9 +28,10 @@ def paper_bits(spec: QuantSpec, channels: int, bits: float | None = None) -> flo
 
 def paper_bytes(spec: KvSpec, layers: tuple[LayerGeometry, ...], batch: int, tokens: int) -> float:
     """Return the bytes of a whole cache by the paper's accounting (`paper_bits`)."""
+    bits = spec.adaptive.planned_bits if spec.adaptive else None
     per_token = sum(
-        paper_bits(spec.key, layer.key_channels) * layer.key_channels
-        + paper_bits(spec.value, layer.value_channels) * layer.value_channels
+        paper_bits(spec.key, layer.key_channels, bits) * layer.key_channels
+        + paper_bits(spec.value, layer.value_channels, bits) * layer.value_channels
         for layer in layers
     )
     return per_token * batch * tokens / 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final
 
@@ -16,7 +16,7 @@ KEY_BUDGET: Final = "0.01"
 VALUE_BUDGET: Final = "3"
 WINDOW: Final = "5"
 # Words of a spec that are about bits by token; they hold for the whole cache.
-WORDS: Final = ("k", "v", "w", "token", "head", "released")
+WORDS: Final = ("k", "v", "w", "token", "head", "released", "shadow")
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,16 @@ class Adaptive:
         level: what shares bits: `token` is a token's numbers in all layers, `layer` those in one
             layer, `head` those in one KV head. Range and outliers are a layer's or a head's. Keys
             and values are apart either way.
+        planned_bits: bits of a code, on average, that a plan counts where no text has been seen; no
+            part of the scheme. The most by default.
+        shadow: whether a host copy lets a value's bits rise when later queries attend to it more.
         formula: `paper`, or `released` for the arithmetic of the authors' code.
     """
 
     level: str = "layer"
     formula: str = "paper"
+    shadow: bool = False
+    planned_bits: float = field(default=8.0, compare=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -40,6 +45,17 @@ class Adaptive:
         ):
             if value not in known:
                 raise SpecError(f"unknown {name} {value!r}; use one of: {', '.join(known)}")
+        if self.shadow and self.level == "token":
+            raise SpecError(
+                "-shadow lets bits rise layer by layer, -token keeps them alike; keep one"
+            )
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether a step has to be over before the next one's bits are known, so that calls of
+        several tokens are exact prompts only.
+        """
+        return self.level == "token" or self.shadow
 
     def units(self, num_kv_heads: int) -> int:
         """Return how many widths a token has on a side of a layer."""
@@ -50,7 +66,8 @@ class Adaptive:
         key, value = (f"{Decimal(str(each)).normalize():f}" for each in budgets)
         parts = [f"k{key}", f"v{value}", f"w{window}"]
         level = [self.level] if self.level != "layer" else []
-        return parts + level + ["released"] * (self.formula != "paper")
+        parts += level + ["released"] * (self.formula != "paper")
+        return parts + ["shadow"] * self.shadow
 
 
 def read_words(words: Mapping[str, str | None]) -> Adaptive:
@@ -61,6 +78,7 @@ def read_words(words: Mapping[str, str | None]) -> Adaptive:
     return Adaptive(
         levels[0] if levels else "layer",
         "paper" if words["released"] is None else "released",
+        words["shadow"] is not None,
     )
 
 

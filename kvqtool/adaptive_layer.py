@@ -21,6 +21,7 @@ from kvqtool.council import Council
 from kvqtool.errors import InputError, RunError
 from kvqtool.layer import KvqLayer
 from kvqtool.read_path import ReadPath
+from kvqtool.stepwise import check_call
 
 
 class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers' base
@@ -48,8 +49,8 @@ class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers'
         """Store new states and return what the new tokens attend to; see `KvqLayer.update`.
 
         Raises:
-            RunError: when the last call's attention was not seen, or when all layers share bits
-                that several tokens of a call would have to know.
+            RunError: when the last call's attention was not seen, or when bits are decided step by
+                step and several tokens come at once.
         """
         if self.store.is_waiting:
             raise RunError(
@@ -57,8 +58,7 @@ class AdaptiveLayer(KvqLayer):  # type: ignore[no-untyped-call]  # transformers'
                 "bits by attention; use a spec with fixed bits, like nuq3-1%"
             )
         is_exact = self.store.is_empty and self.prefill == "exact"
-        if self.council is not None:
-            self.council.check(key_states.shape[2], is_exact=is_exact)
+        check_call(self.store.spec, key_states.shape[2], is_exact=is_exact)
         first = self.first_seen()
         self.store.take(key_states, value_states)
         self.is_initialized = True
@@ -129,6 +129,8 @@ class _Observer(Watch):
         for block in query_blocks(queries - first):
             rows = slice(first + block.start, first + block.stop)
             weights, recent = mixed_weights(query, key, band, mask, scoring, rows)
+            if self.layer.store.shadow is not None and not self.sees_exactly:
+                self.layer.store.rise(weights.amax(dim=(2, 3)))
             weights = weights[..., key.shape[2] - recent.shape[1] :]
             if not self.sees_exactly:
                 weights = weights * recent

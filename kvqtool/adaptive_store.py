@@ -19,6 +19,7 @@ from kvqtool.decision import Facts, decide
 from kvqtool.mixed import decode_mixed, encode_mixed, spread_of
 from kvqtool.packed import PackedBody
 from kvqtool.rows import Pair, Rows
+from kvqtool.shadow import Shadow
 from kvqtool.side import QuantSpec
 from kvqtool.store import Angles, LayerStore
 from kvqtool.tolerance import RELEASED_QUERY_NORM
@@ -32,6 +33,7 @@ class AdaptiveStore(LayerStore):
     def clear(self) -> None:
         """Forget everything."""
         super().clear()
+        self.shadow = Shadow() if self.rule.shadow else None
         self.is_waiting = False
         self._seen: Tensor | None = None
         self._decided_at: int | None = None
@@ -102,21 +104,66 @@ class AdaptiveStore(LayerStore):
 
     def commit(self, angles: Angles, *, held: int = 0) -> None:
         """Encode what is past the window by the attention noted so far."""
+        if self.shadow is not None and self.leaving:
+            value = self._flat(self._split_window()[0], angles)[1]
+            spread = spread_of(normalize(self._by_unit(value), self._codebooks[1], self.spec.value))
+            shape = self.leaving, self.batch, self.units
+            dtype = value.dtype if self.spec.value.rotated else self.window[1].dtype
+            self.shadow.append(value.view(*shape, -1).to(dtype), spread.view(shape))
         super().commit(angles)
         gone = self.attention.shape[2] - self.window[0].shape[2]
         self.attention = self.attention[..., gone:].clone()
+
+    def rise(self, weights: Tensor) -> None:
+        """Give packed values the bits that a later query asks for, where there is a host copy; its
+        own step still reads them as they were.
+
+        Args:
+            weights: (batch, num_kv_heads, tokens) that it gave to all tokens it saw.
+        """
+        if self.shadow is None or not self.shadow.tokens:
+            return
+        held = self.shadow.tokens
+        packed = weights[..., : weights.shape[2] - self.window[0].shape[2]][..., -held:]
+        # A sliding layer's queries do not see all that its pages still hold.
+        seen = torch.nn.functional.pad(packed, (held - packed.shape[2], 0)).float()
+        seen = (seen.amax(1, keepdim=True) if self.units == 1 else seen).permute(2, 0, 1)
+        rows, spread = self.shadow.parts
+        counts = torch.full((held, self.batch), self.tokens)
+        facts = Facts((spread, spread), seen.cpu(), 1.0)
+        wanted = decide(facts, self.within(counts), self.spec)[1].flatten()
+        stored = self.bodies[1].read()["widths"][-len(wanted) :].cpu()
+        rising = (wanted > stored).nonzero()[:, 0]
+        if len(rising):
+            device = weights.device
+            states = rows.flatten(0, 2)[rising].to(device).float()
+            book, spec = self._codebooks[1], self.spec.value
+            encoded = encode_mixed(states, wanted[rising].to(device), book, spec)
+            first = self.bodies[1].tokens * self.bodies[1].rows_per_token - len(wanted)
+            self.bodies[1].replace((first + rising).to(device), encoded)
+
+    def drop_unseen(self) -> None:
+        """Free what a sliding layer's queries will not see again: whole pages."""
+        super().drop_unseen()
+        if self.shadow is not None:
+            self.shadow.keep(self.bodies[1].tokens)
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens; those still in the window keep the attention they got,
         from queries that are gone too.
         """
+        before = self.bodies[1].tokens
         super().truncate(tokens)
+        if self.shadow is not None:
+            self.shadow.truncate(before - self.bodies[1].tokens)
         self.attention = self.attention[..., : self.window[0].shape[2]].clone()
 
     def select(self, sequences: Tensor) -> None:
         """Keep, repeat or reorder sequences."""
         super().select(sequences)
         self.attention = self.attention[sequences]
+        if self.shadow is not None:
+            self.shadow.select(sequences)
 
     @property
     def tensors(self) -> dict[str, list[Tensor]]:
@@ -192,8 +239,12 @@ class AdaptiveStore(LayerStore):
         counts = torch.arange(first, first + tokens) + self.spec.residual_length
         if self._decided_at is not None:
             counts = torch.full_like(counts, self._decided_at)
+        return self.within(counts[:, None].expand(-1, self.batch))
+
+    def within(self, counts: Tensor) -> Tensor:
+        """Return counts of tokens (tokens, batch) without padding and beyond a sliding window."""
         padding = torch.tensor(self.padding or (0,) * self.batch)
-        counts = (counts[:, None] - padding).clamp_min(1)
+        counts = (counts - padding).clamp_min(1)
         return counts.clamp_max(self.sliding_window) if self.sliding_window else counts
 
     def _query_norm(self) -> Tensor | float:

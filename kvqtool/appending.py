@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvqtool.arguments import check_room, check_tensors, expect_pages
-from kvqtool.code_tables import NOT_COMPENSATED, CodeTables, expect_code
+from kvqtool.code_tables import PLAIN, CodeTables, expect_code
 from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
 from kvqtool.fused import LayerTables, expect_state, expect_tables
 from kvqtool.memory import PAGE_TOKENS
@@ -112,8 +112,10 @@ def append(
         parts = vars(rounding).values() if rounding else (code.offset, code.offset, tables.order)
         compensating += parts  # unread where rounding is plain
     shared = 808 * 4 + 2 * head_dim * (2 + heads)
+    if code.turns_values:
+        shared = 2088 * 4 + 2 * head_dim + 4 * head_dim * (1 + heads)
     run(
-        append_kernel(variant, code.comp_macros),
+        append_kernel(variant, code.macros),
         (batch * heads, 32 * _WARPS, shared + sum(map(bool, roundings)) * _bench_bytes(head_dim)),
         [
             *(key, value, pages.page_table, state, code.lower, code.upper, code.offset),
@@ -125,9 +127,9 @@ def append(
     )
 
 
-def append_kernel(variant: Variant, comp: Macros = NOT_COMPENSATED) -> Kernel:
-    """Return the function of kernels/append.cu for a variant and `CodeTables.comp_macros`."""
-    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS), *comp)
+def append_kernel(variant: Variant, code: Macros = PLAIN) -> Kernel:
+    """Return the function of kernels/append.cu for a variant and `CodeTables.macros`."""
+    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS), *code)
     return Kernel("append", "append", macros)
 
 

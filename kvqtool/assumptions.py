@@ -20,7 +20,8 @@ _OWN = {
 def assumptions(load: Load, context: int) -> list[str]:
     """Return the sentences for one spec at one context."""
     work, shape, spec = load.work, load.shape, load.spec
-    chunk = f"{work.prefill_chunk} tokens a call" if work.prefill_chunk else "one call"
+    whole = "one call" if work.context_parallel == 1 else "a GPU's share a call"
+    chunk = f"{work.prefill_chunk} tokens a call" if work.prefill_chunk else whole
     margin = f"{100 * FRAGMENTATION:g}% of the peak for the allocator"
     lines = [
         f"weights, sinks, recent window, fp and the model's own caches are held in {work.dtype}",
@@ -42,9 +43,21 @@ def assumptions(load: Load, context: int) -> list[str]:
         lines.append(
             f"keys hold {share} outliers; other text may hold more, up to cache_bytes_bound"
         )
+    if spec.adaptive is not None:
+        bits = f"{spec.adaptive.planned_bits:g} bits"
+        lines.append(
+            f"{spec.name}: a text decides bits, codes are counted at {bits}; see --code-bits"
+        )
+        if spec.adaptive.shadow:
+            lines.append("the copy of values in host memory is not counted")
     if any(layer.angles and layer.angles.table_after is not None for layer in shape.layers):
         lines.append("where positions do not give a model's angles, the angles are stored")
-    if work.tp * work.pp > 1:
+    if work.context_parallel > 1:
+        lines.append(
+            f"each of {work.context_parallel} GPUs keeps its share of every sequence's tokens, and "
+            "all else of the model; figures are those of the last one, to which new tokens go"
+        )
+    if work.gpus > 1:
         lines.append(
             "figures are those of the fullest GPU; matrices are divided evenly, vectors copied, "
             "key/value heads divided until each GPU has one, latents copied; no buffers of "

@@ -11,6 +11,7 @@ from torch import nn
 from kvqtool.attention import BAND, register_band_attention
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
+from kvqtool.context_parallel import ContextParallelCache
 from kvqtool.errors import InputError
 from kvqtool.forward import layers_of
 from kvqtool.models import LoadedModel
@@ -144,9 +145,12 @@ def place_of(model: PreTrainedModel, layer: LayerSeam) -> Place:
     return Place(device, model.dtype, model.config.get_text_config().num_attention_heads)
 
 
-def _caches(arguments: dict[str, Any]) -> list[KvqCache | SteadyCache]:
+def _caches(
+    arguments: dict[str, Any],
+) -> list[KvqCache | SteadyCache | ContextParallelCache]:
     """Return the compressed cache among a call's arguments, whatever its name there."""
-    return [value for value in arguments.values() if isinstance(value, (KvqCache, SteadyCache))]
+    kinds = KvqCache, SteadyCache, ContextParallelCache
+    return [value for value in arguments.values() if isinstance(value, kinds)]
 
 
 @contextmanager

@@ -24,6 +24,22 @@ def attend_causal(query: Tensor, parts: Iterable[Pair], past: int, scale: float)
     Returns:
         (batch, num_heads, queries, head_dim) in the query's dtype.
     """
+    return attend_share(query, parts, past, scale)[0].to(query.dtype)
+
+
+def attend_share(query: Tensor, parts: Iterable[Pair], past: int, scale: float) -> Pair:
+    """Attend with the last tokens of a sequence to a share of it.
+
+    Args:
+        query: as for `attend_causal`.
+        parts: as for `attend_causal`: tokens that every query sees, then the queries' own or none.
+        past: how many every query sees.
+        scale: factor on scores.
+
+    Returns:
+        (batch, num_heads, queries, head_dim) float32, and the log-sum-exp of scores, (batch,
+        num_heads, queries) float32.
+    """
     total, own = _Total(query), None
     for part in parts:
         before = max(min(past, part[0].shape[2]), 0)
@@ -33,9 +49,10 @@ def attend_causal(query: Tensor, parts: Iterable[Pair], past: int, scale: float)
         if before < part[0].shape[2]:
             fresh = cut(part, before)
             own = fresh if own is None else join(own, fresh)
-    assert own is not None and own[0].shape[2] == query.shape[2], "the last tokens are the queries'"
-    total.add(*_triangle(query, own, scale))
-    return total.result.to(query.dtype)
+    if own is not None:
+        assert own[0].shape[2] == query.shape[2], "the last tokens are the queries'"
+        total.add(*_triangle(query, own, scale))
+    return total.result, total.weight
 
 
 class _Total:
@@ -44,14 +61,14 @@ class _Total:
     def __init__(self, query: Tensor) -> None:
         """Start with nothing seen."""
         self.result = torch.zeros_like(query, dtype=torch.float32)
-        self._weight = torch.full_like(query[..., 0], -torch.inf, dtype=torch.float32)
+        self.weight = torch.full_like(query[..., 0], -torch.inf, dtype=torch.float32)
 
     def add(self, out: Tensor, weight: Tensor) -> None:
         """Join what other tokens gave, (B, H, Q, D), and the log-sum-exp of scores, (B, H, Q)."""
-        joint = torch.logaddexp(self._weight, weight)
-        self.result.mul_((self._weight - joint).exp_()[..., None])
+        joint = torch.logaddexp(self.weight, weight)
+        self.result.mul_((self.weight - joint).exp_()[..., None])
         self.result.addcmul_(out.float(), (weight - joint).exp_()[..., None])
-        self._weight = joint
+        self.weight = joint
 
 
 def _partial(query: Tensor, states: Pair, scale: float) -> Pair:

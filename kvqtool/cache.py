@@ -16,7 +16,7 @@ from kvqtool.adaptive_layer import AdaptiveLayer
 from kvqtool.adaptive_store import AdaptiveStore
 from kvqtool.angles import AngleStore
 from kvqtool.bundle import Bundle
-from kvqtool.council import Council, shares_layers
+from kvqtool.council import Council
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
 from kvqtool.open_page import OpenPage
@@ -51,7 +51,8 @@ class KvqCache(Cache):
         self._announced: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._padding: tuple[int, ...] = ()
         self._has_begun = False
-        self._council = Council() if shares_layers(bundle.spec) else None
+        rule = bundle.spec.adaptive
+        self._council = Council() if rule is not None and rule.level == "token" else None
         layers = DynamicCache(config=config).layers
         for layer in seam.packed:
             layers[layer.index] = self._new_layer(layer, paths[layer.index])
@@ -100,30 +101,47 @@ class KvqCache(Cache):
         """
         layer = self.layers[layer_idx]
         if isinstance(layer, KvqLayer):
-            layer.store.padding = self._padding
-            if layer.angles is not None:
-                self._extend_angles(layer, layer_idx, key_states)
+            self.prepare(layer_idx, key_states, layer.store.tokens)
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == len(self.layers) - 1:
             for angles in self.angles.values():
                 angles.forget()
         return states
 
-    def _extend_angles(self, layer: KvqLayer, layer_idx: int, key_states: Tensor) -> None:
+    def prepare(self, layer_idx: int, key_states: Tensor, before: int) -> None:
+        """Tell a packed layer how sequences are padded, and by which angles the keys that come next
+        are rotated.
+
+        Args:
+            layer_idx: the layer.
+            key_states: (batch, num_kv_heads, tokens, key_dim), the keys that come.
+            before: tokens of each sequence that came before.
+
+        Raises:
+            RunError: outside `with attach(model)`.
+        """
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, KvqLayer), "other layers are not packed"
+        layer.store.padding = self._padding
+        if layer.angles is not None:
+            self._extend_angles(layer.angles, layer_idx, key_states, before)
+
+    def _extend_angles(
+        self, angles: AngleStore, layer_idx: int, key_states: Tensor, before: int
+    ) -> None:
         announced = self._announced.pop(layer_idx, None)
         if announced is None:
             raise RunError(
                 "the cache was used outside `with attach(model, bundle)`; "
                 "keep the forward inside the block"
             )
-        assert layer.angles is not None
         # The first layer of a group to arrive brings the angles for all of them.
-        if layer.angles.tokens < layer.store.tokens + key_states.shape[2]:
+        if angles.tokens < before + key_states.shape[2]:
             cos, sin, positions = (
                 part if part is None else part.to(key_states.device) for part in announced
             )
             assert cos is not None and sin is not None
-            layer.angles.extend(cos, sin, positions, key_states.shape[0])
+            angles.extend(cos, sin, positions, key_states.shape[0])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens of every sequence."""

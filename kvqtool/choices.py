@@ -24,11 +24,11 @@ from kvqtool.attach import Session, attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.calibrate import versions
-from kvqtool.council import shares_layers
 from kvqtool.errors import InputError, RunError, brief
 from kvqtool.forward import head_of, hidden_states
 from kvqtool.models import LoadedModel
 from kvqtool.progress import Progress, silent
+from kvqtool.stepwise import is_stepwise
 from kvqtool.usage import kernel_of, layer_report, measure
 
 # Names of question, choices and answer: ours, HellaSwag's and PIQA's.
@@ -203,8 +203,8 @@ def _scores(
     rows = [[*choice, *[0] * (longest - len(choice))] for choice in choices]
     ids = torch.tensor(rows, device=asked.device)
     fed = torch.cat([asked[:, -1:].expand(len(choices), 1), ids[:, :-1]], dim=1)
-    is_stepwise = isinstance(cache, KvqCache) and shares_layers(cache.bundle.spec)
-    pieces = fed.T[:, :, None] if is_stepwise else fed[None]
+    has_steps = isinstance(cache, KvqCache) and is_stepwise(cache.bundle.spec)
+    pieces = fed.T[:, :, None] if has_steps else fed[None]
     parts = [hidden_states(model, {"input_ids": piece}, cache) for piece in pieces]
     hidden = torch.cat(parts, dim=1)
     with head_of(model) as head:

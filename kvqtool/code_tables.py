@@ -19,7 +19,7 @@ from kvqtool.side import EXACT, GROUPED, ROTATING
 from kvqtool.spec import KvSpec
 from kvqtool.variant import Variant
 
-NOT_COMPENSATED: Final[Macros] = (("KEY_COMP", 0), ("VALUE_COMP", 0))
+PLAIN: Final[Macros] = (("KEY_COMP", 0), ("VALUE_COMP", 0), ("VALUE_FLOAT", 0))
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class CodeTables:
         per_tail: outliers of a value token at either end.
         key_rounding: what compensated rounding of keys needs, None where there is none.
         value_rounding: likewise of values.
+        turns_values: whether heads of values are rotated before they are encoded.
     """
 
     lower: Tensor
@@ -62,6 +63,7 @@ class CodeTables:
     per_tail: int
     key_rounding: Rounding | None = None
     value_rounding: Rounding | None = None
+    turns_values: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -71,10 +73,18 @@ class CodeTables:
         return [part for part in parts if isinstance(part, Tensor)]
 
     @property
-    def comp_macros(self) -> Macros:
-        """Whether rounding of keys and of values is compensated, for kernels that write codes."""
+    def value_encoder(self) -> str | None:
+        """The kernel that encodes values before `pack_slabs` does, or None."""
+        if self.value_rounding is not None:
+            return "compensate_values"
+        return "code_floats" if self.turns_values else None
+
+    @property
+    def macros(self) -> Macros:
+        """What kernels that write codes are specialised for, beside the variant."""
         is_key, is_value = self.key_rounding is not None, self.value_rounding is not None
-        return (("KEY_COMP", int(is_key)), ("VALUE_COMP", int(is_value)))
+        named = {"KEY_COMP": is_key, "VALUE_COMP": is_value, "VALUE_FLOAT": self.turns_values}
+        return tuple((name, int(value)) for name, value in named.items())
 
 
 def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: int) -> CodeTables:
@@ -97,7 +107,8 @@ def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: 
     key_middles = middles[0].contiguous()
     roundings = _rounding(books[0], key_middles), _rounding(books[1], middles[1])
     return CodeTables(
-        key.lower, key.upper, offset, inverse, key_middles, middles[1], tail, *roundings
+        *(key.lower, key.upper, offset, inverse, key_middles, middles[1], tail),
+        *(*roundings, spec.value.rotated),
     )
 
 
@@ -122,7 +133,6 @@ def unsupported(spec: KvSpec) -> str | None:
         "keys with a range per token": key.per_channel,
         "ranges per group of channels": value.group_size is None,
         "a cap on key outliers": key.outlier_cap is None,
-        "rotated values": not value.rotated,
     }
     return next((name for name, holds in known.items() if not holds), None)
 

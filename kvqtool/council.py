@@ -3,7 +3,7 @@
 A token's bits are decided when it leaves the recent windows, from its ranges and the attention it
 got in all of them. In a step of one token that is before any layer has stored it; in a prompt that
 is read exactly, after the last layer has. A call of several tokens in between would need what later
-layers have yet to see, and is refused.
+layers have yet to see; `stepwise` refuses it.
 """
 
 from __future__ import annotations
@@ -12,32 +12,8 @@ import torch
 
 from kvqtool.adaptive_store import AdaptiveStore
 from kvqtool.decision import decide, united
-from kvqtool.errors import InputError, RunError
 from kvqtool.rows import Pair
-from kvqtool.spec import KvSpec
 from kvqtool.store import Angles
-
-
-def check_protocol(spec: KvSpec, protocol: str) -> None:
-    """Refuse to read at once what a scheme decides step by step.
-
-    Args:
-        spec: the scheme.
-        protocol: one of `perplexity.PROTOCOLS`.
-
-    Raises:
-        InputError: naming the protocol that works.
-    """
-    if shares_layers(spec) and protocol != "true-decode":
-        raise InputError(
-            f"{spec.name} decides a token's bits in all layers at once, step by step, which "
-            f"{protocol} cannot follow; use --protocol true-decode, or qaq without -token"
-        )
-
-
-def shares_layers(spec: KvSpec) -> bool:
-    """Return whether a token has the same bits in all layers."""
-    return spec.adaptive is not None and spec.adaptive.level == "token"
 
 
 class Council:
@@ -51,18 +27,6 @@ class Council:
     def join(self, store: AdaptiveStore, angles: Angles) -> None:
         """Take in the next layer and what its keys are rotated by."""
         self._members.append((store, angles))
-
-    def check(self, queries: int, *, is_exact: bool) -> None:
-        """Refuse a call of several tokens that is no exact prompt.
-
-        Raises:
-            RunError: naming what to do instead.
-        """
-        if queries > 1 and not is_exact:
-            raise RunError(
-                "layers that share a token's bits decide them step by step; after an exact prompt "
-                "feed one token at a time (ppl: --protocol true-decode), or use qaq without -token"
-            )
 
     def commit(self, store: AdaptiveStore) -> None:
         """Encode what left a layer's window in a step of one token."""

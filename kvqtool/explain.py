@@ -21,7 +21,7 @@ class Term:
 
 def explain(load: Load, context: int) -> list[Term]:
     """Return the terms of the fullest GPU: cache, peak, margins, and their sum."""
-    batch, tokens = load.work.batch, context + load.work.new_tokens
+    batch, tokens = load.work.batch, load.held(context) + load.work.new_tokens
     stage = load.fullest(context, batch)
     cached = load.forward(stage, batch).cache
     lines = []

@@ -61,11 +61,14 @@ class Workspace:
     Args:
         partials: float32.
         counters: int32 zeros, one for each segment; the kernel leaves zeros behind.
+        log_sums: (batch, num_heads) float32, to hold the log of the sum of exp(score); empty, (0,),
+            where nobody asks.
         blocks: blocks of the launch, one a multiprocessor.
     """
 
     partials: Tensor
     counters: Tensor
+    log_sums: Tensor
     blocks: int
 
 
@@ -86,6 +89,7 @@ def new_workspace(variant: Variant, query: Tensor, num_kv_heads: int, blocks: in
     return Workspace(
         torch.empty(floats, dtype=torch.float32, device=query.device),
         torch.zeros(segments, dtype=torch.int32, device=query.device),
+        torch.empty(0, device=query.device),  # passed as a null pointer
         blocks,
     )
 
@@ -111,6 +115,7 @@ def attend_arguments(
         *(pages.page_table, context.state, tables.key_table, tables.levels, tables.angles),
         *(tables.frequencies, tables.order, exact.sink_key, exact.sink_value),
         *(exact.window_key, exact.window_value, workspace.partials, workspace.counters),
+        workspace.log_sums,
         *(batch, num_heads // heads, heads, pages.page_table.shape[1]),
         *(exact.sink_key.shape[2], exact.window_key.shape[2]),
         tables.scale * math.log2(math.e),
@@ -176,7 +181,7 @@ def _check(
     workspace: Workspace,
 ) -> None:
     heads, batch, exact = context.pages.slabs.shape[1], len(query), context.exact
-    capacities = exact.sink_key.shape[2], exact.window_key.shape[2]
+    capacities, logs = (exact.sink_key.shape[2], exact.window_key.shape[2]), workspace.log_sums
     states = [
         (name, part, variant.states, (batch, heads, capacities[i // 2], variant.head_dim))
         for i, (name, part) in enumerate(vars(exact).items())
@@ -190,6 +195,7 @@ def _check(
         [
             ("partials", workspace.partials, torch.float32, (None,)),
             ("counters", workspace.counters, torch.int32, (None,)),
+            ("log_sums", logs, torch.float32, tuple(query.shape[:2]) if logs.numel() else (0,)),
         ],
     )
     if query.shape[1] % heads or variant.softcap != (tables.softcap is not None):

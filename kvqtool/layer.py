@@ -82,7 +82,7 @@ class KvqLayer(CacheLayerMixin):
         window = None if is_prompt else self.store.window
         seen_from = self.first_seen()
         hold = self.record_past and self.store.spec.has_window
-        self._check_path()
+        self.check_path()
         self.store.append(key_states, value_states, self.read_angles, hold=hold)
         self.is_initialized = True
         if is_prompt and self.prefill == "exact":
@@ -99,7 +99,7 @@ class KvqLayer(CacheLayerMixin):
             self.store.drop_unseen()
         return keys, values
 
-    def _check_path(self) -> None:
+    def check_path(self) -> None:
         """Leave pages for good where something that comes up only now rules them out."""
         if not isinstance(self.store, PagedStore) or not self.store.uses_pages:
             return
@@ -117,10 +117,7 @@ class KvqLayer(CacheLayerMixin):
         if not self.path.is_fused:
             self.path.count("materialise")
             return self.store.read(self.read_angles, seen_from)
-        assert isinstance(self.store, PagedStore) and self.reader is not None
-        position = None if self.angles is None else self.angles.first
-        context = self.store.context(self.read_angles, position, seen_from)
-        packed = PackedLayer(self.reader, context, self.path)
+        packed = self.packed(seen_from)
         is_cut = self.is_sliding or self.store.spec.has_window
         if not self.path.is_witnessed or (tokens > 1 and is_cut):
             return packed.expand()
@@ -129,6 +126,15 @@ class KvqLayer(CacheLayerMixin):
         placeholder = window.new_full((1,), math.nan).expand(*shape, geometry.key_dim)
         mark_packed(placeholder, packed)
         return placeholder, placeholder
+
+    def packed(self, seen_from: int) -> PackedLayer:
+        """Return the tokens from `seen_from` on as the kernel reads them, of a layer that it
+        reads.
+        """
+        assert isinstance(self.store, PagedStore) and self.reader is not None
+        position = None if self.angles is None else self.angles.first
+        context = self.store.context(self.read_angles, position, seen_from)
+        return PackedLayer(self.reader, context, self.path)
 
     def _mark_band(
         self,
@@ -217,10 +223,23 @@ class PackedLayer:
     path: ReadPath
     sees_all: bool = False
 
-    def attend(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        """Return the output of one query a sequence, (batch, 1, num_heads, head_dim)."""
+    def attend(
+        self,
+        query: Tensor,
+        scaling: float,
+        softcap: float | None,
+        log_sums: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output of one query a sequence, (batch, 1, num_heads, head_dim); `log_sums` as
+        for `PageReader.attend`.
+        """
         self.path.count("fused")
-        return self.reader.attend(query, self.context, scaling, softcap)
+        return self.reader.attend(query, self.context, scaling, softcap, log_sums)
+
+    def attend_share(self, query: Tensor, scaling: float, own: int) -> tuple[Tensor, Tensor]:
+        """Return what several queries get of these tokens; see `PageReader.attend_share`."""
+        self.path.count("dequantize")
+        return self.reader.attend_share(query, self.context, scaling, own)
 
     def attend_causal(self, query: Tensor, scaling: float) -> Tensor:
         """Return the output of a sequence's last queries, (batch, queries, num_heads, head_dim),

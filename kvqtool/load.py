@@ -10,9 +10,10 @@ from typing import Final
 from kvqtool.catalog import Gpu
 from kvqtool.errors import InputError
 from kvqtool.layers import CacheModel
+from kvqtool.memory import PAGE_TOKENS
 from kvqtool.peaks import WORKSPACE_BYTES, Forward, Peak, codebook_bytes
 from kvqtool.shape import ModelShape
-from kvqtool.sharding import RankShape, divide
+from kvqtool.sharding import RankShape, check_pages, divide, first_pages
 from kvqtool.spec import KvSpec
 
 DTYPES: Final = ("float16", "bfloat16", "float32")
@@ -33,6 +34,7 @@ class Workload:
         prefill_chunk: tokens of a prompt that one call reads; None for all, as kvqtool does.
         tp: GPUs that share each layer.
         pp: GPUs that share the layers.
+        context_parallel: GPUs that share the tokens of each sequence.
         reserve_bytes: what is left to the CUDA context.
     """
 
@@ -43,10 +45,16 @@ class Workload:
     prefill_chunk: int | None = None
     tp: int = 1
     pp: int = 1
+    context_parallel: int = 1
     reserve_bytes: int = RESERVE_BYTES
 
+    @property
+    def gpus(self) -> int:
+        """All of them."""
+        return self.tp * self.pp * self.context_parallel
+
     def __post_init__(self) -> None:
-        for name in ("context", "batch", "prefill_chunk", "tp", "pp"):
+        for name in ("context", "batch", "prefill_chunk", "tp", "pp", "context_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} {value} must be at least 1")
@@ -94,11 +102,34 @@ class Load:
 
         @cache
         def of(stage: int, context: int, batch: int) -> tuple[Peak, Peak]:
-            forward = self.forward(stage, batch)
-            tokens = context + max(self.work.new_tokens, 1)
-            return forward.prefill(context), forward.decode(context, tokens)
+            forward, held = self.forward(stage, batch), self.held(context)
+            tokens = held + max(self.work.new_tokens, 1)
+            return forward.prefill(held), forward.decode(held, tokens)
 
         return of
+
+    def held(self, context: int) -> int:
+        """Return the tokens of a prompt that the fullest GPU keeps: the last one's, to which new
+        tokens go; see `context_parallel`.
+        """
+        first = first_pages(context, self.spec.sink_tokens, self.work.context_parallel)[-1]
+        return context - first * PAGE_TOKENS
+
+    def check_shares(self, context: int) -> None:
+        """Raise InputError where GPUs cannot share a context as `context_parallel` says."""
+        processes, shape = self.work.context_parallel, self.shape
+        if processes == 1:
+            return
+        if any(not layer.is_packed and layer.is_growing for layer in self.shape.layers):
+            raise InputError(
+                f"--context-parallel shares packed layers, and {shape.name} has others that grow"
+            )
+        if any(layer.window and layer.window > self.held(context) for layer in shape.layers):
+            raise InputError(
+                f"--context-parallel {processes} leaves a GPU fewer tokens of {context} than the "
+                f"sliding layers of {shape.name} keep; use a longer context or fewer GPUs"
+            )
+        check_pages(context, self.spec.sink_tokens, processes)
 
     def peak(self, stage: int, context: int, batch: int) -> Peak:
         """Return the higher of both peaks."""
@@ -135,7 +166,8 @@ class Load:
         """Return the tokens a second that reading weights and cache once each would allow; None
         where it is not known which weights a token passes.
         """
-        active, tokens, read = self.shape.active, context + max(self.work.new_tokens, 1), 0.0
+        active, read = self.shape.active, 0.0
+        tokens = self.held(context) + max(self.work.new_tokens, 1)
         for stage, rank in enumerate(self.ranks):
             if active is None or not rank.weights_bytes:
                 return None

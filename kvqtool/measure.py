@@ -53,8 +53,13 @@ def measure_cache(load: Load, context: int, device: torch.device) -> list[Compar
         load: the model at work, on one GPU.
         context: tokens of each sequence.
         device: where to allocate.
+
+    Raises:
+        InputError: for several GPUs, and for bits that follow from attention.
     """
     _check_single(load)
+    if load.spec.adaptive is not None:
+        raise InputError("bits by token need attention; measure them with --measure forward")
     cached = load.forward(0, load.work.batch).cache
     dtype, batch = getattr(torch, cached.dtype), cached.batch
     generator = torch.Generator(device).manual_seed(0)
@@ -180,8 +185,8 @@ def _packed(cached: CacheModel, tokens: int, found: list[Outliers] | None = None
 
 
 def _check_single(load: Load) -> None:
-    if load.work.tp * load.work.pp > 1:
-        raise InputError("--measure runs on one device; drop --tp and --pp")
+    if load.work.gpus > 1:
+        raise InputError("--measure runs on one device; drop --tp, --pp and --context-parallel")
 
 
 def _no_angles(start: int, stop: int) -> tuple[Tensor, Tensor]:

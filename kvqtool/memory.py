@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Final
 
 from kvqtool.errors import InputError
-from kvqtool.side import EXACT, NORMED, WIDTHS, QuantSpec
+from kvqtool.side import EXACT, NORMED, WIDTHS, QuantSpec, rows_by_width
 from kvqtool.spec import KvSpec
 
 PAGE_TOKENS: Final = 128
@@ -262,7 +262,7 @@ def position_buffer(batch: int, tokens: int) -> Buffer:
 
 def expected_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers:
     """Return the outliers to expect in `rows` packed tokens: exact for values, the calibrated share
-    for keys. Bits that tokens choose are not foreseen; the most are counted.
+    for keys, `planned_bits` where tokens choose their bits.
     """
     return _both_sides(spec, layer, rows, bound=False)
 
@@ -276,8 +276,8 @@ def most_outliers(spec: KvSpec, layer: LayerGeometry, rows: int) -> Outliers:
 
 def _both_sides(spec: KvSpec, layer: LayerGeometry, tokens: int, *, bound: bool) -> Outliers:
     units = units_per_token(spec, layer)
-    rows, widest = tokens * units, (0,) * (len(WIDTHS) - 1) + (tokens * units,)
-    widths = widest if spec.adaptive else ()
+    rows, rule = tokens * units, spec.adaptive
+    widths = rows_by_width(rows, WIDTHS[-1] if bound else rule.planned_bits) if rule else ()
     return Outliers(
         _outliers(spec.key, layer.key_channels // units, rows, bound=bound),
         _outliers(spec.value, layer.value_channels // units, rows, bound=bound),

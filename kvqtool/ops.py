@@ -47,7 +47,7 @@ def call_attend(
     numbers += [variant.most_warps, int(variant.value_table), variant.ahead, int(variant.derived)]
     numbers.append(workspace.blocks)
     reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
-    written = [workspace.partials, workspace.counters]
+    written = [workspace.partials, workspace.counters, workspace.log_sums]
     out: Tensor = torch.ops.kvqtool.attend(query, read, written, numbers, reals)
     return out
 
@@ -63,7 +63,9 @@ def _attend_cuda(
     reals: list[float],
 ) -> Tensor:
     context, tables, variant = _arguments(read, numbers, reals)
-    return attend(query, context, tables, variant, Workspace(written[0], written[1], numbers[-1]))
+    partials, counters, log_sums = written
+    workspace = Workspace(partials, counters, log_sums, numbers[-1])
+    return attend(query, context, tables, variant, workspace)
 
 
 @_attend_cuda.register_kernel("cpu")
@@ -74,7 +76,8 @@ def _attend_cpu(
     numbers: list[int],
     reals: list[float],
 ) -> Tensor:
-    return attend_reference(query, *_arguments(read, numbers, reals))
+    log_sums = written[2] if written[2].numel() else None
+    return attend_reference(query, *_arguments(read, numbers, reals), log_sums)
 
 
 @_attend_cuda.register_fake

@@ -141,6 +141,16 @@ class PackedBody:
         self.clear(len(sequences))
         self.append(picked)
 
+    def replace(self, index: Tensor, rows: dict[str, Tensor]) -> None:
+        """Put other encoded rows in the place of those at `index`, (n,) int64."""
+        stored = self.read()
+        joined = {name: torch.cat([stored[name], rows[name]]) for name in stored}
+        order = torch.arange(len(stored["widths"]), device=index.device)
+        order[index] = len(order) + torch.arange(len(index), device=index.device)
+        picked = gather_rows(joined, order, 2 * outliers_per_tail(self.spec, self.channels))
+        self.clear(self.batch)
+        self.append(picked)
+
     @property
     def outliers(self) -> int:
         """Outliers stored in all rows."""

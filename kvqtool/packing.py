@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvqtool.arguments import Expected, check_tensors
-from kvqtool.code_tables import NOT_COMPENSATED, CodeTables, expect_code
+from kvqtool.code_tables import PLAIN, CodeTables, expect_code
 from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
 from kvqtool.fused import LayerTables, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
@@ -24,6 +24,7 @@ from kvqtool.variant import Variant
 
 _WARPS: Final = 4  # of a block of `survey_values`
 _WRITERS: Final = {"pack_slabs": "pack", "write_lists": "lists"}
+_FLOATS: Final = ("survey_floats", "code_floats")
 _ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 
 
@@ -54,7 +55,7 @@ def pack(
 
     Args:
         states: keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim) float16 or
-            bfloat16, contiguous.
+            bfloat16, contiguous; values float32 and rotated where `code` says that they are.
         turns: (batch, tokens, head_dim / 2, 2) float32, the model's cosine and sine by place.
         code: `code_tables`.
         tables: the layer's tables.
@@ -69,7 +70,7 @@ def pack(
     """
     heads = states[0].shape[1]
     check_tensors(
-        [*_expect_prompt(states, turns, variant), *expect_code(code, variant, heads)],
+        [*_expect_prompt(states, turns, code, variant), *expect_code(code, variant, heads)],
         expect_tables(tables, variant, heads),
     )
     return _Prompt(states, turns, code, tables, variant, run).packed()
@@ -98,10 +99,12 @@ class _Prompt:
         table = torch.arange(blocks * batch, dtype=torch.int32, device=device)
         table = table.view(blocks, batch).T.contiguous()
         ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
-        cuts = torch.empty(batch, tokens, 2, dtype=torch.int32, device=device)
+        width = 4 if self.code.turns_values else 2  # beside a float's cut stands its channel
+        cuts = torch.empty(batch, tokens, width, dtype=torch.int32, device=device)
         counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
         values = [self.states[1], table, ranges, cuts, counts]
-        self._launch("survey_values", [*values, batch, heads, tokens, blocks, self.code.per_tail])
+        survey = "survey_floats" if self.code.turns_values else "survey_values"
+        self._launch(survey, [*values, batch, heads, tokens, blocks, self.code.per_tail])
         slabs = counts.new_empty(blocks * batch, heads, SLABS, self.variant.slab_words)
         slabs[-batch:] = 0  # a slab past the last token is not written
         flagged = len(slabs) if self.variant.outliers else 0
@@ -115,25 +118,25 @@ class _Prompt:
         return Packed(pages, counts, self._write_lists(pages, given, [ranges, *coded, flags]))
 
     def _compensate(self, table: Tensor, ranges: Tensor, cuts: Tensor) -> list[Tensor]:
-        """Return codes and moved outliers of the sides whose rounding is compensated: those of
-        keys, then those of values.
+        """Return codes and outliers as they are stored of the sides that are encoded ahead: those
+        of keys, then those of values.
         """
-        (key, value), shape = self.states, self.shape[1:]
-        read = {
-            "keys": [key, table, *self._keys, self.tables.order, self.turns],
-            "values": [value, table, ranges, cuts, self.code.value_middles],
-        }
+        (key, value), code = self.states, self.code
+        keys = [key, table, *self._keys, self.tables.order, self.turns]
+        values = [value, table, ranges, cuts, code.value_middles]
+        sides = (
+            (keys, "compensate_keys" if code.key_rounding else None, code.key_rounding),
+            (values, code.value_encoder, code.value_rounding),
+        )
         written = []
-        for name, rounding in zip(
-            read, (self.code.key_rounding, self.code.value_rounding), strict=True
-        ):
-            size = 0 if rounding is None else key.numel()
+        for read, name, rounding in sides:
+            size = 0 if name is None else key.numel()
             coded = torch.empty(size, dtype=torch.uint8, device=key.device)
             moved = torch.empty(size, dtype=torch.float16, device=key.device)
             written += [coded, moved]
-            if rounding is not None:
-                given = [*read[name], *vars(rounding).values(), coded, moved]
-                self._launch(f"compensate_{name}", [*given, *shape])
+            if name is not None:
+                needed = vars(rounding).values() if rounding else ()
+                self._launch(name, [*read, *needed, coded, moved, *self.shape[1:]])
         return written
 
     def _write_lists(
@@ -155,8 +158,8 @@ class _Prompt:
         return [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
 
     def _launch(self, name: str, arguments: list[Argument]) -> None:
-        kernel = pack_kernels(self.variant, self.code.comp_macros)[name]
-        self.run(kernel, _grid(name, self.states[0].shape, self.variant), arguments)
+        kernel = pack_kernels(self.variant, self.code.macros)[name]
+        self.run(kernel, _grid(name, self.states, self.variant), arguments)
 
 
 def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions]:
@@ -169,13 +172,13 @@ def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions
 
 
 def _expect_prompt(
-    states: tuple[Tensor, Tensor], turns: Tensor, variant: Variant
+    states: tuple[Tensor, Tensor], turns: Tensor, code: CodeTables, variant: Variant
 ) -> list[Expected]:
     batch, heads, tokens, _ = states[0].shape
     shape = (batch, heads, tokens, variant.head_dim)
     return [
         ("keys", states[0], variant.states, shape),
-        ("values", states[1], variant.states, shape),
+        ("values", states[1], torch.float32 if code.turns_values else variant.states, shape),
         ("turns", turns, torch.float32, (batch, tokens, variant.head_dim // 2, 2)),
     ]
 
@@ -190,29 +193,37 @@ def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.zeros(size, dtype=torch.int32, device=counts.device)
 
 
-def _grid(name: str, shape: torch.Size, variant: Variant) -> tuple[int, int, int]:
+def _grid(name: str, states: tuple[Tensor, Tensor], variant: Variant) -> tuple[int, int, int]:
     """Return a launch's shape: a warp a token of all heads; or a block a slab, with room for its
     keys, values and what its tokens have, or for counts; or for what compensated rounding works on.
     """
-    batch, heads, tokens, head_dim = shape
+    batch, heads, tokens, head_dim = states[0].shape
+    each = SLAB_TOKENS * 8 * states[1].element_size()  # a token's range and cuts
     slabs, threads = batch * heads * -(-tokens // SLAB_TOKENS), 32 * variant.steps
     if name == "survey_values":
         shared = _WARPS * (2 * heads * head_dim + 4096)
         return -(-batch * tokens // _WARPS), 32 * _WARPS, shared
+    if name == "survey_floats":
+        return -(-batch * tokens // _WARPS), 32 * _WARPS, 4 * _WARPS * heads * head_dim
+    if name == "code_floats":
+        return slabs, SLAB_TOKENS, each
     if name.startswith("compensate"):
-        shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + SLAB_TOKENS * 16
+        shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + each
         return slabs, SLAB_TOKENS, shared
     if name == "write_lists":
         return slabs, threads, 4 * (head_dim + variant.steps + 4)
     return slabs, threads, 2 * SLAB_TOKENS * (head_dim + 8) * 2 + SLAB_TOKENS * 16 + 4 * 32
 
 
-def pack_kernels(variant: Variant, comp: Macros = NOT_COMPENSATED) -> dict[str, Kernel]:
-    """Return the functions of kernels/pack.cu and kernels/compensate.cu for a variant and
-    `CodeTables.comp_macros`.
+def pack_kernels(variant: Variant, code: Macros = PLAIN) -> dict[str, Kernel]:
+    """Return the functions that pack a prompt for a variant and `CodeTables.macros`, of
+    kernels/pack.cu, compensate.cu and floats.cu.
     """
     macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
-    survey = Kernel("pack", "survey_values", (*macros, *NOT_COMPENSATED))
-    rounding = {name: Kernel("compensate", name, macros) for name in _ROUNDINGS}
-    writers = {name: Kernel(file, name, (*macros, *comp)) for name, file in _WRITERS.items()}
-    return {"survey_values": survey} | rounding | writers
+    is_key, is_value, is_float = (value for _, value in code)
+    ahead = (("KEY_COMP", is_key), ("VALUE_COMP", is_value | is_float))
+    survey = Kernel("pack", "survey_values", (*macros, *PLAIN[:2]))
+    rounding = {n: Kernel("compensate", n, (*macros, code[2])) for n in _ROUNDINGS}
+    floats = {name: Kernel("floats", name, macros) for name in _FLOATS}
+    writers = {n: Kernel(file, n, (*macros, *ahead)) for n, file in _WRITERS.items()}
+    return {"survey_values": survey} | rounding | floats | writers

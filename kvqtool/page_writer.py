@@ -10,6 +10,7 @@ from torch import Tensor
 from kvqtool.code_tables import CodeTables, code_tables, unsupported
 from kvqtool.codebook import Codebook
 from kvqtool.cuda import Launcher, run_on_gpu
+from kvqtool.hadamard import rotate_heads
 from kvqtool.packing import Packed, pack
 from kvqtool.reader import PageReader
 from kvqtool.rows import Pair
@@ -63,6 +64,8 @@ class PageWriter:
         key, value = (part.contiguous() for part in states)
         variant = self._reader.variant(key.shape[1], key)
         tables = self._reader.tables_on(key.device)
+        if self._spec.value.rotated:
+            value = rotate_heads(value.float())
         places, code = self.turns(turns, key, key.shape[2]), self.code_for(key)
         return pack((key, value), places, code, tables, variant, self.run)
 

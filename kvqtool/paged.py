@@ -114,6 +114,11 @@ class PagedStore(LayerStore):
             named["open"] = self._open.tensors
         return named
 
+    def skip(self, tokens: int) -> None:
+        """Count tokens that are kept elsewhere: those to come follow them."""
+        self.tokens += tokens
+        self.dropped += tokens
+
     def context(self, angles: Angles, position: Tensor | None, start: int) -> PackedContext:
         """Return the tokens from `start` on as kernels read them.
 

@@ -13,7 +13,7 @@ from typing import Final
 from kvqtool.layers import CacheLayer, CacheModel
 from kvqtool.memory import ITEM_BYTES, PAGE_TOKENS, capacity, split_tokens
 from kvqtool.scratch import Step, append_scratch, attention_scratch, read_scratch, shown_bytes
-from kvqtool.side import EXACT, QuantSpec
+from kvqtool.side import EXACT, WIDTHS, QuantSpec
 from kvqtool.spec import KvSpec
 from kvqtool.trunk import Trunk
 
@@ -196,7 +196,8 @@ def _codebook(spec: QuantSpec, heads: int, width: int) -> int:
     if spec.method == EXACT:
         return 0
     channels = heads * width
-    floats = 2 * (1 << spec.bits) * (channels if spec.channel_levels else 1)
+    levels = sum(1 << bits for bits in (WIDTHS if spec.is_adaptive else (spec.bits,)))
+    floats = 2 * levels * (channels if spec.channel_levels else 1)
     floats += 2 * channels if spec.per_channel else 0
     if not spec.compensated:
         return _FLOAT * floats

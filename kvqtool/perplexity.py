@@ -23,13 +23,13 @@ from kvqtool.attach import Session, attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.calibrate import versions
-from kvqtool.council import check_protocol
 from kvqtool.data import Windows
 from kvqtool.errors import InputError
 from kvqtool.forward import head_of, hidden_states
 from kvqtool.live import forget_peak
 from kvqtool.models import LoadedModel
 from kvqtool.progress import Progress, silent
+from kvqtool.stepwise import check_protocol
 from kvqtool.tally import PplResult, Tally
 
 # Tokens of a batch on a GPU; more would only take memory.

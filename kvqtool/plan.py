@@ -30,6 +30,7 @@ class MemoryPlan:
     dtype: str
     tp: int
     pp: int
+    context_parallel: int
     stage: int
     bytes_per_token: float
     peak_bytes_per_token: float
@@ -105,6 +106,7 @@ def plans(
         load = make_load(shape, scheme, work)
         longest = None if memory is None else largest_context(load, memory, work.batch)
         for context in contexts:
+            load.check_shares(context)
             row = _row(load, context, (gpu, memory), longest)
             rows.append(replace(row, spec=scheme.name))
     return rows
@@ -120,7 +122,7 @@ def _row(
     load: Load, context: int, room: tuple[Gpu | None, int | None], longest: int | None
 ) -> MemoryPlan:
     (gpu, memory), work, batch = room, load.work, load.work.batch
-    tokens, stage = context + work.new_tokens, load.fullest(context, batch)
+    tokens, stage = load.held(context) + work.new_tokens, load.fullest(context, batch)
     cached, peak = load.forward(stage, batch).cache, load.peak(stage, context, batch)
     prefill, decode = load.peaks(stage, context, batch)
     extras, total = load.extras(stage, peak.nbytes), load.total(stage, context, batch)
@@ -133,6 +135,7 @@ def _row(
         dtype=work.dtype,
         tp=work.tp,
         pp=work.pp,
+        context_parallel=work.context_parallel,
         stage=stage,
         bytes_per_token=(cached.nbytes(tokens + PAGE_TOKENS) - nbytes) / (PAGE_TOKENS * batch),
         peak_bytes_per_token=_peak_growth(load, stage, context),
@@ -159,7 +162,7 @@ def _row(
         breakdown=cached.breakdown(tokens),
         terms=peak.terms | extras,
         phase=f"{load.call(stage, context, batch)}: {peak.phase}",
-        ranks=_ranks(load, context) if work.tp * work.pp > 1 else [],
+        ranks=_ranks(load, context) if work.gpus > 1 else [],
         assumptions=assumptions(load, context),
     )
 
@@ -176,19 +179,20 @@ def _all_stages(load: Load, tokens: int) -> tuple[int, int]:
 
 
 def _peak_growth(load: Load, stage: int, context: int) -> float:
-    """Return what one more token of a sequence adds to the peak, averaged over the next chunk."""
+    """Return what one more token of a GPU adds to the peak, averaged over the next chunk."""
     batch, step = load.work.batch, max(load.work.prefill_chunk or 0, PAGE_TOKENS)
-    grown = load.peak(stage, context + step, batch).nbytes - load.peak(stage, context, batch).nbytes
+    further = context + step * load.work.context_parallel  # `step` of them go to each GPU
+    grown = load.peak(stage, further, batch).nbytes - load.peak(stage, context, batch).nbytes
     return grown / (step * batch)
 
 
 def _ranks(load: Load, context: int) -> list[dict[str, int | None]]:
     """Return a row for one GPU of each stage."""
-    batch, tokens = load.work.batch, context + load.work.new_tokens
+    batch, tokens = load.work.batch, load.held(context) + load.work.new_tokens
     return [
         {
             "stage": rank.stage,
-            "gpus": load.work.tp,
+            "gpus": load.work.tp * load.work.context_parallel,
             "layers": len(rank.layers),
             "weights_bytes": rank.weights_bytes,
             "cache_bytes": load.forward(rank.stage, batch).cache.nbytes(tokens),

@@ -36,8 +36,8 @@ def smallest_gpu(nbytes: int) -> str | None:
 def gpus_needed(load: Load, memory: int, context: int) -> int | None:
     """Return the fewest GPUs, 1 to 64 that share each layer, on which it fits; None if none do."""
     for tp in _RANKS:
-        is_same = (load.work.tp, load.work.pp) == (tp, 1)
-        shared = load if is_same else replace(load, work=replace(load.work, tp=tp, pp=1))
+        work = replace(load.work, tp=tp, pp=1, context_parallel=1)
+        shared = load if work == load.work else replace(load, work=work)
         try:
             if shared.fits(memory, context, load.work.batch):
                 return tp

@@ -87,6 +87,22 @@ class Ranks:
         distributed.all_reduce(found, getattr(distributed.ReduceOp, operation))
         return found
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return all processes' tensors in order of rank, (world_size, ...).
+
+        Args:
+            tensor: of the same shape and dtype everywhere.
+        """
+        if self.is_alone:
+            return tensor[None]
+        from torch import distributed
+
+        # The sum of what is zero elsewhere: one operation under every release of torch and backend.
+        found = tensor.new_zeros(self.world_size, *tensor.shape)
+        found[self.rank] = tensor
+        distributed.all_reduce(found)
+        return found
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Wait for all processes at the end of the block; raise in each what failed in any.

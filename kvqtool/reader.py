@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvqtool.blockwise import attend_causal
+from kvqtool.blockwise import attend_share
 from kvqtool.codebook import Codebook
 from kvqtool.fused import LayerTables, PackedContext, Workspace, attend, new_workspace
 from kvqtool.hadamard import rotate_heads
@@ -67,7 +67,12 @@ class PageReader:
         self._variants: dict[tuple[int, torch.dtype, bool], Variant] = {}
 
     def attend(
-        self, query: Tensor, context: PackedContext, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        context: PackedContext,
+        scaling: float,
+        softcap: float | None,
+        log_sums: Tensor | None = None,
     ) -> Tensor:
         """Attend with one query token a sequence.
 
@@ -76,6 +81,8 @@ class PageReader:
             context: the layer's tokens.
             scaling: factor on scores.
             softcap: cap of the scores, or None.
+            log_sums: (batch, num_heads) float32, to hold the log of the sum of exp(score) over
+                these tokens; None where they are all there are.
 
         Returns:
             (batch, 1, num_heads, head_dim) in the query's dtype.
@@ -86,9 +93,12 @@ class PageReader:
             self.tables_on(flat.device), scale=scaling * self._form.scaling, softcap=softcap
         )
         if flat.is_cuda:
-            out = attend(flat, context, tables, variant, self._workspace(variant, flat))
+            workspace = self._workspace(variant, flat)
+            if log_sums is not None:
+                workspace = replace(workspace, log_sums=log_sums)
+            out = attend(flat, context, tables, variant, workspace)
         else:
-            out = attend_reference(flat, context, tables, variant)
+            out = attend_reference(flat, context, tables, variant, log_sums)
         if self._spec.value.rotated:
             out = rotate_heads(out.float()).to(out.dtype)
         return out[:, None]
@@ -114,12 +124,26 @@ class PageReader:
         Returns:
             (batch, queries, num_heads, head_dim) in the query's dtype.
         """
+        out, _ = self.attend_share(query, context, scaling, query.shape[2])
+        return out.to(query.dtype).transpose(1, 2).contiguous()
+
+    def attend_share(self, query: Tensor, context: PackedContext, scaling: float, own: int) -> Pair:
+        """Attend with the last tokens of every sequence to a share of it; see `attend_causal`.
+
+        Args:
+            query: (batch, num_heads, queries, head_dim) after RoPE.
+            context: the share, of which the last `own` tokens are the queries'.
+            scaling: factor on scores.
+            own: as many as queries, or 0.
+
+        Returns:
+            (batch, num_heads, queries, head_dim) float32, and the log of the sum of exp(score),
+            (batch, num_heads, queries) float32.
+        """
         exact, (first, last) = context.exact, _seen(context)
         tokens = exact.sink_key.shape[2] + last - first + exact.window_key.shape[2]
         size = tokens_at_once(len(query), PAGE_TOKENS, TOKENS_DECODED)
-        parts = self.parts(context, size)
-        out = attend_causal(query, parts, tokens - query.shape[2], scaling)
-        return out.transpose(1, 2).contiguous()
+        return attend_share(query, self.parts(context, size), tokens - own, scaling)
 
     def parts(self, context: PackedContext, size: int) -> Iterator[Pair]:
         """Yield what `expand` returns in parts: the sinks with the first `size` packed tokens,
@@ -142,7 +166,7 @@ class PageReader:
         key, value = states
         if self._form.scaling != 1:
             key = (key.float() * self._form.scaling).to(key.dtype)
-        if self._spec.value.rotated:
+        if self._spec.value.rotated and value.numel():
             value = rotate_heads(value.float()).to(value.dtype)
         return key, value
 

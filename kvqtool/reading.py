@@ -125,9 +125,15 @@ def dequantize_kernel(variant: Variant, dtype: torch.dtype) -> Kernel:
 
 
 def attend_reference(
-    query: Tensor, context: PackedContext, tables: LayerTables, variant: Variant
+    query: Tensor,
+    context: PackedContext,
+    tables: LayerTables,
+    variant: Variant,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
-    """Return what `fused.attend` does, (batch, num_heads, head_dim) in the query's dtype."""
+    """Return what `fused.attend` does, (batch, num_heads, head_dim) in the query's dtype, and write
+    `log_sums`, (batch, num_heads) float32, if they are given.
+    """
     keys, values = decode_pages(context, tables, variant)
     exact, heads = context.exact, keys.shape[1]
     out = torch.empty_like(query)
@@ -140,6 +146,8 @@ def attend_reference(
         score = grouped @ key.transpose(1, 2) * tables.scale
         if tables.softcap is not None:
             score = tables.softcap * (score / tables.softcap).tanh()
+        if log_sums is not None:
+            log_sums[b] = score.logsumexp(-1).flatten()
         out[b] = (score.softmax(-1) @ value).view(-1, variant.head_dim).to(query.dtype)
     return out
 

@@ -61,7 +61,6 @@ def plain_scheme(spec: KvSpec) -> Scheme:
     Raises:
         InputError: when the spec has a budget of its own, whose layers only calibration knows.
     """
-    _check_planned(spec, spec.name)
     if spec.target_bits is not None:
         raise InputError(
             f"{spec.name} spends its bits layer by layer when it is calibrated; "
@@ -92,14 +91,17 @@ def bundle_scheme(path: Path) -> Scheme:
         raise BundleError(str(error)) from error
     except (KeyError, TypeError, ValueError, AttributeError, KvqError) as error:
         raise BundleError(f"{path} is not a {_FORMAT} ({brief(error)}); make it again") from error
-    _check_planned(spec, path.name)
     return Scheme(spec, spec.name, own, num_layers)
 
 
-def _check_planned(spec: KvSpec, name: str) -> None:
-    """Refuse bits that only a text decides."""
-    if spec.adaptive is not None:
-        raise InputError(
-            f"{name} decides bits token by token, so its bytes depend on the text; measure them "
-            "with kvqtool ppl, or plan fixed bits such as qaq4-1%"
-        )
+def with_code_bits(scheme: Scheme, code_bits: float) -> Scheme:
+    """Return a scheme planned with so many bits a code, where tokens choose their bits.
+
+    Raises:
+        InputError: when they do not.
+    """
+    spec = scheme.spec
+    if spec.adaptive is None:
+        raise InputError(f"{scheme.name} fixes the bits of its codes; --code-bits is for qaq specs")
+    planned = replace(spec, adaptive=replace(spec.adaptive, planned_bits=code_bits))
+    return replace(scheme, spec=planned)

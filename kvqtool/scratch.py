@@ -20,8 +20,9 @@ from kvqtool.memory import (
     dropped_tokens,
     groups_per_token,
     split_tokens,
+    units_per_token,
 )
-from kvqtool.side import EXACT, QuantSpec
+from kvqtool.side import EXACT, WIDTHS, QuantSpec
 from kvqtool.spec import KvSpec
 
 READ_PATH: Final = "torch (materialise)"
@@ -209,8 +210,11 @@ def _rows_bytes(layer: CacheLayer, step: Step, rows: int) -> tuple[int, int]:
     """Return the bytes of encoded keys and values without spare room."""
     spec, geometry, dtype = step.spec_of(layer), layer.geometry, step.cache.dtype
     outliers = layer.outliers(spec, rows, bound=False)
-    key = body_buffers(spec.key, geometry.key_channels, rows, outliers.key, dtype)
-    value = body_buffers(spec.value, geometry.value_channels, rows, outliers.value, dtype)
+    units, widths = units_per_token(spec, geometry), (outliers.key_widths, outliers.value_widths)
+    channels = geometry.key_channels // units, geometry.value_channels // units
+    rows *= units
+    key = body_buffers(spec.key, channels[0], rows, outliers.key, dtype, widths[0])
+    value = body_buffers(spec.value, channels[1], rows, outliers.value, dtype, widths[1])
     sizes = [sum(buffer.nbytes for buffer in side.values()) for side in (key, value)]
     return sizes[0], sizes[1]
 
@@ -229,5 +233,6 @@ def _encoding(spec: QuantSpec, channels: int, rows: int, item: int) -> int:
         normalizing = 6 * _FLOAT + 2 * marks  # in order of rounding: states, codes, what is owed
     elif marks and not spec.per_channel:
         normalizing = 4 * _FLOAT + marks  # the least and the greatest are looked for without them
-    packing = 3 * _FLOAT + wide + marks + _FLOAT * _LANES[spec.bits] + spec.bits / 8
+    bits = WIDTHS[-1] if spec.is_adaptive else spec.bits
+    packing = 3 * _FLOAT + wide + marks + _FLOAT * _LANES[bits] + bits / 8
     return int(rows * channels * max(normalizing, packing))

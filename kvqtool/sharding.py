@@ -1,4 +1,6 @@
-"""How a model is divided over GPUs: heads by tensor parallelism, layers by pipeline parallelism."""
+"""How work is divided over GPUs: heads by tensor parallelism, layers by pipeline parallelism, and a
+sequence's tokens by context parallelism.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from kvqtool.errors import InputError
 from kvqtool.layers import CacheLayer, State
+from kvqtool.memory import PAGE_TOKENS
 from kvqtool.shape import ModelShape
 from kvqtool.trunk import Trunk
 
@@ -25,6 +28,25 @@ class RankShape:
     layers: tuple[CacheLayer, ...]
     trunk: Trunk
     weights_bytes: int | None
+
+
+def first_pages(tokens: int, sinks: int, processes: int) -> list[int]:
+    """Return the first page of each process's share of a sequence, counted behind the sinks.
+
+    Example: 648 tokens, one of them a sink, 2 processes -> [0, 2]; the last has 3 pages and more.
+    """
+    pages = max(tokens - sinks, 0) // PAGE_TOKENS
+    return [pages * number // processes for number in range(processes)]
+
+
+def check_pages(tokens: int, sinks: int, processes: int) -> None:
+    """Raise InputError when a prompt has not a page for each process."""
+    pages = max(tokens - sinks, 0) // PAGE_TOKENS
+    if pages < processes:
+        raise InputError(
+            f"a prompt of {tokens} tokens has {pages} whole pages of {PAGE_TOKENS}, too few "
+            f"for {processes} processes; start fewer, or read a longer prompt"
+        )
 
 
 def divide(shape: ModelShape, tp: int, pp: int, dtype: str) -> list[RankShape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +28,21 @@ ONLINE: Final = (GROUPED, *ROTATING)  # methods that find all they need as token
 GROUPING: Final = ("int", *ONLINE)  # methods with groups of channels
 PER_TOKEN: Final = (EXACT, "qaq")  # methods that never have ranges per channel
 WEIGHTINGS: Final = ("fisher-scale", "fisher", "none")
+
+
+def rows_by_width(rows: int, bits: float) -> tuple[int, ...]:
+    """Return rows of each of WIDTHS whose codes have `bits` on average, of the widths next to it.
+
+    Example: 100 rows, 2.25 bits -> 75 of 2 and 25 of 3: (0, 75, 25, 0, 0).
+    """
+    above = next(i for i, width in enumerate(WIDTHS) if width >= bits)
+    below = max(above - 1, 0)
+    step = WIDTHS[above] - WIDTHS[below]
+    wider = math.ceil(rows * (bits - WIDTHS[below]) / step) if step else rows
+    counts = [0] * len(WIDTHS)
+    counts[below] += rows - wider
+    counts[above] += wider
+    return tuple(counts)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The short string is the scheme's name everywhere: command line, bundle, reports.
 
     fp | METHOD BITS [-F%] [-gN] [-capN] [-sinkN] [-rN] [-qnorm] [-postrope] [-pertoken]
     [-nofisher|-fisher] [-pc] [-comp] [-vrot]
-    qaq [-nuq] [-kE] [-vE] [-wN] [-token | -head] [-released] [the rest]
+    qaq [-nuq] [-kE] [-vE] [-wN] [-token | -head] [-released] [-shadow] [the rest]
 
 `METHOD BITS` is one of nuq2 nuq3 nuq4 nuq8 (KVQuant codebooks), int2 int3 int4 int8, nf2 nf3 nf4,
 kivi2 kivi3 kivi4 kivi8, had2 had3 had4 had8 (rotated heads), tq2 tq3 tq4 (TurboQuant),

@@ -16,8 +16,8 @@ from torch import Tensor
 from kvqtool.bundle import Bundle
 from kvqtool.codebook import Codebook, as_half, uniform_levels
 from kvqtool.memory import LayerGeometry
-from kvqtool.methods import get_method
-from kvqtool.side import EXACT, QuantSpec
+from kvqtool.methods import fit_widths
+from kvqtool.side import EXACT, WIDTHS, QuantSpec
 from kvqtool.spec import SIDES, KvSpec
 
 
@@ -40,16 +40,21 @@ def synthetic_bundle(
             width = layer.key_dim if side == SIDES[0] else layer.value_dim
             book = _codebook(quant, spread.float().cpu())
             books[index, side] = _compensating(book, quant, layer.num_kv_heads, width)
+        if spec.adaptive:
+            norms = torch.ones(layer.num_kv_heads)
+            books[index, SIDES[0]] = replace(books[index, SIDES[0]], query_norm=norms)
     return Bundle(spec, _identity(layers), books, {"calibrated": False})
 
 
 def _codebook(spec: QuantSpec, spread: Tensor) -> Codebook:
     if spec.fits_levels:
-        levels = as_half(uniform_levels(spec.bits))
+        widths = WIDTHS if spec.is_adaptive else (spec.bits,)
+        each = [uniform_levels(bits) if bits else torch.zeros(1) for bits in widths]
+        levels = as_half(torch.cat(each))
         if spec.channel_levels:
             levels = levels.expand(len(spread), -1).contiguous()
     else:
-        levels = get_method(spec.method).fit(spec, None)[0]
+        levels = fit_widths(spec, None)[0]
     if not spec.per_channel or spec.method == EXACT:
         return Codebook(levels, levels)
     widest = NormalDist().inv_cdf(1 - spec.outlier_fraction / 2) if spec.outlier_fraction else 4.0

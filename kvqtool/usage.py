@@ -164,6 +164,8 @@ def _widths(cache: KvqCache, layer: LayerSeam) -> dict[str, Any]:
     for side, body in zip(SIDES, held.store.bodies, strict=True):
         found[f"{side}_bits"] = mean_bits(body) if body.tokens else None
         found[f"{side}_widths"] = list(body.widths)
+    if held.store.shadow is not None:
+        found["shadow_bytes"] = held.store.shadow.nbytes
     return found
 
 

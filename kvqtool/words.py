@@ -13,7 +13,7 @@ _NUMBERED: Final = re.compile(r"(sink|cap|r|g|w)([0-9]{1,9})|([kv])([0-9]{1,9}(?
 _PERCENT: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,99})?)%")
 FLAGS: Final = (
     *("qnorm", "postrope", "pertoken", "fisher", "nofisher", "pc", "comp", "vrot"),
-    *("nuq", "token", "head", "released"),
+    *("nuq", "token", "head", "released", "shadow"),
 )
 
 

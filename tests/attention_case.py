@@ -40,13 +40,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Built:
-    """A query, the packed context, the tables, the variant, and the right answer in float64."""
+    """A query, the packed context, the tables, the variant, and the right answers in float64: the
+    output, and the log of the sum of exp(score), (batch, num_heads).
+    """
 
     query: Tensor
     context: PackedContext
     tables: LayerTables
     variant: Variant
     expected: Tensor
+    log_sums: Tensor
     greatest_value: float
 
 
@@ -102,7 +105,9 @@ def build(case: Case) -> Built:
         vs.append(window[1][b, :, : case.window].double())
         parts.append(_attention(query[b], torch.cat(ks, 1), torch.cat(vs, 1), case))
     context = PackedContext(build_pages(*sides, batch), ExactTokens(*sinks, *window), state)
-    return Built(query, context, tables, variant, torch.stack(parts), float(value.abs().max()))
+    expected, log_sums = (torch.stack(part) for part in zip(*parts, strict=True))
+    greatest = float(value.abs().max())
+    return Built(query, context, tables, variant, expected, log_sums, greatest)
 
 
 def variant_of_case(case: Case) -> Variant:
@@ -138,12 +143,12 @@ def sides_and_tables(
     return sides, tables
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> tuple[Tensor, Tensor]:
     grouped = query.double().view(case.num_kv_heads, case.group, case.head_dim)
     score = grouped @ key.transpose(1, 2) / math.sqrt(case.head_dim)
     if case.softcap is not None:
         score = case.softcap * (score / case.softcap).tanh()
-    return (score.softmax(-1) @ value).view(-1, case.head_dim)
+    return (score.softmax(-1) @ value).view(-1, case.head_dim), score.logsumexp(-1).flatten()
 
 
 def codebook(spec: QuantSpec, states: Tensor) -> Codebook:
@@ -161,7 +166,7 @@ def codebook(spec: QuantSpec, states: Tensor) -> Codebook:
 
 def on_device(built: Built, device: str) -> Built:
     """Return the case with its inputs on a device; the answer stays where it is."""
-    return replace(moved(built, device), expected=built.expected)
+    return replace(moved(built, device), expected=built.expected, log_sums=built.log_sums)
 
 
 # Every width, codebook, head size, group and kind of token, at lengths around every boundary.

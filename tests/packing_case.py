@@ -16,6 +16,7 @@ from kvqtool.codec import encode
 from kvqtool.compensation import BlockFisher
 from kvqtool.cuda import Launcher
 from kvqtool.fused import LayerTables
+from kvqtool.hadamard import rotate_heads, turn
 from kvqtool.packing import Packed
 from kvqtool.page_memory import HEADER
 from kvqtool.pages import Pages, PageSide, build_pages
@@ -57,6 +58,9 @@ CASES = (
     PackCase("nuq4-1%-postrope/nuq2-5%-qnorm-comp", bfloat16=True, tied=True),
     PackCase("nuq4-1%-qnorm-comp/nuq3-comp", head_dim=64, num_kv_heads=3, layout="interleaved"),
     PackCase("nuq3-comp/nuq4-comp", head_dim=96, tokens=33),
+    PackCase("nuq3-1%/nuq3-1%-vrot", batch=2),
+    PackCase("nuq4-1%/nuq2-5%-vrot-comp", head_dim=96, tokens=66, tied=True),
+    PackCase("nuq3-1%-pc-comp/nf4-vrot", head_dim=64, num_kv_heads=3, bfloat16=True),
     PackCase("nuq2-1%-comp/nuq2-1%-comp", head_dim=256, tokens=65, num_kv_heads=1, bfloat16=True),
 )
 
@@ -71,6 +75,12 @@ class BuiltPack:
     tables: LayerTables
     variant: Variant
     expected: Packed
+
+    @property
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """The states as `pack` takes them."""
+        key, value = self.states
+        return key, rotate_heads(value.float()) if self.code.turns_values else value
 
 
 def build_pack(case: PackCase) -> BuiltPack:
@@ -94,6 +104,7 @@ def build_pack(case: PackCase) -> BuiltPack:
     rows = [part.permute(2, 0, 1, 3).float() for part in (key, value)]
     if spec.key.pre_rope:
         rows[0] = rotation.unrotate(rows[0], cos[:, None, None], sin[:, None, None])
+    rows[1] = turn(rows[1], spec.value)
     flat = [part.reshape(case.tokens * case.batch, -1) for part in rows]
     heads = case.num_kv_heads
     books = book_of(spec.key, flat[0], heads), book_of(spec.value, flat[1], heads)

@@ -24,6 +24,7 @@ from kvqtool.probe import probe
 from kvqtool.seam import Seam
 from kvqtool.side import WIDTHS
 from kvqtool.spec import parse_spec
+from kvqtool.usage import layer_report
 
 TOKENS, WINDOW = 40, 3
 SPECS = (
@@ -151,6 +152,10 @@ def brute(
             bits = [
                 math.log2(r / (2 * math.sqrt(3) * s)) for r, s in zip(ranges, sigmas, strict=True)
             ]
+            for query in range(count, tokens if parsed.adaptive.shadow else 0):
+                later = max(float(w[query_heads][:, query, token].max()) for *_, w in layers)
+                sigma = parsed.value.error_budget / (math.sqrt(query + 1) * later)
+                bits[1] = max(bits[1], math.log2(ranges[1] / (2 * math.sqrt(3) * sigma)))
             key, value = (min(w for w in (*WIDTHS, 99) if w >= min(b, 8)) for b in bits)
             yield key, value
 
@@ -210,6 +215,8 @@ def _keep(kept: list[Tensor], module: torch.nn.Module, inputs: object, output: T
         "qaq-k0.02-v0.2-w3-head-5%",
         "qaq-k0.02-v0.2-w1-sink2",
         "qaq-k0.02-v0.2-w3-token-1%",
+        "qaq-k0.02-v0.05-w3-1%-shadow",
+        "qaq-k0.02-v0.05-w2-head-shadow",
     ),
 )
 @torch.no_grad()
@@ -229,6 +236,47 @@ def test_bits_are_those_of_a_loop_over_the_papers_formulas(
                 assert mine == [pair[side] for pair in wanted]
             used |= {bits for pair in wanted for bits in pair}
     assert len(used) > 2
+
+
+SHADOW = "qaq-k0.02-v0.05-w2-1%-shadow"
+
+
+class TestShadow:
+    def test_bits_only_rise_and_some_do(self, tiny: Model) -> None:
+        fixed, rising = (
+            filled(tiny, spec, [1] * TOKENS) for spec in (SHADOW.replace("-shadow", ""), SHADOW)
+        )
+        for side in range(2):
+            # The first layer's keys and values do not depend on how any is stored.
+            before, after = (c.stores[0].bodies[side].read()["widths"] for c in (fixed, rising))
+            assert torch.all(after >= before)
+            assert bool(torch.any(after > before)) == (side == 1)
+
+    def test_its_bytes_are_apart(self, tiny: Model) -> None:
+        cache = filled(tiny, SHADOW, [20, *[1] * 10], "exact")
+        layers = tuple(layer.cache_layer for layer in tiny[1].packed)
+        planned = CacheModel(layers, parse_spec(SHADOW), 2, "float64")
+        assert cache.nbytes == planned.bytes_given(30, [found_in(s.bodies) for s in cache.stores])
+        # A page of 128 tokens of two sequences: 32 numbers of float64 and a spread in float32.
+        page = 128 * 2 * (32 * 8 + 4)
+        assert [row["shadow_bytes"] for row in layer_report(cache)] == [page, page]
+
+    def test_chosen_sequences_rise_as_if_they_had_been_read_so(self, tiny: Model) -> None:
+        model, seam, ids = tiny
+        order = torch.tensor([1, 1, 0])
+        cache = filled(tiny, SHADOW, [1] * 30)
+        cache.batch_select_indices(order)
+        bundle = bundle_of(SHADOW, seam)
+        with torch.no_grad(), attach(model, bundle, seam=seam) as session:  # type: ignore[arg-type]
+            for at in range(30, TOKENS):
+                session.model(ids[order][:, at : at + 1], past_key_values=cache)
+        assert_same(cache, filled((model, seam, ids[order]), SHADOW, [1] * TOKENS))
+
+    def test_cropping_forgets_the_copies_of_what_is_gone(self, tiny: Model) -> None:
+        cache = filled(tiny, SHADOW, [1] * 30)
+        cache.crop(-8)
+        for store in cache.stores:
+            assert store.shadow.tokens == store.bodies[1].tokens == 22
 
 
 def test_layers_that_share_bits_refuse_several_tokens_at_once(tiny: Model) -> None:

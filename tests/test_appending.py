@@ -19,11 +19,14 @@ CASES = (
     PackCase("nuq2-5%-comp/nuq4-1%", tokens=5, layout="interleaved", head_dim=64),
     PackCase("nuq4-1%-postrope/nuq2-5%-qnorm-comp", tokens=5, bfloat16=True, tied=True),
     PackCase("nuq4-1%-qnorm-comp/nuq3-comp", tokens=5, head_dim=96),
+    PackCase("nuq3-1%/nuq3-1%-vrot", tokens=6, batch=2),
+    PackCase("nuq4-1%/nuq2-5%-vrot-comp", tokens=5, head_dim=96, tied=True),
+    PackCase("nuq3-1%-comp/nf4-vrot", tokens=5, head_dim=64, num_kv_heads=3, bfloat16=True),
     PackCase("nuq3-1%-comp/nuq4-1%-comp", tokens=4, head_dim=256, num_kv_heads=1),
 )
 
 
-@pytest.mark.parametrize("case", mostly_slow((CASES[1], CASES[6]), CASES), ids=str)
+@pytest.mark.parametrize("case", mostly_slow((CASES[1], CASES[6], CASES[11]), CASES), ids=str)
 def test_token_by_token_equals_all_at_once(case: PackCase) -> None:
     built = build_pack(case)
     growing = append_all(built, run_on_cpu, room=(1024, 1024))

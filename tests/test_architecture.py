@@ -66,8 +66,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ops",
     ),
     (
-        *("rope", "angles", "seam", "padding", "rows", "store", "decision", "adaptive_store"),
-        *("council", "read_path", "blockwise", "reader", "page_writer", "open_page", "paged"),
+        *("rope", "angles", "seam", "padding", "rows", "store", "decision", "shadow"),
+        *("adaptive_store", "council", "stepwise", "read_path", "blockwise", "reader"),
+        *("page_writer", "open_page", "paged"),
     ),
     (
         "identity",
@@ -81,6 +82,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "adaptive_layer",
         "cache",
         "steady",
+        "context_parallel",
+        "shared_layer",
         "usage",
         "forward",
         "split",

@@ -109,6 +109,9 @@ def test_attention_refuses_a_query_or_a_workspace_of_another_shape() -> None:
         attend(built.query[:, :3].contiguous(), *inputs, workspace, never)
     with pytest.raises(InputError, match="partials: expected room"):
         attend(built.query, *inputs, replace(workspace, blocks=9), never)
+    short = torch.empty(1, 3)
+    with pytest.raises(InputError, match=r"log_sums: expected .*\(1, 4\)"):
+        attend(built.query, *inputs, replace(workspace, log_sums=short), never)
     capped = replace(built.tables, softcap=20.0)
     with pytest.raises(InputError, match="no softcap"):
         attend(built.query, built.context, capped, built.variant, workspace, never)

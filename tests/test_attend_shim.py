@@ -14,6 +14,7 @@ from kvqtool.fused import attend, new_workspace
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
 # Keys after rotation, queries and weights are rounded to fp16 (2**-11 each), sums are float32.
 TOLERANCE = 2e-3
+LOG_TOLERANCE = 5e-3  # the greatest scores are about 10
 
 
 def attend_on_cpu(
@@ -69,6 +70,16 @@ def test_values_are_picked_from_registers_as_well(spec: str) -> None:
 def test_other_ways_to_read_codes_and_angles_agree(spec: str, fields: dict[str, int]) -> None:
     out, expected = attend_on_cpu(Case(spec, (70, 400), sinks=1), 3, **fields)
     assert (out - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_the_log_of_the_sum_is_that_of_all_scores(blocks: int) -> None:
+    built = build(QUICK[0])
+    workspace = new_workspace(replace(built.variant, most_warps=2), built.query, 2, blocks)
+    workspace = replace(workspace, log_sums=torch.full(built.log_sums.shape, torch.nan))
+    variant = replace(built.variant, most_warps=2)
+    attend(built.query, built.context, built.tables, variant, workspace, run_on_cpu)
+    assert (workspace.log_sums.double() - built.log_sums).abs().max() < LOG_TOLERANCE
 
 
 def test_outliers_matter_to_the_answer() -> None:

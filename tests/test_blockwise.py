@@ -56,6 +56,14 @@ def test_a_longer_past_takes_no_more_for_a_moment(monkeypatch: pytest.MonkeyPatc
     assert peaks[1] < 1.05 * peaks[0]
 
 
+def test_rotated_values_without_a_tail_are_decoded() -> None:
+    both = Both("nuq3-1%/nuq3-1%-vrot")
+    both.append(128)
+    context = both.closed.context(both.angles, torch.zeros(1, dtype=torch.int32), 0)
+    for part, exact in zip(both.reader.expand(context), both.rows.read(both.angles), strict=True):
+        assert (part - exact).abs().max() < 2e-2
+
+
 PLAIN = {"batch_size": 2, "q_length": 3, "kv_length": 8, "q_offset": 5}
 
 

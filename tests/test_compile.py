@@ -29,7 +29,8 @@ VARIANTS = (
 SPILLS = (56, 64, 8, 0, 84, 56, 76, 116, 12, 0, 56, 52, 0, 0, 16, 0, 76, 0)
 ALLOWED = dict(zip(VARIANTS, SPILLS, strict=True))
 FEW = (0, 3, 7, 17)
-COMP = (("KEY_COMP", 1), ("VALUE_COMP", 1))
+COMP = (("KEY_COMP", 1), ("VALUE_COMP", 1), ("VALUE_FLOAT", 0))
+TURNED = (("KEY_COMP", 0), ("VALUE_COMP", 1), ("VALUE_FLOAT", 1))
 OTHERS = ("sm_80", "sm_100", "sm_120")
 
 
@@ -55,8 +56,10 @@ def test_attention_compiles_elsewhere(variant: Variant, architecture: str) -> No
 @pytest.mark.parametrize("variant", (VARIANTS[0], VARIANTS[11], VARIANTS[16]), ids=str)
 def test_kernels_around_pages_compile_without_spills(variant: Variant, architecture: str) -> None:
     kernels = [pack_kernels(variant)["pack_slabs"], append_kernel(variant)]  # all of pack.cu
-    kernels += [pack_kernels(variant, COMP)["pack_slabs"], append_kernel(variant, COMP)]
-    kernels += [pack_kernels(variant)["compensate_keys"]]
+    for code in (COMP, TURNED):
+        kernels += [pack_kernels(variant, code)["pack_slabs"], append_kernel(variant, code)]
+        kernels += [pack_kernels(variant, code)["compensate_keys"]]  # all of compensate.cu
+    kernels += [pack_kernels(variant)["code_floats"]]  # all of floats.cu
     kernels += [dequantize_kernel(variant, dtype) for dtype in (torch.half, torch.bfloat16)]
     for kernel in kernels:
         registers, spilled = resources(compile_source(kernel, architecture))

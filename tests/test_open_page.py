@@ -27,7 +27,14 @@ def both_on_cpu(spec: str, **options: Any) -> Both:
 
 
 KVQ3 = "nuq3-1%-sink1-pc-comp/nuq3-1%-sink1-comp"
-SPECS = ("nuq3-1%-sink1", KVQ3, "nuq4-1%/nuq2-5%", "nf4-postrope", "nuq2-1%-pc")
+SPECS = (
+    "nuq3-1%-sink1",
+    KVQ3,
+    "nuq4-1%/nuq2-5%",
+    "nf4-postrope",
+    "nuq2-1%-pc",
+    "nuq3-1%/nuq3-1%-vrot-comp",
+)
 
 
 @pytest.mark.parametrize("spec", mostly_slow(SPECS[:2], SPECS))

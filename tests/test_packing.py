@@ -20,6 +20,7 @@ QUICK = (
     PackCase("nuq4-5%/nuq2-1%", batch=3, tokens=66),
     PackCase(bfloat16=True, tied=True),
     PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=70, batch=2),
+    PackCase("nuq4-1%/nuq2-5%-vrot-comp", head_dim=96, tokens=66, tied=True),
 )
 
 
@@ -27,7 +28,7 @@ QUICK = (
 @pytest.mark.parametrize("case", mostly_slow(QUICK, CASES), ids=str)
 def test_packed_pages_equal_the_codec_bit_for_bit(case: PackCase) -> None:
     built = build_pack(case)
-    found = pack(built.states, built.turns, built.code, built.tables, built.variant, run_on_cpu)
+    found = pack(built.prompt, built.turns, built.code, built.tables, built.variant, run_on_cpu)
     same_packed(found, built.expected)
 
 
@@ -43,7 +44,6 @@ def test_pages_hold_outliers() -> None:
         ("nuq3-1%-pertoken", "keys with a range per token"),
         ("qaq-nuq-1%", "bits by token"),
         ("nuq3-1%-cap4", "a cap on key outliers"),
-        ("nuq3-1%-vrot", "rotated values"),
         ("had4-g64", "had codes"),
         ("nuq3-1%/tq4-g64", "tq codes"),
         ("fp", "states that are not codes"),

@@ -21,7 +21,7 @@ from kvqtool.forward import hidden_states, next_logits
 from kvqtool.layers import CacheLayer, CacheModel
 from kvqtool.live import watch
 from kvqtool.load import Load, Workload
-from kvqtool.measure import run_forward
+from kvqtool.measure import Comparison, run_forward
 from kvqtool.memory import LayerGeometry
 from kvqtool.parameters import estimated_weights
 from kvqtool.peaks import WORKSPACE_BYTES, Forward, codebook_bytes
@@ -36,6 +36,7 @@ from kvqtool.trunk import read_trunk
 # on a GPU, benchmarks/results/plan-llama-h100.json, the largest error is 0.7 %.
 TOLERANCE = 0.025
 LOOSE = 0.12  # activations are those of Llama, and a model of a megabyte has little else
+EXCESS = 0.2  # codes of 8 bits are planned, and a small model is half cache
 CPU = torch.device("cpu")
 SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 704}
 
@@ -56,6 +57,29 @@ SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 704}
 def test_peaks_of_a_run_are_planned(
     tiny_llama: TinyLlama, spec: str, batch: int, chunk: int | None
 ) -> None:
+    found = ran(tiny_llama, spec, batch, chunk)
+    assert found["weights"].error == 0
+    assert found["packed cache, outliers as found"].error == 0
+    for call in ("prefill peak", "decode peak"):
+        assert abs(found[call].error) < TOLERANCE, found[call]
+
+
+@needs_grouped_sdpa
+@pytest.mark.parametrize(
+    ("spec", "chunk"),
+    [("qaq-1%", None), ("qaq-1%", 256), ("qaq-head-released", 200), ("qaq-nuq-1%-sink1", 256)],
+)
+def test_peaks_of_bits_by_token_are_bounded(
+    tiny_llama: TinyLlama, spec: str, chunk: int | None
+) -> None:
+    found = ran(tiny_llama, spec, 1, chunk)
+    assert found["packed cache, outliers as found"].error == 0
+    for call in ("prefill peak", "decode peak"):
+        assert -TOLERANCE < found[call].error < EXCESS, found[call]
+
+
+def ran(tiny_llama: TinyLlama, spec: str, batch: int, chunk: int | None) -> dict[str, Comparison]:
+    """Run 700 tokens through a cache and set what was planned beside what was measured."""
     model = tiny_llama(head_dim=64, **SIZES).to(torch.bfloat16)
     seam = probe(model)
     config = parse_config(model.config.to_dict(), "m")
@@ -65,11 +89,7 @@ def test_peaks_of_a_run_are_planned(
     work = Workload(700, batch, dtype="bfloat16", prefill_chunk=chunk)
     load = Load(shape, parse_spec(spec), work)
     bundle = synthetic_bundle(load.spec, {x.index: x.geometry for x in seam.packed})
-    found = {row.name: row for row in run_forward(load, 700, (model, seam), bundle)}
-    assert found["weights"].error == 0
-    assert found["packed cache, outliers as found"].error == 0
-    for call in ("prefill peak", "decode peak"):
-        assert abs(found[call].error) < TOLERANCE, found[call]
+    return {row.name: row for row in run_forward(load, 700, (model, seam), bundle)}
 
 
 @needs_grouped_sdpa

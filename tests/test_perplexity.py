@@ -251,10 +251,15 @@ class TestRefused:
             evaluate(broken, some(windows, 0, 1), [calibrated(spec)])
 
 
+@pytest.mark.parametrize("word", ("token", "shadow"))
 @pytest.mark.parametrize("protocol", ("decode-exact", "prefill-exact"))
-def test_bits_that_all_layers_share_are_not_read_at_once(
-    builtin: LoadedModel, windows: Windows, calibrated: Callable[[str], Bundle], protocol: str
+def test_bits_that_are_decided_step_by_step_are_not_read_at_once(
+    builtin: LoadedModel,
+    windows: Windows,
+    calibrated: Callable[[str], Bundle],
+    protocol: str,
+    word: str,
 ) -> None:
-    bundle = calibrated("qaq-k0.1-v0.5-w5-token")
+    bundle = calibrated(f"qaq-k0.1-v0.5-w5-{word}")
     with pytest.raises(InputError, match="cannot follow; use --protocol true-decode"):
         evaluate(builtin, windows, [bundle], protocol=protocol)

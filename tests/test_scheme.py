@@ -12,14 +12,16 @@ from kvqtool import hub
 from kvqtool.bundle import save_bundle
 from kvqtool.errors import BundleError, InputError
 from kvqtool.hub import fetch_config, is_hub_id
+from kvqtool.layers import CacheLayer, CacheModel
 from kvqtool.load import Workload
 from kvqtool.memory import LayerGeometry
 from kvqtool.plan import plans
-from kvqtool.scheme import bundle_scheme, plain_scheme
+from kvqtool.scheme import bundle_scheme, plain_scheme, with_code_bits
 from kvqtool.shape import read_shape
 from kvqtool.spec import parse_spec
 from kvqtool.synthetic import synthetic_bundle
 
+LAYER = CacheLayer("full", LayerGeometry(2, 64, 64))
 IDENTITY: dict[str, Any] = {
     "name": "m",
     "architecture": "LlamaForCausalLM",
@@ -135,3 +137,23 @@ def test_a_budget_is_planned_by_its_bundle_only() -> None:
     with pytest.raises(InputError, match=r"@2\.75 spends its bits layer by layer .* --bundle"):
         plain_scheme(parse_spec("kvq3@2.75"))
     assert plain_scheme(parse_spec("kvq3")).name == "kvq3"
+
+
+def test_bits_by_token_are_planned_at_most_or_as_stated() -> None:
+    scheme = plain_scheme(parse_spec("qaq-1%"))
+    most = CacheModel((LAYER,), scheme.spec, 2, "float16")
+    some = CacheModel((LAYER,), with_code_bits(scheme, 2.5).spec, 2, "float16")
+    assert most.nbytes(1000) == most.nbytes(1000, bound=True) == some.nbytes(1000, bound=True)
+    # 995 tokens of two sequences are past the window, in tiles of 16 rows; 1000 - 5, 8 pages.
+    channels, rows = LAYER.geometry.elements, 2 * 995
+    codes = {name: size for name, size in some.breakdown(1000).items() if "words" in name}
+    half = 16 * -(-(rows // 2) // 16)
+    assert sum(codes.values()) == half * channels * (2 + 3) // 8
+    assert most.nbytes(1000) - some.nbytes(1000) == 16 * -(-rows // 16) * channels - sum(
+        codes.values()
+    )
+
+
+def test_stated_bits_of_fixed_codes_are_refused() -> None:
+    with pytest.raises(InputError, match="nuq3-1% fixes the bits of its codes"):
+        with_code_bits(plain_scheme(parse_spec("nuq3-1%")), 3)

@@ -271,6 +271,7 @@ ADAPTIVE_WORDS = (
     ("-w1", "-w128"),
     ("", "-token", "-head"),
     ("", "-released"),
+    ("", "-shadow"),
     ("", "-1%"),
     ("", "-sink4"),
     ("", "-pc"),
@@ -286,6 +287,9 @@ def test_qaq_strings_print_as_they_are_written_or_are_refused() -> None:
         is_plain = "-nuq" not in text
         if ("-head" in text and not is_plain) or (is_plain and ("-pc" in text or "-comp" in text)):
             with pytest.raises(SpecError):
+                parse_spec(text)
+        elif "-token" in text and "-shadow" in text:
+            with pytest.raises(SpecError, match="keep one"):
                 parse_spec(text)
         else:
             assert str(parse_spec(text)) == text

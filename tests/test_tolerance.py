@@ -99,3 +99,9 @@ def test_the_least_width_that_holds_the_bits_is_taken() -> None:
     assert stored_width(asked).tolist() == [0, 0, 0, 2, 2, 3, 3, 4, 8, 8, 8]
     assert stored_width(asked).dtype == torch.uint8
     assert set(WIDTHS) == {0, 2, 3, 4, 8}
+
+
+def test_tolerance_of_keys_grows_with_the_context_so_that_bits_never_rise() -> None:
+    counts = torch.arange(2, 100_000)
+    found = key_tolerance(counts, 0.02, 3.0)
+    assert torch.all(found[1:] > found[:-1])

@@ -20,7 +20,7 @@ from kvqtool.files import check_output
 from kvqtool.load import RESERVE_BYTES, Workload
 from kvqtool.plan import MemoryPlan, make_load, plans
 from kvqtool.questions import best_spec
-from kvqtool.scheme import Scheme, bundle_scheme, plain_scheme
+from kvqtool.scheme import Scheme, bundle_scheme, plain_scheme, with_code_bits
 from kvqtool.shape import ModelShape, known_models, read_shape
 from kvqtool.spec import PRESETS, parse_spec
 
@@ -86,8 +86,24 @@ def run(
             help="Tokens of a prompt that one call reads.",
         ),
     ] = None,
+    code_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--code-bits",
+            min=0,
+            max=8,
+            show_default="8, the most",
+            help="Bits of a code where tokens choose them, as ppl reports them: for qaq.",
+        ),
+    ] = None,
     tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share every layer.")] = 1,
     pp: Annotated[int, typer.Option("--pp", min=1, help="GPUs that share the layers.")] = 1,
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            "--context-parallel", min=1, help="GPUs that share the tokens of each sequence."
+        ),
+    ] = 1,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +172,8 @@ def run(
             check_output(path, force)
     schemes = [plain_scheme(parse_spec(text)) for text in spec or ([] if bundle else SPECS)]
     schemes += [bundle_scheme(path) for path in bundle or []]
+    if code_bits is not None:
+        schemes = [with_code_bits(scheme, code_bits) for scheme in schemes]
     card = None if gpu is None else find_gpu(gpu)
     memory = None if gpu_memory is None else parse_bytes(gpu_memory)
     shape = _read(model, weights, revision)
@@ -168,6 +186,7 @@ def run(
         prefill_chunk=prefill_chunk,
         tp=tp,
         pp=pp,
+        context_parallel=context_parallel,
         reserve_bytes=_reserve(reserve),
     )
     rows = plans(shape, schemes, contexts, work, (card, memory))

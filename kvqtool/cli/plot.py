@@ -53,7 +53,7 @@ def draw_plan(
         label = f"{rows[0].gpu or 'memory'}: {memory / _GIB:,.1f} GiB"
         axes.axhline(memory / _GIB, color="black", linestyle="--", label=label)
     axes.set(
-        title=f"{shape.name}, batch {work.batch}, {work.tp} x {work.pp} GPU",
+        title=f"{shape.name}, batch {work.batch}, {work.gpus} GPU",
         xlabel="tokens of each sequence",
         ylabel="GiB on the fullest GPU, margins included",
         ylim=(0, None),

@@ -238,7 +238,11 @@ def test_the_copy_is_written_and_not_overwritten(run: Run, tmp_path: Path) -> No
         (("builtin", "--weights", "lots"), "80GiB"),
         (("builtin", "--tp", 3), "--tp 3 does not divide"),
         (("builtin", "--bundle", "none.safetensors"), "does not exist"),
-        (("builtin", "--tp", 2, "--measure", "cache"), "drop --tp and --pp"),
+        (("builtin", "--tp", 2, "--measure", "cache"), "drop --tp, --pp and --context-parallel"),
+        (
+            ("builtin", "--context", 300, "--context-parallel", 3),
+            "300 tokens has 2 whole pages of 128, too few for 3 processes",
+        ),
         (("jamba-1.5", "--context", 9), "no config of model"),
     ],
 )

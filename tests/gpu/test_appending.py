@@ -17,6 +17,8 @@ CASES = (
     PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=140, num_kv_heads=8, batch=2),
     PackCase("nuq4-1%-comp/nuq2-5%-comp", tokens=66, head_dim=64, bfloat16=True, tied=True),
     PackCase("nuq3-1%-comp/nuq4-1%-comp", tokens=66, head_dim=256, num_kv_heads=1),
+    PackCase("nuq3-1%/nuq3-1%-vrot-comp", tokens=66, num_kv_heads=8, batch=2),
+    PackCase("nuq4-1%-comp/nuq2-5%-vrot", tokens=66, head_dim=96, tied=True),
 )
 
 

@@ -13,6 +13,7 @@ LONG = (
     PackCase("nuq4-1%", tokens=2000, num_kv_heads=8, batch=2),
     PackCase("nuq3-1%", tokens=1000, num_kv_heads=32, tied=True),
     PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=1000, num_kv_heads=8, batch=2),
+    PackCase("nuq3-1%-comp/nuq3-1%-vrot-comp", tokens=1000, num_kv_heads=8, batch=2),
 )
 
 
@@ -20,7 +21,7 @@ def check(case: PackCase) -> None:
     """Pack on the GPU and compare."""
     built = build_pack(case)
     there = moved(built, "cuda")
-    found = pack(there.states, there.turns, there.code, there.tables, there.variant)
+    found = pack(there.prompt, there.turns, there.code, there.tables, there.variant)
     same_packed(moved(found, "cpu"), built.expected)
 
 

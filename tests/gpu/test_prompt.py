@@ -24,6 +24,7 @@ SPECS = (
     "nuq4-1%-comp/nuq2-5%-comp",
     "nuq4-1%/nuq2-5%",
     "nuq2-1%-pc",
+    "nuq3-1%/nuq3-1%-vrot-comp",
     "nf4-postrope",
     "nuq3-1%-cap4",
 )
