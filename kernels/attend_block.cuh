@@ -18,12 +18,7 @@ DEVICE void send_bytes(u8* to, const void* from, u32 first) {
 
 // Send for what is only copied: angles of a page's places, frequencies and the order of channels.
 DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
-    if constexpr (DERIVED) {  // the two rows of a lane to the two halves of the table
-        KVQ_UNROLL_4 for (u32 i = thread_index(); i < ANGLE_BYTES / 8; i += THREADS)
-            copy8(shared + LUT_BYTES + i / 2 * 8 + i % 2 * (ANGLE_BYTES / 2), tables.angles + 2 * i);
-    } else {
-        send_bytes<ANGLE_BYTES>(shared + LUT_BYTES, tables.angles, 0);
-    }
+    send_bytes<ANGLE_BYTES>(shared + LUT_BYTES, tables.angles, 0);
     send_bytes<HEAD_DIM * 4>(shared + FREQUENCIES_AT, cache.frequencies, 0);
     send_bytes<HEAD_DIM * 2>(shared + ORDER_AT, cache.order, 128 % THREADS);
 }

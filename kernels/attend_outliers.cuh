@@ -7,10 +7,7 @@ DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
     KeyWhere where = key_where(word);
     float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
     if constexpr (ROTATED) {
-        u32 at = DERIVED ? first_tile * STEPS * 256 + ((word & 0xfff0) >> 1) +
-                               (word & 8 ? ANGLE_BYTES / 2 : 0)
-                         : first_tile * STEPS * 512 + (word & 0xfff8);
-        const u32* turn = (const u32*)(warp.angles + at);
+        const u32* turn = (const u32*)(warp.angles + first_tile * STEPS * 512 + (word & 0xfff8));
         u32 pair = pick_bytes(turn[0], turn[1], where.odd ? 0x7632 : 0x5410);
         float cosine = h2_low(pair), sine = h2_high(pair);
         u = delta * (where.upper ? -sine : cosine);

@@ -116,12 +116,6 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
         KVQ_UNROLL for (int i = 0; i < 4; i++) affine[i] = at[i];
     }
     query_fragment(warp, step, b0, b1);
-    u32 eight[2];  // cosine and sine of eight tokens
-    if constexpr (ROTATED && DERIVED) {
-        const u32* turn =
-            (const u32*)(warp.angles + ANGLE_BYTES / 2 + (step * 32 + warp.column) * 8);
-        eight[0] = turn[0], eight[1] = turn[1];
-    }
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 k[4];
         if constexpr (KEY_BITS == 16) {
@@ -135,17 +129,10 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
             }
         }
         if constexpr (ROTATED) {
-            u32 cosine[2], sine[2];
-            u32 at = ((first_tile + t) * STEPS + step) * 32 + warp.lane;
-            if constexpr (DERIVED) {
-                const u32* turn = (const u32*)(warp.angles + at * 8);
-                cosine[0] = turn[0], sine[0] = turn[1];
-                cosine[1] = h2_fma(cosine[0], eight[0], h2_neg(h2_mul(sine[0], eight[1])));
-                sine[1] = h2_fma(sine[0], eight[0], h2_mul(cosine[0], eight[1]));
-            } else {
-                const u32* turn = (const u32*)(warp.angles + at * 16);
-                cosine[0] = turn[0], sine[0] = turn[1], cosine[1] = turn[2], sine[1] = turn[3];
-            }
+            const u32* turn =
+                (const u32*)(warp.angles +
+                             (((first_tile + t) * STEPS + step) * 32 + warp.lane) * 16);
+            u32 cosine[2] = {turn[0], turn[2]}, sine[2] = {turn[1], turn[3]};
             KVQ_UNROLL for (int i = 0; i < 2; i++) {
                 u32 first = h2_fma(k[i], cosine[i], h2_neg(h2_mul(k[i + 2], sine[i])));
                 k[i + 2] = h2_fma(k[i + 2], cosine[i], h2_mul(k[i], sine[i]));

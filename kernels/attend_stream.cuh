@@ -1,5 +1,5 @@
 // How a warp of attend.cu gets the codes of one slab after another, and what goes with them: through a
-// ring in shared memory, or AHEAD steps early into registers, from lines that it has fetched to the
+// ring in shared memory, or with AHEAD a step early into registers, from lines that it has fetched to the
 // second cache one slab early.
 #pragma once
 #include "attend_layout.cuh"
@@ -14,8 +14,8 @@ struct Stream {
     Slab slab;                      // the slab that is read
     const u8 *words, *next_words;  // this lane's share of it, and of the next one; null past the last
     const u8* chunk;                        // of the ring
-    u32 keys[AHEAD ? AHEAD : 1][KEY_BITS];  // of the next steps, where a warp reads ahead
-    u32 values[AHEAD ? AHEAD : 1][VALUE_BITS];
+    u32 keys[KEY_BITS];                     // of the next step, where a warp reads ahead
+    u32 values[VALUE_BITS];
 };
 
 DEVICE u8* side_of(const Stream& stream, u32 which) {
@@ -74,15 +74,13 @@ DEVICE void load_words(const u8* step, u32 lane, u32 (&words)[bits]) {
 
 // Read step `number`, keys first, of this slab or past its end of the next one.
 DEVICE void read_ahead(Stream& stream, u32 number) {
-    constexpr u32 slot = AHEAD ? AHEAD : 1;
     const u8* words = number < 2 * STEPS || !stream.next_words ? stream.words : stream.next_words;
     u32 step = number % STEPS;
     if (number / STEPS % 2) {
         load_words<VALUE_BITS>(words + KEY_SLAB + step * step_bytes(VALUE_BITS), stream.lane,
-                               stream.values[step % slot]);
+                               stream.values);
     } else {
-        load_words<KEY_BITS>(words + step * step_bytes(KEY_BITS), stream.lane,
-                             stream.keys[step % slot]);
+        load_words<KEY_BITS>(words + step * step_bytes(KEY_BITS), stream.lane, stream.keys);
     }
 }
 
@@ -159,7 +157,7 @@ DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream, u3
     sync_warp();
     if constexpr (AHEAD) {
         fetch_slab(stream.words, stream.lane);
-        KVQ_UNROLL for (u32 i = 0; i < AHEAD; i++) read_ahead(stream, i);
+        read_ahead(stream, 0);
         send_side(cache, stream.lane, stream.slab, side_of(stream, 0));
         copies_sent();
     } else {
@@ -171,8 +169,8 @@ DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream, u3
 DEVICE void take_keys(const Cache& cache, Stream& stream, u32 step, u32 (&words)[KEY_BITS]) {
     constexpr u32 many = KEY_CHUNK / step_bytes(KEY_BITS);
     if constexpr (AHEAD) {
-        KVQ_UNROLL for (int i = 0; i < KEY_BITS; i++) words[i] = stream.keys[step % AHEAD][i];
-        read_ahead(stream, step + AHEAD);
+        KVQ_UNROLL for (int i = 0; i < KEY_BITS; i++) words[i] = stream.keys[i];
+        read_ahead(stream, step + 1);
     } else {
         if (step % many == 0 && step) stream.chunk = take(cache, stream, step / many);
         read_words<KEY_BITS>(stream.chunk + step % many * step_bytes(KEY_BITS), stream.lane, words);
@@ -181,8 +179,8 @@ DEVICE void take_keys(const Cache& cache, Stream& stream, u32 step, u32 (&words)
 DEVICE void take_values(const Cache& cache, Stream& stream, u32 step, u32 (&words)[VALUE_BITS]) {
     constexpr u32 many = VALUE_CHUNK / step_bytes(VALUE_BITS);
     if constexpr (AHEAD) {
-        KVQ_UNROLL for (int i = 0; i < VALUE_BITS; i++) words[i] = stream.values[step % AHEAD][i];
-        read_ahead(stream, STEPS + step + AHEAD);
+        KVQ_UNROLL for (int i = 0; i < VALUE_BITS; i++) words[i] = stream.values[i];
+        read_ahead(stream, STEPS + step + 1);
     } else {
         if (step % many == 0) stream.chunk = take(cache, stream, KEY_CHUNKS + step / many);
         read_words<VALUE_BITS>(stream.chunk + step % many * step_bytes(VALUE_BITS), stream.lane,

@@ -211,12 +211,6 @@ DEVICE void copy16(void* shared, const void* global) {
         "l"(global)
         : "memory");
 }
-DEVICE void copy8(void* shared, const void* global) {
-    asm volatile(
-        "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(shared)),
-        "l"(global)
-        : "memory");
-}
 DEVICE void copies_sent() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -310,9 +310,6 @@ inline void copy16(void* shared, const void* global) {
     }
     std::memcpy(shared, global, 16);
 }
-inline void copy8(void* shared, const void* global) {
-    std::memcpy(shared, global, 8);
-}
 inline void copies_sent() {}
 template <int pending>
 inline void await_copies() {}
