@@ -96,22 +96,24 @@ DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32 least, u3
         const u32* items = search.items(warp);
         u32 own = ~0u;
         KVQ_UNROLL for (u32 i = 0; i < THREADS; i += 32) own = smaller(own, items[i + lane]);
-        u32 end = per_tail == 0 ? least_of_warp(own) : per_tail <= 32 ? ranked_lane(own, per_tail) : ~0u;
+        u32 end = per_tail == 0    ? least_of_warp(own)
+                  : per_tail <= 32 ? ranked_lane(own, per_tail)
+                                   : ~0u;
         if (lane == 0) found[2 + warp] = end;
     }
     sync_block();
-    u32 ends[2] = {found[2], found[3]};
+    u32 ends[2] = {found[2], found[3]}, listed[2] = {0, 0};
     cuts = NO_CUTS;
     if (per_tail == 0) return range_of(ends[0] >> 16, ~ends[1] >> 16);
-    if (ends[0] == ~0u || ends[1] == ~0u)
-        return range_by_bins(keys, channels, per_tail, search, cuts);
-    list_candidates(keys, channels, search, ends, found);
-    sync_block();
-    u32 listed[2] = {found[0], found[1]};
-    bool few = listed[0] <= LISTED && listed[1] <= LISTED;
-    if (!few || listed[0] == per_tail || listed[1] == per_tail)
-        return range_by_bins(keys, channels, per_tail, search, cuts);
-    if (warp < 2) {
+    bool few = ends[0] != ~0u && ends[1] != ~0u;
+    if (few) {
+        list_candidates(keys, channels, search, ends, found);
+        sync_block();
+        listed[0] = found[0], listed[1] = found[1];
+        few = listed[0] <= LISTED && listed[1] <= LISTED;
+        few = few && listed[0] > per_tail && listed[1] > per_tail;
+    }
+    if (few && warp < 2) {
         u32 count = warp ? listed[1] : listed[0], cut, next, *items = search.candidates(warp);
         if (lane < 3 && count + lane < LISTED) items[count + lane] = ~0u;
         sync_warp();
@@ -119,9 +121,9 @@ DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32 least, u3
         if (lane == 0) found[4 + warp] = cut, found[6 + warp] = next;
     }
     sync_block();
-    cuts = Cuts{found[4], ~found[5]};
     u32 low = found[6], high = ~found[7];
-    if (low >= cuts.high || high <= cuts.low)
-        return range_by_bins(keys, channels, per_tail, search, cuts);
+    cuts = Cuts{found[4], ~found[5]};
+    few = few && low < cuts.high && high > cuts.low;
+    if (!few) return range_by_bins(keys, channels, per_tail, search, cuts);
     return range_of(low >> 16, high >> 16);
 }
