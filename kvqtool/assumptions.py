@@ -52,6 +52,17 @@ def assumptions(load: Load, context: int) -> list[str]:
             lines.append("the copy of values in host memory is not counted")
     if any(layer.angles and layer.angles.table_after is not None for layer in shape.layers):
         lines.append("where positions do not give a model's angles, the angles are stored")
+    lines += _sharing(load)
+    limit = shape.max_context
+    if limit is not None and context + work.new_tokens > limit:
+        asked = context + work.new_tokens
+        lines.append(f"context {asked} is beyond the {limit} tokens the model was made for")
+    return lines
+
+
+def _sharing(load: Load) -> list[str]:
+    """Return what a plan for several GPUs rests on."""
+    work, lines = load.work, []
     if work.context_parallel > 1:
         lines.append(
             f"each of {work.context_parallel} GPUs keeps its share of every sequence's tokens, and "
@@ -63,10 +74,6 @@ def assumptions(load: Load, context: int) -> list[str]:
             "key/value heads divided until each GPU has one, latents copied; no buffers of "
             "communication are counted"
         )
-    limit = shape.max_context
-    if limit is not None and context + work.new_tokens > limit:
-        asked = context + work.new_tokens
-        lines.append(f"context {asked} is beyond the {limit} tokens the model was made for")
     return lines
 
 
