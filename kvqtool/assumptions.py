@@ -22,10 +22,11 @@ def assumptions(load: Load, context: int) -> list[str]:
     work, shape, spec = load.work, load.shape, load.spec
     whole = "one call" if work.context_parallel == 1 else "a GPU's share a call"
     chunk = f"{work.prefill_chunk} tokens a call" if work.prefill_chunk else whole
+    path = READ_PATH if work.read_path == "materialise" else "kernels (fused), by bounds"
     margin = f"{100 * FRAGMENTATION:g}% of the peak for the allocator"
     lines = [
         f"weights, sinks, recent window, fp and the model's own caches are held in {work.dtype}",
-        f"the read path is {READ_PATH}; prompts are read in {chunk}, logits of the last token only",
+        f"the read path is {path}; prompts are read in {chunk}, logits of the last token only",
         f"margins: {in_gib(work.reserve_bytes)} for the GPU's context, {margin}, "
         f"{in_gib(WORKSPACE_BYTES)} for matrix multiplication",
         _weights(load),
