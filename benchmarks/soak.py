@@ -172,13 +172,16 @@ def _time(seconds: list[float]) -> dict[str, float]:
 
 
 def _growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return by how much memory beside the cache grows from the first row on."""
+    """Return by how much memory beside the cache has grown from the first row to the last, and how
+    far rows lie apart: torch counts whole blocks, of which up to 1 MiB a tensor may be nobody's.
+    """
     if len(rows) < 2 or "beside_bytes" not in rows[0]:
         return {}
-    grown = max(row["beside_bytes"] for row in rows) - rows[0]["beside_bytes"]
-    steps = rows[-1]["steps"] - rows[0]["steps"]
+    beside = [row["beside_bytes"] for row in rows]
+    grown, steps = beside[-1] - beside[0], rows[-1]["steps"] - rows[0]["steps"]
     return {
         "beside_grown_bytes": grown,
+        "beside_spread_bytes": max(beside) - min(beside),
         "is_flat": grown <= FLAT_BYTES_PER_STEP * steps,
         "reserved_over_cache": rows[-1]["reserved_bytes"] / rows[-1]["cache_bytes"],
     }

@@ -22,10 +22,11 @@ def assumptions(load: Load, context: int) -> list[str]:
     work, shape, spec = load.work, load.shape, load.spec
     whole = "one call" if work.context_parallel == 1 else "a GPU's share a call"
     chunk = f"{work.prefill_chunk} tokens a call" if work.prefill_chunk else whole
+    path = READ_PATH if work.read_path == "materialise" else "kernels (fused), by bounds"
     margin = f"{100 * FRAGMENTATION:g}% of the peak for the allocator"
     lines = [
         f"weights, sinks, recent window, fp and the model's own caches are held in {work.dtype}",
-        f"the read path is {READ_PATH}; prompts are read in {chunk}, logits of the last token only",
+        f"the read path is {path}; prompts are read in {chunk}, logits of the last token only",
         f"margins: {in_gib(work.reserve_bytes)} for the GPU's context, {margin}, "
         f"{in_gib(WORKSPACE_BYTES)} for matrix multiplication",
         _weights(load),
@@ -52,6 +53,17 @@ def assumptions(load: Load, context: int) -> list[str]:
             lines.append("the copy of values in host memory is not counted")
     if any(layer.angles and layer.angles.table_after is not None for layer in shape.layers):
         lines.append("where positions do not give a model's angles, the angles are stored")
+    lines += _sharing(load)
+    limit = shape.max_context
+    if limit is not None and context + work.new_tokens > limit:
+        asked = context + work.new_tokens
+        lines.append(f"context {asked} is beyond the {limit} tokens the model was made for")
+    return lines
+
+
+def _sharing(load: Load) -> list[str]:
+    """Return what a plan for several GPUs rests on."""
+    work, lines = load.work, []
     if work.context_parallel > 1:
         lines.append(
             f"each of {work.context_parallel} GPUs keeps its share of every sequence's tokens, and "
@@ -63,10 +75,6 @@ def assumptions(load: Load, context: int) -> list[str]:
             "key/value heads divided until each GPU has one, latents copied; no buffers of "
             "communication are counted"
         )
-    limit = shape.max_context
-    if limit is not None and context + work.new_tokens > limit:
-        asked = context + work.new_tokens
-        lines.append(f"context {asked} is beyond the {limit} tokens the model was made for")
     return lines
 
 

@@ -24,6 +24,7 @@ from kvqtool.paged import PagedStore
 from kvqtool.read_path import ReadPath, page_form
 from kvqtool.reader import PageReader, SharedTables
 from kvqtool.seam import LayerSeam, Seam
+from kvqtool.stepwise import is_stepwise
 from kvqtool.store import LayerStore
 
 
@@ -70,6 +71,13 @@ class KvqCache(Cache):
         reader = PageReader(layer, spec, books, form, self.shared)
         paged = PagedStore(spec, books, layer, form, OpenPage(spec, books, reader))
         return KvqLayer(paged, angles, self.prefill, path, reader)
+
+    def tokens_at_once(self, wanted: int | None) -> int | None:
+        """Return how many tokens of a prompt one call reads: `wanted` (None for all), or one where
+        bits are decided step by step and the prompt is not the exact one that comes first.
+        """
+        is_first = self.prefill == "exact" and not self.get_seq_length()
+        return wanted if is_first or not is_stepwise(self.bundle.spec) else 1
 
     def announce(self, layer_idx: int, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
         """Take note of the angles a layer's next states are rotated by; called before the attention

@@ -102,7 +102,8 @@ def quantize_text(
         )
     with attached(loaded, bundle) as session:
         cache = session.new_cache(bundle, prefill=reading.prefill)
-        logits = read_prompt(loaded.model, ids[None].to(loaded.device), cache, reading.chunk)[0]
+        chunk = cache.tokens_at_once(reading.chunk)
+        logits = read_prompt(loaded.model, ids[None].to(loaded.device), cache, chunk)[0]
     extra = {"token_ids": ids, "next_logits": logits}
     report = _save(cache, loaded, extra, Path(path), force, started)
     return replace(report, prefill_chunk=reading.chunk)

@@ -178,7 +178,8 @@ class _Run:
     def read(self, ids: list[int]) -> Tensor:
         """Read a prompt; return the logits of what comes next, (1, vocabulary)."""
         prompt = torch.tensor([ids], device=self.loaded.device)
-        return read_prompt(self.loaded.model, prompt, self.cache, self.running.prefill_chunk)
+        chunk = self.cache.tokens_at_once(self.running.prefill_chunk)
+        return read_prompt(self.loaded.model, prompt, self.cache, chunk)
 
     def result(
         self, logits: Tensor, prompt_tokens: int, on_text: Callable[[str], None]

@@ -9,6 +9,7 @@ from typing import Final
 
 from kvqtool.catalog import Gpu
 from kvqtool.errors import InputError
+from kvqtool.kernel_scratch import unplannable
 from kvqtool.layers import CacheModel
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.peaks import WORKSPACE_BYTES, Forward, Peak, codebook_bytes
@@ -36,6 +37,7 @@ class Workload:
         pp: GPUs that share the layers.
         context_parallel: GPUs that share the tokens of each sequence.
         reserve_bytes: what is left to the CUDA context.
+        read_path: `materialise` (torch) or `fused` (the kernels).
     """
 
     context: int
@@ -47,6 +49,7 @@ class Workload:
     pp: int = 1
     context_parallel: int = 1
     reserve_bytes: int = RESERVE_BYTES
+    read_path: str = "materialise"
 
     @property
     def gpus(self) -> int:
@@ -92,7 +95,9 @@ class Load:
             weights = (
                 rank.weights_bytes or 0
             )  # unknown ones are in no total, and there is no verdict
-            return Forward(model, rank.trunk, weights, self.work.prefill_chunk)
+            is_fused = self.work.read_path == "fused"
+            chunk = self.work.prefill_chunk
+            return Forward(model, rank.trunk, weights, chunk, is_fused=is_fused)
 
         return of
 
@@ -115,8 +120,17 @@ class Load:
         first = first_pages(context, self.spec.sink_tokens, self.work.context_parallel)[-1]
         return context - first * PAGE_TOKENS
 
-    def check_shares(self, context: int) -> None:
-        """Raise InputError where GPUs cannot share a context as `context_parallel` says."""
+    def check(self, context: int) -> None:
+        """Raise InputError where kernels do not read the model as `read_path` says, or GPUs cannot
+        share a context as `context_parallel` says.
+        """
+        for layer in self.shape.layers if self.work.read_path == "fused" else ():
+            reason = unplannable(layer.own_spec or self.spec, layer)
+            if reason:
+                raise InputError(
+                    f"--read-path fused is not planned for {reason}; name what kernels read by "
+                    "--spec, or leave it out to plan reading through torch"
+                )
         processes, shape = self.work.context_parallel, self.shape
         if processes == 1:
             return

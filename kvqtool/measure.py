@@ -185,6 +185,8 @@ def _packed(cached: CacheModel, tokens: int, found: list[Outliers] | None = None
 
 
 def _check_single(load: Load) -> None:
+    if load.work.read_path != "materialise":
+        raise InputError("--measure runs the torch read path; drop --read-path")
     if load.work.gpus > 1:
         raise InputError("--measure runs on one device; drop --tp, --pp and --context-parallel")
 

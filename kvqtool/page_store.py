@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
 
 import torch
 from torch import Tensor
 
+from kvqtool.kernel_scratch import GROWTH
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, PageSide, build_pages
@@ -24,8 +24,6 @@ from kvqtool.recover import (
 )
 
 Rows = tuple[dict[str, Tensor], dict[str, Tensor]]
-# Room for this share of what is there is added when it runs out.
-_GROWTH: Final = 16
 
 
 class Growing:
@@ -40,7 +38,7 @@ class Growing:
         """Add rows at the end, (n, ...)."""
         total = self.length + len(rows)
         if self.buffer is None or len(self.buffer) < total:
-            grown = rows.new_zeros(total + self.length // _GROWTH, *rows.shape[1:])
+            grown = rows.new_zeros(total + self.length // GROWTH, *rows.shape[1:])
             if self.buffer is not None:
                 grown[: self.length] = self.buffer[: self.length]
             self.buffer = grown

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.fused import ExactTokens, PackedContext
+from kvqtool.kernel_scratch import ROWS_PACKED
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.open_page import OpenPage
 from kvqtool.packed import Body
@@ -28,7 +29,6 @@ from kvqtool.spec import KvSpec
 from kvqtool.store import Angles, LayerStore
 
 _STATE_COLUMNS: Final = 8
-_ROWS_AT_ONCE: Final = 4096  # that are packed at a time; a copy of them is made
 
 
 class PagedStore(LayerStore):
@@ -222,7 +222,7 @@ class PagedStore(LayerStore):
         body, tokens = self._pages_of(), states[0].shape[2]
         writer = None if self._open is None else self._open.writer
         check_finite(states, self.layer)
-        size = tokens_at_once(self.batch, PAGE_TOKENS, _ROWS_AT_ONCE)
+        size = tokens_at_once(self.batch, PAGE_TOKENS, ROWS_PACKED)
         first = min(-body.rest[0].tokens % PAGE_TOKENS, tokens)
         whole = first + (tokens - first) // PAGE_TOKENS * PAGE_TOKENS
         bounds = sorted({0, *range(first, whole, size), whole, tokens})

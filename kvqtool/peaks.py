@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from kvqtool.kernel_scratch import attend_scratch, pack_scratch, room_bytes
 from kvqtool.layers import CacheLayer, CacheModel
 from kvqtool.memory import ITEM_BYTES, PAGE_TOKENS, capacity, split_tokens
 from kvqtool.scratch import Step, append_scratch, attention_scratch, read_scratch, shown_bytes
@@ -72,6 +73,7 @@ class Forward:
         chunk: tokens of each sequence that one call reads; None for the whole prompt.
         logit_positions: positions of a call whose logits are computed; transformers' `generate`
             and kvqtool compute the last one's.
+        is_fused: whether kernels read and write the layers, as far as that is planned.
     """
 
     cache: CacheModel
@@ -79,6 +81,7 @@ class Forward:
     weights: int
     chunk: int | None = None
     logit_positions: int = 1
+    is_fused: bool = False
 
     def prefill(self, prompt: int) -> Peak:
         """Return the peak of reading a prompt: of its first call or its last."""
@@ -114,7 +117,10 @@ class Forward:
     def _peak(self, step: Step) -> Peak:
         """Return the highest point of one call, over its layers and their phases."""
         kept = self.cache.nbytes(step.tokens)
-        tables = 0 if step.is_first else self._kept_tables(step, kept)
+        tables = 0 if step.is_first or self.is_fused else self._kept_tables(step, kept)
+        if self.is_fused:
+            counted = self.cache.counted.items()
+            kept += sum(count * room_bytes(layer, step) for layer, count in counted)
         best: tuple[int, int, str] = (0, 0, "logits")
         for layer in self.cache.distinct:
             for phase, activations, scratch in self._phases(layer, step, tables):
@@ -133,22 +139,19 @@ class Forward:
         trunk, item, rows = self.trunk, step.item, step.fresh * step.cache.batch
         tables = 2 * item * step.fresh * trunk.query_dim
         hidden = item * rows * trunk.hidden
-        shared = (
-            2 * hidden + step.mask_bytes + tables
-        )  # the embeddings and the layer's input live on
+        mask = 0 if self.is_fused else step.mask_bytes
+        shared = 2 * hidden + mask + tables  # the embeddings and the layer's input live on
         fresh = item * rows * layer.geometry.elements
         attending = shared + hidden + item * rows * trunk.num_heads * trunk.query_dim
         output = item * rows * trunk.num_heads * trunk.value_dim
         phases = []
-        if layer.is_packed:
+        if self.is_fused:
+            phases.append(("pack", attending + fresh, pack_scratch(layer, step)))
+        elif layer.is_packed:
             phases.append(("pack", attending + fresh, append_scratch(layer, step)))
             if not step.is_first:
                 phases.append(("read", attending + fresh, read_scratch(layer, step)))
-        if layer.is_packed:
-            output += fresh if step.is_first else shown_bytes(layer, step) + read
-        else:
-            output += fresh + self._own_cache(layer, step)
-        output += attention_scratch(layer, step)
+        output += self._attended(layer, step, fresh, read)
         phases.append(("attend", attending, output))
         middle = item * rows * (3 if trunk.is_gated else 2) * trunk.intermediate
         phases.append(("feed-forward", shared + 2 * hidden + read, middle))
@@ -156,6 +159,18 @@ class Forward:
         logits = positions * trunk.vocabulary * (item + (_FLOAT if item != _FLOAT else 0))
         phases.append(("logits", 2 * hidden, logits))
         return phases
+
+    def _attended(self, layer: CacheLayer, step: Step, fresh: int, read: int) -> int:
+        """Return what a layer's attention is shown, its new states of `fresh` bytes for one, and
+        what it takes beside that.
+        """
+        if self.is_fused:
+            return fresh + attend_scratch(layer, step)
+        if not layer.is_packed:
+            shown = fresh + self._own_cache(layer, step)
+        else:
+            shown = fresh if step.is_first else shown_bytes(layer, step) + read
+        return shown + attention_scratch(layer, step)
 
     def _own_cache(self, layer: CacheLayer, step: Step) -> int:
         """Return what growing the model's own cache by copying it takes, and expanding a latent to

@@ -106,7 +106,7 @@ def plans(
         load = make_load(shape, scheme, work)
         longest = None if memory is None else largest_context(load, memory, work.batch)
         for context in contexts:
-            load.check_shares(context)
+            load.check(context)
             row = _row(load, context, (gpu, memory), longest)
             rows.append(replace(row, spec=scheme.name))
     return rows

@@ -13,14 +13,13 @@ from torch import Tensor
 from kvqtool.cuda import unavailable
 from kvqtool.errors import InputError, RunError
 from kvqtool.hadamard import rotate_heads
+from kvqtool.kernel_scratch import unreadable_side
 from kvqtool.rows import Pair
 from kvqtool.seam import LayerSeam
-from kvqtool.side import QuantSpec
 from kvqtool.spec import KvSpec
 from kvqtool.variant import Variant, groups_of, variant_of
 
 READ_PATHS: Final = ("auto", "fused", "materialise")
-_METHODS: Final = ("nuq", "int", "nf")
 _DTYPES: Final = (torch.float16, torch.bfloat16)
 
 
@@ -134,7 +133,7 @@ def unreadable(layer: LayerSeam, spec: KvSpec, place: Place) -> str | None:
         return "bits by token"
     if geometry.key_dim != geometry.value_dim:
         return f"keys of {geometry.key_dim} channels and values of {geometry.value_dim}"
-    reason = _unreadable_side(spec.key, is_key=True) or _unreadable_side(spec.value, is_key=False)
+    reason = unreadable_side(spec.key, is_key=True) or unreadable_side(spec.value, is_key=False)
     if reason:
         return reason
     if layer.rotation is not None and spec.key.pre_rope:
@@ -180,14 +179,3 @@ def page_form(layer: LayerSeam, spec: KvSpec) -> PageForm:
     inv_freq = layer.formula.inv_freq.cpu().double() * rotation.sign
     padded = torch.nn.functional.pad(inv_freq, (0, head_dim // 2 - len(inv_freq)))
     return PageForm(order, padded, layer.formula.scaling)
-
-
-def _unreadable_side(spec: QuantSpec, *, is_key: bool) -> str | None:
-    side = "keys" if is_key else "values"
-    if spec.method not in _METHODS:
-        return f"{side} stored as {spec.method}"
-    if spec.bits > 4:
-        return f"{side} of {spec.bits} bits"
-    if is_key != spec.per_channel:
-        return f"{side} with a range per {'token' if is_key else 'channel'}"
-    return f"{side} with a range per group of channels" if spec.group_size else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from kvqtool.blockwise import attend_share
 from kvqtool.codebook import Codebook
 from kvqtool.fused import LayerTables, PackedContext, Workspace, attend, new_workspace
 from kvqtool.hadamard import rotate_heads
+from kvqtool.kernel_scratch import TOKENS_DECODED
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.pages import PageSide, key_table, level_table
 from kvqtool.read_path import PageForm, Place, layer_variant
@@ -26,8 +26,6 @@ from kvqtool.seam import LayerSeam
 from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import KvSpec
 from kvqtool.variant import Variant
-
-TOKENS_DECODED: Final = 8192  # of all sequences, at a time, where several queries attend
 
 
 @dataclass

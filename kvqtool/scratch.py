@@ -110,12 +110,12 @@ def append_scratch(layer: CacheLayer, step: Step) -> int:
     if spec.adaptive:
         tokens = step.fresh
     rows = tokens * batch
-    held += sum(_rows_bytes(layer, step, step.fresh * batch - rows))  # encoded before
+    held += sum(rows_bytes(layer, step, step.fresh * batch - rows))  # encoded before
     key, value = rows * geometry.key_channels, rows * geometry.value_channels
     held += _FLOAT * (key + value)
     held += step.table_bytes(tokens) if _turned(layer, step) else 0
     flat = 0 if _turned(layer, step) else _FLOAT * key
-    packed = _rows_bytes(layer, step, rows)[0]
+    packed = rows_bytes(layer, step, rows)[0]
     turning = 2 * _FLOAT * rows * _turned(layer, step)
     return held + max(
         turning,
@@ -132,7 +132,7 @@ def read_scratch(layer: CacheLayer, step: Step) -> int:
     spec, geometry = step.spec_of(layer), layer.geometry
     rows = _stored(layer, step) * step.cache.batch
     key, value = rows * geometry.key_channels, rows * geometry.value_channels
-    joined = sum(_rows_bytes(layer, step, rows)) if step.is_joined else 0
+    joined = sum(rows_bytes(layer, step, rows)) if step.is_joined else 0
     is_exact = spec.key.method == EXACT
     decoded = (_FLOAT if not is_exact or step.item != _FLOAT else 0) * (key + value)
     if is_exact:
@@ -206,7 +206,7 @@ def _turned(layer: CacheLayer, step: Step) -> int:
     return layer.geometry.num_kv_heads * layer.angles.width
 
 
-def _rows_bytes(layer: CacheLayer, step: Step, rows: int) -> tuple[int, int]:
+def rows_bytes(layer: CacheLayer, step: Step, rows: int) -> tuple[int, int]:
     """Return the bytes of encoded keys and values without spare room."""
     spec, geometry, dtype = step.spec_of(layer), layer.geometry, step.cache.dtype
     outliers = layer.outliers(spec, rows, bound=False)

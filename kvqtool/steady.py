@@ -215,7 +215,10 @@ class SteadyLayer(CacheLayerMixin):
         return (*(part.data_ptr() for part in parts), *sizes)
 
     def settle(self, steps: int) -> None:
-        """Tell the layer what was added."""
+        """Tell the layer what was added, and let go of its pages: they may be copied to grow, and
+        all layers' old ones would stay until `begin`.
+        """
+        self._keys = None
         self._layer.path.calls["fused"] += steps
         self.store.settle_open(steps, self._layer.read_angles)
         self.store.drop_unseen()

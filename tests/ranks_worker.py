@@ -86,7 +86,8 @@ def results(loaded: LoadedModel, folder: Path) -> list[dict[str, Any]]:
     text = load_text(None, part="evaluation")
     scored = evaluation_windows(text, loaded.tokenizer, seq_len=32, windows=3, stride=16)
     found = [asdict(result) for result in evaluate(loaded, scored, bundles)]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+    timed = ("seconds", "tokens_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in found]
 
 
 def run(loaded: LoadedModel, folder: Path) -> None:

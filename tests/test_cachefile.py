@@ -49,6 +49,7 @@ FIXED = (
     "had4-g16/tq3-g8",
 )
 ADAPTIVE = "qaq-k0.03-v1-w4-2%-sink1"
+STEPWISE = "qaq-k0.03-v1-w4-token-2%-sink1"
 GREEDY = Sampling(max_new_tokens=8)
 DRAWN = Sampling(max_new_tokens=8, temperature=0.9, top_p=0.95, top_k=200, seed=3)
 Quantized = Callable[..., Path]
@@ -103,7 +104,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("spec", (*FIXED, ADAPTIVE))
+@pytest.mark.parametrize("spec", (*FIXED, ADAPTIVE, STEPWISE))
 class TestResume:
     @pytest.mark.parametrize("sampling", (GREEDY, DRAWN), ids=("greedy", "sampling"))
     @pytest.mark.parametrize("prefill", ("exact", "decode-exact"))
@@ -139,7 +140,8 @@ class TestResume:
         with attach(builtin.model, bundle) as session, torch.no_grad():
             cache = session.new_cache(bundle)
             builtin.model(torch.tensor([document]), past_key_values=cache)
-            logits = builtin.model(torch.tensor([more]), past_key_values=cache).logits
+            for piece in torch.tensor([more]).split(1 if spec == STEPWISE else len(more), dim=1):
+                logits = builtin.model(piece, past_key_values=cache).logits
             for _ in range(GREEDY.max_new_tokens):
                 tokens.append(int(logits[0, -1].argmax()))
                 logits = builtin.model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits

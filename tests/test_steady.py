@@ -10,6 +10,7 @@ import torch
 from fused_case import assert_same, text_ids
 from shim.build import HAS_COMPILER, run_on_cpu
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
@@ -20,6 +21,7 @@ from kvqtool.decode import ungraphed
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel, load_model
 from kvqtool.open_page import OpenPage
+from kvqtool.paged import PagedStore
 from kvqtool.reader import PageReader
 from kvqtool.steady import SteadyCache, unsteady
 
@@ -68,21 +70,21 @@ def contents(cache: KvqCache) -> dict[str, Tensor]:
     return {f"{s.layer}.{n}": t for s in cache.stores for n, t in s.canonical().items()}
 
 
-@pytest.mark.parametrize(("prompt", "batch"), [(120, 1), (5, 2), (129, 1)])
+@pytest.mark.parametrize(("prompt", "batch"), [(126, 1), (5, 2), (129, 1)])
 def test_steady_steps_are_those_of_the_cache(
     half: LoadedModel, calibrated: Callable[[str], Bundle], prompt: int, batch: int
 ) -> None:
-    """12 steps; from 120 tokens they fill a page, from 129 the open page starts empty."""
+    """4 steps; from 126 tokens they fill a page, from 129 the open page starts empty."""
     ids = text_ids(half, batch, prompt)
     runs = []
     with attached(half) as session:
         for run in (steadily, by_cache):
             cache = session.new_cache(calibrated(SPEC))
             first = next_logits(half.model, ids, cache).argmax(-1)[:, None]
-            logits = run(session, cache, first, 12)
+            logits = run(session, cache, first, 4)
             more = by_cache(session, cache, logits[-1].argmax(-1)[:, None], 2)
-            assert cache.get_seq_length() == prompt + 14
-            assert [a.tokens for a in cache.angles.values()] == [prompt + 14] * len(cache.angles)
+            assert cache.get_seq_length() == prompt + 6
+            assert [a.tokens for a in cache.angles.values()] == [prompt + 6] * len(cache.angles)
             runs.append((torch.stack(logits + more), contents(cache)))
     assert torch.equal(runs[0][0], runs[1][0])
     assert_same(runs[0][1], runs[1][1])
@@ -104,6 +106,28 @@ def test_a_step_reads_and_writes_the_same_memory_until_a_page_is_full(
         steady.settle(3)
         assert steady.begin() == 128 - 122
         assert steady.addresses == before
+
+
+def test_a_full_page_leaves_no_layers_old_pages_behind(
+    half: LoadedModel, calibrated: Callable[[str], Bundle]
+) -> None:
+    with attached(half) as session, torch.no_grad():
+        cache = session.new_cache(calibrated(SPEC))
+        next_logits(half.model, text_ids(half, 1, 254), cache)
+        steady, token = SteadyCache(cache), torch.zeros(1, 1, dtype=torch.int64)
+        assert steady.begin() == 256 - 253
+        for step in range(3):
+            next_logits(half.model, token, steady, torch.tensor([[254 + step]]))
+            steady.advance()
+        old = [slabs_of(layer.store) for layer in steady.steady]
+        steady.settle(3)
+        assert not set(old) & {slabs_of(layer.store) for layer in steady.steady}
+        assert all(slabs.expired() for slabs in old)
+
+
+def slabs_of(store: PagedStore) -> StorageWeakRef:
+    (slabs,) = store.tensors["key.pages.slabs"]
+    return StorageWeakRef(slabs.untyped_storage())
 
 
 class NoWaiting(TorchDispatchMode):

@@ -40,6 +40,7 @@ _SHOWN: Final = (
     *("decode_peak_bytes", "total_bytes", "fits", "largest_context", "largest_batch"),
 )
 MeasureName = Literal["cache", "forward"]
+ReadPathName = Literal["materialise", "fused"]
 
 
 def run(
@@ -104,6 +105,13 @@ def run(
             "--context-parallel", min=1, help="GPUs that share the tokens of each sequence."
         ),
     ] = 1,
+    read_path: Annotated[
+        ReadPathName,
+        typer.Option(
+            "--read-path",
+            help="materialise: caches are read through torch; fused: by the CUDA kernels.",
+        ),
+    ] = "materialise",
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -187,6 +195,7 @@ def run(
         tp=tp,
         pp=pp,
         context_parallel=context_parallel,
+        read_path=read_path,
         reserve_bytes=_reserve(reserve),
     )
     rows = plans(shape, schemes, contexts, work, (card, memory))

@@ -240,6 +240,14 @@ def test_the_copy_is_written_and_not_overwritten(run: Run, tmp_path: Path) -> No
         (("builtin", "--bundle", "none.safetensors"), "does not exist"),
         (("builtin", "--tp", 2, "--measure", "cache"), "drop --tp, --pp and --context-parallel"),
         (
+            ("builtin", "--read-path", "fused"),
+            "keys stored as fp; name what kernels read by --spec",
+        ),
+        (
+            ("builtin", "--spec", "nuq3", "--read-path", "fused", "--measure", "cache"),
+            "drop --read-path",
+        ),
+        (
             ("builtin", "--context", 300, "--context-parallel", 3),
             "300 tokens has 2 whole pages of 128, too few for 3 processes",
         ),
