@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ from bench_attention import contender, packed_variant
 from random_pages import HEAD_DIM, Shape, random_pages
 from timing import Contender, copies, interleave
 
-from kvqtool.matvec import PARTS, mix_values, score_keys
+from kvqtool.matvec import PARTS, Product, mix_values, score_keys
 from kvqtool.memory import outliers_per_tail
 from kvqtool.spec import parse_spec
 
@@ -56,7 +57,8 @@ def _packed(shape: Shape, spec: str) -> list[Contender]:
     made = []
     for name, product, vector in (("keys", score_keys, query), ("values", mix_values, weights)):
         for part in PARTS:
-            calls = [partial(product, vector, *given, part, blocks) for given in inputs]
+            reads = [Product(*given, part, blocks) for given in inputs]
+            calls: list[Callable[[], object]] = [partial(product, vector, read) for read in reads]
             made.append(Contender(f"{spec} {name} {part}", inputs[0][0].pages.nbytes, calls))
     return made
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything the CUDA kernels need from a GPU, in one command of about five minutes; each part has its own limit and
+# Everything the CUDA kernels need from a GPU, in one command of about eight minutes; each part has its own limit and
 # none stops the others. Records go to $OUT (default gpu-out), a summary to stdout.
 #
 #     OUT=gpu-out bash benchmarks/gpu_session.sh [COMMIT]

@@ -6,13 +6,13 @@ call them. `score_keys_reference` and `mix_values_reference` say the same in tor
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from kvqtool.arguments import Expected, check_codes, check_tensors, expect_pages
+from kvqtool.arguments import check_codes, check_tensors, expect_pages
 from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
 from kvqtool.errors import InputError
 from kvqtool.fused import LayerTables, PackedContext, expect_state, expect_tables
@@ -24,24 +24,31 @@ Part = Literal["codes", "outliers", "all"]
 PARTS: Final[tuple[Part, ...]] = ("codes", "outliers", "all")
 
 
-def score_keys(
-    query: Tensor,
-    context: PackedContext,
-    tables: LayerTables,
-    variant: Variant,
-    part: Part,
-    blocks: int,
-    run: Launcher = run_on_gpu,
-) -> Tensor:
+@dataclass(frozen=True)
+class Product:
+    """What a product reads, and how.
+
+    Args:
+        context: the layer's tokens; those that are stored exactly are left out.
+        tables: what reading them needs; scale and cap are left out.
+        variant: the attention kernel's variant.
+        part: what of the states: codes alone, what outliers add alone, or both.
+        blocks: blocks of a launch, one a multiprocessor.
+    """
+
+    context: PackedContext
+    tables: LayerTables
+    variant: Variant
+    part: Part
+    blocks: int = 1
+
+
+def score_keys(query: Tensor, product: Product, run: Launcher = run_on_gpu) -> Tensor:
     """Multiply a query token of every sequence with its packed keys, rotated.
 
     Args:
         query: (batch, num_heads, head_dim) float16 or bfloat16 after RoPE, contiguous.
-        context: the layer's tokens; those that are stored exactly are left out.
-        tables: what reading them needs; scale and cap are left out.
-        variant: the attention kernel's variant.
-        part: what of the keys: codes alone, what outliers add alone, or both.
-        blocks: blocks of the launch, one a multiprocessor.
+        product: what is read.
         run: what runs the kernel.
 
     Returns:
@@ -50,33 +57,20 @@ def score_keys(
     Raises:
         InputError: for pages of 16 bits, or a tensor that is not what it should be.
     """
-    heads = _check(context, tables, variant, query.shape[1])
+    variant, context = product.variant, product.context
     wanted = len(context.state), None, variant.head_dim
     check_tensors([("query", query, variant.states, wanted)])
     scores = query.new_zeros(*query.shape[:2], _room(context), dtype=torch.float32)
-    arguments = [query, scores, *_arguments(context, tables, query.shape[1] // heads)]
-    run(matvec_kernel("score_keys", variant, part), _shape(variant, blocks), arguments)
+    _launch("score_keys", product, query, scores, run)
     return scores
 
 
-def mix_values(
-    weights: Tensor,
-    context: PackedContext,
-    tables: LayerTables,
-    variant: Variant,
-    part: Part,
-    blocks: int,
-    run: Launcher = run_on_gpu,
-) -> Tensor:
+def mix_values(weights: Tensor, product: Product, run: Launcher = run_on_gpu) -> Tensor:
     """Add up packed values by weights.
 
     Args:
         weights: (batch, num_heads, room for tokens) float32, contiguous.
-        context: the layer's tokens; those that are stored exactly are left out.
-        tables: what reading them needs.
-        variant: the attention kernel's variant.
-        part: what of the values: codes alone, what outliers add alone, or both.
-        blocks: blocks of the launch, one a multiprocessor.
+        product: what is read.
         run: what runs the kernel.
 
     Returns:
@@ -85,31 +79,26 @@ def mix_values(
     Raises:
         InputError: for pages of 16 bits, or a tensor that is not what it should be.
     """
-    heads = _check(context, tables, variant, weights.shape[1])
+    context = product.context
     wanted = len(context.state), None, _room(context)
     check_tensors([("weights", weights, torch.float32, wanted)])
-    sums = weights.new_zeros(*weights.shape[:2], variant.head_dim)
-    arguments = [weights, sums, *_arguments(context, tables, weights.shape[1] // heads)]
-    run(matvec_kernel("mix_values", variant, part), _shape(variant, blocks), arguments)
+    sums = weights.new_zeros(*weights.shape[:2], product.variant.head_dim)
+    _launch("mix_values", product, weights, sums, run)
     return sums
 
 
-def score_keys_reference(
-    query: Tensor, context: PackedContext, tables: LayerTables, variant: Variant, part: Part
-) -> Tensor:
+def score_keys_reference(query: Tensor, product: Product) -> Tensor:
     """Return what `score_keys` does, in float32 by torch."""
-    keys = _states(context, tables, variant, part)[0]
-    grouped = query.float().view(len(query), keys.shape[1], -1, variant.head_dim)
+    keys = _states(product)[0]
+    grouped = query.float().view(len(query), keys.shape[1], -1, keys.shape[3])
     scores: Tensor = grouped @ keys.transpose(2, 3)
-    return scores.flatten(1, 2) * _seen(context)
+    return scores.flatten(1, 2) * _seen(product.context)
 
 
-def mix_values_reference(
-    weights: Tensor, context: PackedContext, tables: LayerTables, variant: Variant, part: Part
-) -> Tensor:
+def mix_values_reference(weights: Tensor, product: Product) -> Tensor:
     """Return what `mix_values` does, in float32 by torch."""
-    values = _states(context, tables, variant, part)[1]
-    grouped = weights * _seen(context)
+    values = _states(product)[1]
+    grouped = weights * _seen(product.context)
     sums: Tensor = grouped.view(len(weights), values.shape[1], -1, values.shape[2]) @ values
     return sums.flatten(1, 2)
 
@@ -125,19 +114,19 @@ def matvec_kernel(name: str, variant: Variant, part: Part) -> Kernel:
     return Kernel("matvec", name, macros)
 
 
-def _check(context: PackedContext, tables: LayerTables, variant: Variant, num_heads: int) -> int:
-    """Check what both products read and return the KV heads."""
-    heads, batch = context.pages.slabs.shape[1], len(context.state)
+def _launch(name: str, product: Product, given: Tensor, out: Tensor, run: Launcher) -> None:
+    """Check what both products read, and run one of them."""
+    context, tables, variant = product.context, product.tables, product.variant
+    heads, batch, num_heads = context.pages.slabs.shape[1], len(context.state), given.shape[1]
     check_codes(variant)
-    expected: list[Expected] = [expect_state(context.state, batch)]
-    check_tensors(
-        expect_pages(context.pages, variant, heads, batch),
-        expected,
-        expect_tables(tables, variant, heads),
-    )
+    expected = expect_pages(context.pages, variant, heads, batch)
+    check_tensors(expected, [expect_state(context.state, batch)])
+    check_tensors(expect_tables(tables, variant, heads))
     if num_heads % heads:
         raise InputError(f"expected query heads in multiples of {heads}, received {num_heads}")
-    return heads
+    arguments = [given, out, *_arguments(context, tables, num_heads // heads)]
+    shape = product.blocks, 32 * variant.warps, variant.shared_bytes
+    run(matvec_kernel(name, variant, product.part), shape, arguments)
 
 
 def _arguments(context: PackedContext, tables: LayerTables, group_heads: int) -> list[Argument]:
@@ -151,10 +140,6 @@ def _arguments(context: PackedContext, tables: LayerTables, group_heads: int) ->
     ]
 
 
-def _shape(variant: Variant, blocks: int) -> tuple[int, int, int]:
-    return blocks, 32 * variant.warps, variant.shared_bytes
-
-
 def _room(context: PackedContext) -> int:
     return context.pages.page_table.shape[1] * PAGE_TOKENS
 
@@ -166,15 +151,14 @@ def _seen(context: PackedContext) -> Tensor:
     return seen[:, None].float()
 
 
-def _states(
-    context: PackedContext, tables: LayerTables, variant: Variant, part: Part
-) -> tuple[Tensor, Tensor]:
+def _states(product: Product) -> tuple[Tensor, Tensor]:
     """Return the part of rotated keys and of values, (batch, num_kv_heads, room, head_dim)."""
-    plain = replace(variant, outliers=False)
-    if part == "codes":
+    context, tables = product.context, product.tables
+    plain = replace(product.variant, outliers=False)
+    if product.part == "codes":
         return decode_pages(context, tables, plain)
-    whole = decode_pages(context, tables, variant)
-    if part == "all":
+    whole = decode_pages(context, tables, product.variant)
+    if product.part == "all":
         return whole
     dense = decode_pages(context, tables, plain)
     return whole[0] - dense[0], whole[1] - dense[1]

@@ -73,6 +73,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "appending",
         "reading",
         "ops",
+        "matvec",
     ),
     (
         *("rope", "angles", "seam", "padding", "rows", "store", "decision", "shadow"),

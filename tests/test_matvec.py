@@ -13,6 +13,7 @@ from kvqtool.errors import InputError
 from kvqtool.matvec import (
     PARTS,
     Part,
+    Product,
     mix_values,
     mix_values_reference,
     score_keys,
@@ -46,9 +47,9 @@ def weights_of(built: Built, case: Case) -> torch.Tensor:
 @pytest.mark.parametrize("case", mostly_slow(QUICK, [*QUICK, *SLOW]), ids=str)
 def test_scores_equal_torch(case: Case, part: Part) -> None:
     built = built_for_cpu(case)
-    arguments = built.query, built.context, built.tables, built.variant, part
-    wanted = score_keys_reference(*arguments)
-    found = score_keys(*arguments, 3, run_on_cpu)
+    product = Product(built.context, built.tables, built.variant, part, blocks=3)
+    wanted = score_keys_reference(built.query, product)
+    found = score_keys(built.query, product, run_on_cpu)
     assert wanted.abs().max() > 1
     assert (found - wanted).abs().max() < TOLERANCE * wanted.abs().max()
 
@@ -58,9 +59,9 @@ def test_scores_equal_torch(case: Case, part: Part) -> None:
 @pytest.mark.parametrize("case", mostly_slow(QUICK, [*QUICK, *SLOW]), ids=str)
 def test_mixed_values_equal_torch(case: Case, part: Part) -> None:
     built = built_for_cpu(case)
-    arguments = weights_of(built, case), built.context, built.tables, built.variant, part
-    wanted = mix_values_reference(*arguments)
-    found = mix_values(*arguments, 3, run_on_cpu)
+    product = Product(built.context, built.tables, built.variant, part, blocks=3)
+    wanted = mix_values_reference(weights_of(built, case), product)
+    found = mix_values(weights_of(built, case), product, run_on_cpu)
     assert wanted.abs().max() > 1
     assert (found - wanted).abs().max() < TOLERANCE * wanted.abs().max()
 
@@ -68,7 +69,7 @@ def test_mixed_values_equal_torch(case: Case, part: Part) -> None:
 def test_codes_and_outliers_add_up_to_all() -> None:
     built = build(QUICK[0])
     codes, outliers, whole = (
-        score_keys_reference(built.query, built.context, built.tables, built.variant, part)
+        score_keys_reference(built.query, Product(built.context, built.tables, built.variant, part))
         for part in PARTS
     )
     assert outliers.abs().max() > 1
@@ -78,4 +79,4 @@ def test_codes_and_outliers_add_up_to_all() -> None:
 def test_outliers_alone_need_pages_with_outliers() -> None:
     built = build(Case("nuq4", (70,)))
     with pytest.raises(InputError, match="this variant has none"):
-        score_keys(built.query, built.context, built.tables, built.variant, "outliers", 1)
+        score_keys(built.query, Product(built.context, built.tables, built.variant, "outliers"))

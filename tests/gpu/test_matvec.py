@@ -9,6 +9,7 @@ from attention_case import Case, build, on_device
 from kvqtool.matvec import (
     PARTS,
     Part,
+    Product,
     mix_values,
     mix_values_reference,
     score_keys,
@@ -24,10 +25,10 @@ TOLERANCE = 2e-3  # rotated keys, queries and weights are rounded to fp16
 def test_products_equal_torch(part: Part) -> None:
     built = build(CASE)
     moved = on_device(built, "cuda")
-    scores = score_keys(moved.query, moved.context, moved.tables, moved.variant, part, 132).cpu()
-    wanted = score_keys_reference(built.query, built.context, built.tables, built.variant, part)
+    here = Product(built.context, built.tables, built.variant, part)
+    there = Product(moved.context, moved.tables, moved.variant, part, blocks=132)
+    scores, wanted = score_keys(moved.query, there).cpu(), score_keys_reference(built.query, here)
     assert (scores - wanted).abs().max() < TOLERANCE * wanted.abs().max()
     weights = torch.rand(wanted.shape, generator=torch.Generator().manual_seed(3)) ** 8
-    sums = mix_values(weights.cuda(), moved.context, moved.tables, moved.variant, part, 132).cpu()
-    wanted = mix_values_reference(weights, built.context, built.tables, built.variant, part)
+    sums, wanted = mix_values(weights.cuda(), there).cpu(), mix_values_reference(weights, here)
     assert (sums - wanted).abs().max() < TOLERANCE * wanted.abs().max()
