@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,13 +20,11 @@ from kvqtool.pages import PageSide, key_table, level_table
 from kvqtool.read_path import PageForm, Place, layer_variant
 from kvqtool.reading import attend_reference, decode_pages, dequantize
 from kvqtool.rows import Pair, cut, join
-from kvqtool.scratch import tokens_at_once
+from kvqtool.scratch import pages_at_once
 from kvqtool.seam import LayerSeam
 from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import KvSpec
 from kvqtool.variant import Variant
-
-TOKENS_DECODED: Final = 8192  # of all sequences, at a time, where several queries attend
 
 
 @dataclass
@@ -142,7 +139,8 @@ class PageReader:
         """
         exact, (first, last) = context.exact, _seen(context)
         tokens = exact.sink_key.shape[2] + last - first + exact.window_key.shape[2]
-        size = tokens_at_once(len(query), PAGE_TOKENS, TOKENS_DECODED)
+        heads, head_dim = exact.sink_key.shape[1], exact.sink_key.shape[3]
+        size = pages_at_once(len(query), heads * head_dim)
         return attend_share(query, self.parts(context, size), tokens - own, scaling)
 
     def parts(self, context: PackedContext, size: int) -> Iterator[Pair]:
