@@ -29,16 +29,9 @@ from kvqtool.memory import outliers_per_tail
 from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant
 
-RING: Final = "ahead=0,derived=0"
-ALL: Final = ("", RING, "ahead=0,derived=1", "ahead=1,derived=0")
-SETTINGS: Final = {
-    "nuq4-1%": (*ALL, f"{RING},most_warps=12", "most_warps=12"),
-    "nuq3-1%": (*ALL, "value_table=0"),
-    "nuq2-1%": (*ALL, "value_table=0", "most_warps=14"),
-    "nuq4-1%-pc": ("", f"{RING},most_warps=12", "most_warps=12"),
-    "nuq3-1%-pc": ("", RING, "ahead=1,derived=0"),
-    "nuq4": ("", RING),
-}
+# "" is what variant_of chooses.
+ALL: Final = ("", "ahead=0", "ahead=1", "ahead=0,most_warps=12")
+SETTINGS: Final = dict.fromkeys(SPECS, ALL)
 
 
 def main() -> None:

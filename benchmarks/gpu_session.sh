@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=$PWD PYTHONWARNINGS=ignore KVQTOOL_REQUIRE_GPU=1
 OUT=${OUT:-gpu-out} COMMIT=${1:-unknown} PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
-ALSO=(--also most_warps=12 --also value_table=0)
+ALSO=(--also most_warps=12 --also ahead=1)
 
 echo "== compile"
 timeout 120 "$PYTHON" benchmarks/warm_kernels.py "${ALSO[@]}" 2>&1 | tail -5
@@ -16,9 +16,13 @@ timeout 300 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark te
 echo "== attention"
 timeout 60 "$PYTHON" benchmarks/bench_attention.py --quick --commit "$COMMIT" --output "$OUT/attention.json" 2>&1 | grep -E " us |rror"
 echo "== which settings are faster"
-timeout 60 "$PYTHON" benchmarks/bench_attention.py --quick --rounds 7 --commit "$COMMIT" "${ALSO[@]}" \
-    --spec nuq4-1% --spec nuq3-1% --spec nuq2-1% --shapes 1,32,32,131072 --shapes 4,32,8,131072 \
-    --output "$OUT/settings.json" 2>&1 | grep -E "nuq.* us |rror"
+timeout 90 "$PYTHON" benchmarks/choose_settings.py --compile | tail -3
+timeout 90 "$PYTHON" benchmarks/choose_settings.py --commit "$COMMIT" --output "$OUT/settings.json" 2>/dev/null
+echo "== where the time goes"
+timeout 60 "$PYTHON" benchmarks/profile_attend.py --spec nuq4-1% --spec nuq2-1% --shapes 1,32,8,4096 --shapes 1,32,8,32768 \
+    --shapes 4,32,8,131072 2>&1 | tee "$OUT/profile.txt"
+echo "== products alone"
+timeout 60 "$PYTHON" benchmarks/bench_matvec.py --commit "$COMMIT" > "$OUT/matvec.json"
 echo "== without fusion"
 timeout 40 "$PYTHON" benchmarks/bench_attention.py --quick --rounds 5 --dequantize --commit "$COMMIT" --spec nuq4-1% \
     --shapes 1,32,32,131072 --shapes 4,32,8,131072 --output "$OUT/dequantize.json" 2>&1 | grep -E "dequantize|rror"

@@ -72,8 +72,8 @@ class Marks:
 
 STEPS: Final = Marks("kvq_step", (
     ("", "    u32 number = thread_index() / 32, lane"),
-    ("plan", "    u8* corner = shared + CORNER_AT"),
-    ("find segment", "        u32 from = unit - segment.start, until"),
+    ("plan", "    const float* shared_query = "),
+    ("find segment", "        Range range = range_of_block(cut"),
     ("send first chunks", "        fill_head_table(key_table"),
     ("key table", "        if (!ready) fill_tables"),
     ("tables", "        await_copies<DEPTH - 1>();"),

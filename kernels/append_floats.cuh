@@ -1,6 +1,7 @@
 // A new token's rotated values: their range and outliers, found by a whole block. See append.cu.
 #pragma once
 #include "floats.cuh"
+#include "survey.cuh"
 
 constexpr u32 BINS = 2048;                         // of four bytes, two tails each
 constexpr u32 BLOCK = HEAD_DIM & (~HEAD_DIM + 1);  // channels that a rotation mixes

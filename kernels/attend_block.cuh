@@ -1,5 +1,7 @@
-// What a block does around its slabs: fill tables, split segments among warps, join the results.
+// What a block of attend.cu does around its slabs: fill tables, join the results.
 #pragma once
+#include "attend_cut.cuh"
+#include "attend_warp.cuh"
 
 struct Tables {
     const u16 *key_table, *levels;
@@ -16,12 +18,7 @@ DEVICE void send_bytes(u8* to, const void* from, u32 first) {
 
 // Send for what is only copied: angles of a page's places, frequencies and the order of channels.
 DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
-    if constexpr (DERIVED) {  // the two rows of a lane to the two halves of the table
-        KVQ_UNROLL_4 for (u32 i = thread_index(); i < ANGLE_BYTES / 8; i += THREADS)
-            copy8(shared + LUT_BYTES + i / 2 * 8 + i % 2 * (ANGLE_BYTES / 2), tables.angles + 2 * i);
-    } else {
-        send_bytes<ANGLE_BYTES>(shared + LUT_BYTES, tables.angles, 0);
-    }
+    send_bytes<ANGLE_BYTES>(shared + LUT_BYTES, tables.angles, 0);
     send_bytes<HEAD_DIM * 4>(shared + FREQUENCIES_AT, cache.frequencies, 0);
     send_bytes<HEAD_DIM * 2>(shared + ORDER_AT, cache.order, 128 % THREADS);
 }
@@ -94,60 +91,6 @@ DEVICE void arrange_query(const Segment& segment, u8* shared, float scale) {
         u32 head = i / HEAD_DIM;
         to[i] = head < segment.heads ? state_value(raw[head * HEAD_DIM + order[i % HEAD_DIM]]) * scale
                                      : 0.0f;
-    }
-}
-
-// Units [first, last) of a segment, by one warp, whose stream has begun.
-DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment, Stream& stream,
-                         const float* query, u32 first, u32 last, float cap) {
-    const int* state = cache.state + 8 * segment.sequence;
-    if (first < segment.slabs) {
-        u32 turned_page = ~0u, seen = (u32)state[4], packed = (u32)state[0];
-        KVQ_ROLLED for (;;) {
-            u32 number = stream.number, before = number * 64;
-            if (number / 2 != turned_page && (ROTATED || turned_page == ~0u)) {
-                turned_page = number / 2;
-                turn_query(warp, query, state[3] + (int)turned_page * 128);
-            }
-            packed_slab(warp, cache, stream, seen > before ? seen - before : 0,
-                        smaller(packed - before, 64), cap);
-            stream.parity ^= 1;
-            if (stream.number++ == stream.last) break;
-            turn_to(cache, segment, stream);
-        }
-    }
-    if (last <= segment.slabs) return;
-    turn_query(warp, query, 0);
-    for (u32 unit = first > segment.slabs ? first : segment.slabs; unit < last; unit++) {
-        u32 number = unit - segment.slabs;
-        bool is_sink = number < segment.sink_units;
-        if (!is_sink) number -= segment.sink_units;
-        u32 tokens = smaller((u32)state[is_sink ? 1 : 2] - number * 64, 64);
-        exact_unit(warp, cache, segment, is_sink ? cache.sinks : cache.window, number * 64, tokens,
-                   cap);
-    }
-}
-
-// Leave a warp's result in its corner (`mix`) and among `join`: (WARPS, GROUP, 3) reference, sum,
-// offset.
-DEVICE void leave_result(Warp& warp, float* join) {
-    sync_warp();
-    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-        KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
-            warp.sum[j] += exchange(warp.sum[j], mask);
-            warp.offset[j] += exchange(warp.offset[j], mask);
-        }
-        u32 head = warp.head + j;
-        if (!has_heads(warp)) continue;
-        if (warp.row == 0) {
-            join[head * 3] = warp.greatest[j];
-            join[head * 3 + 1] = warp.sum[j];
-            join[head * 3 + 2] = warp.offset[j];
-        }
-        KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
-            warp.mix[(16 * m + warp.row) * GROUP + head] += warp.out[m][j];
-            warp.mix[(16 * m + 8 + warp.row) * GROUP + head] += warp.out[m][j + 2];
-        }
     }
 }
 
@@ -234,124 +177,5 @@ DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* fact
         if (k) load(i);
         out[i] = state_bits(
             join_parts<many>(partials, parts, factors, i / HEAD_DIM, i % HEAD_DIM, first));
-    }
-}
-
-KERNEL(THREADS)
-attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const u32* outlier_index,
-       const u32* outlier_words, const int* page_table, const int* state, const u16* key_table,
-       const u16* levels, const u32* angles, const u64* frequencies, const u16* order,
-       const u16* sink_key, const u16* sink_value, const u16* window_key, const u16* window_value,
-       float* partials, u32* counters, float* log_sums, u32 batch, u32 group_heads,
-       u32 num_kv_heads, u32 max_pages, u32 sink_capacity, u32 window_capacity, float scale,
-       float cap) {
-    u8* shared = shared_memory();
-    Cache cache{slabs,
-                ranges,
-                outlier_index,
-                outlier_words,
-                page_table,
-                state,
-                batch,
-                group_heads,
-                num_kv_heads,
-                max_pages,
-                frequencies,
-                order,
-                Exact{sink_key, sink_value, sink_capacity},
-                Exact{window_key, window_value, window_capacity}};
-    u32 number = thread_index() / 32, lane = thread_index() % 32;
-    Tables tables{key_table, levels, angles};
-    u32 level = levels[lane];
-    send_tables(tables, cache, shared);
-    Cut cut;
-    if (block_index() >= plan(cache, block_count(), lane, cut)) {  // more blocks than units
-        await_copies<0>();
-        return;
-    }
-
-    u8* corner = shared + CORNER_AT + number * CORNER;
-    const float* shared_query = (const float*)(shared + QUERY_AT);
-    float* join = (float*)(shared + JOIN_AT);
-    Warp warp;
-    warp.lane = lane, warp.row = warp.lane / 4, warp.column = warp.lane % 4;
-    warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
-    warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
-    warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
-    warp.order = (const u16*)(shared + ORDER_AT);
-    warp.query = corner + CORNER_QUERY;
-    warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
-    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) warp.key_levels.load(levels);
-    if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
-        warp.value_levels.load(levels + 16);
-
-    Stream stream;
-    stream.corner = corner, stream.lane = warp.lane, stream.parity = 0;
-    bool ready = false;
-
-    u32 unit = cut.whole ? 0 : unit_of(cut, block_index());
-    u32 end = cut.whole ? 1 : unit_of(cut, block_index() + 1);
-    while (unit < end) {
-        Segment segment = find_segment(cache, cut, cut.whole ? block_index() : unit, lane);
-        send_segment(tables, cache, segment, query, shared);
-        u32 from = unit - segment.start, until = smaller(end - segment.start, segment.units);
-        if (cut.whole) {
-            u32 part = block_index() - segment.first_block;
-            from = segment.units * part / segment.blocks;
-            until = segment.units * (part + 1) / segment.blocks;
-        }
-        u32 count = until - from, warps = smaller(count, WARPS);
-        u32 begins = from + (count < WARPS ? smaller(number, count) : count * number / WARPS);
-        u32 ends = from + (count < WARPS ? smaller(number + 1, count) : count * (number + 1) / WARPS);
-        begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
-        fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
-        if (!ready) fill_tables(level, shared);
-        ready = true;
-        KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
-        KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-            warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
-        }
-        KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
-        await_copies<DEPTH - 1>();  // what was sent for before the slabs
-        sync_block();
-        arrange_query(segment, shared, scale);
-        sync_block();
-        if (begins < ends) {
-            attend_units(warp, cache, segment, stream, shared_query, begins, ends, cap);
-            leave_result(warp, join + number * GROUP * 3);
-        }
-        sync_block();
-
-        u32 first_row = segment.sequence * num_kv_heads * group_heads + segment.first_head;
-        u16* out = output + (u64)first_row * HEAD_DIM;
-        float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
-        KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
-            u32 head = i % GROUP, channel = i / GROUP;
-            float result[3];
-            join_warps(join, shared + CORNER_AT, warps, head, channel, result);
-            if (segment.blocks == 1) {
-                if (head >= segment.heads) continue;
-                out[head * HEAD_DIM + channel] = state_bits(result[0] / result[2]);
-                if (log_sums && channel == 0)
-                    log_sums[first_row + head] = log_of_sum(result[1], result[2]);
-                continue;
-            }
-            part[head * PARTIAL + channel] = result[0];
-            if (channel < 2) part[head * PARTIAL + HEAD_DIM + channel] = result[1 + channel];
-        }
-        if (segment.blocks > 1) {
-            u32 last = segment.blocks - 1;
-            sync_block();
-            if (thread_index() == 0) join[0] = arrive(counters + segment.index, last) == last;
-            sync_block();
-            if (join[0] != 0.0f) {
-                u64 first = segment.first_block + segment.index;
-                join_blocks(partials + first * GROUP * PARTIAL, segment.blocks, segment.heads,
-                            (float*)(shared + CORNER_AT), out,
-                            log_sums ? log_sums + first_row : nullptr);
-            }
-        }
-        unit += cut.whole ? 1 : count;
-        if (unit < end) sync_block();  // all have read what the next segment overwrites
     }
 }

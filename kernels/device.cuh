@@ -211,12 +211,6 @@ DEVICE void copy16(void* shared, const void* global) {
         "l"(global)
         : "memory");
 }
-DEVICE void copy8(void* shared, const void* global) {
-    asm volatile(
-        "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(shared)),
-        "l"(global)
-        : "memory");
-}
 DEVICE void copies_sent() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -262,6 +256,9 @@ DEVICE void greatest_shared(u32* at, u32 value) {
 
 DEVICE void greatest_global(u32* at, u32 value) {
     atomicMax(at, value);
+}
+DEVICE void add_global(float* at, float value) {
+    atomicAdd(at, value);
 }
 // Add and return what was there.
 DEVICE u32 add_global(u32* at, u32 value) {

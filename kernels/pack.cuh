@@ -285,40 +285,6 @@ DEVICE u32 channel_rank(u32 value, u32 lane) {
     return before;
 }
 
-// The bin in which the `left`-th smallest (or greatest, `above`) element lies, and its rank there.
-template <bool above>
-DEVICE u32 rank_bin(const u32* bins, u32 lane, u32& left) {
-    auto at = [&](u32 i) { return bins[above ? 255 - i : i]; };
-    u32 sum = 0, total, bin = 0, rest = left;
-    for (u32 i = 0; i < 8; i++) sum += at(8 * lane + i);
-    u32 before = lanes_before(sum, lane, total);
-    bool mine = before < left && left <= before + sum;
-    if (mine) {
-        rest = left - before;
-        for (bin = 8 * lane; rest > at(bin); bin++) rest -= at(bin);
-    }
-    u32 owner = lowest_bit(vote(mine));
-    left = from_lane(rest, owner);
-    bin = from_lane(bin, owner);
-    return above ? 255 - bin : bin;
-}
-
-// The channel of the `left`-th element that equals `key`, counted from the first or the last
-// channel.
-template <bool above, typename Key>
-DEVICE u32 tie_channel(const Key* keys, u32 channels, u32 lane, u32 key, u32 left) {
-    for (u32 base = 0;; base += 32) {
-        u32 channel = above ? channels - 1 - base - lane : base + lane;
-        u32 mask = vote(keys[channel] == key), count = count_bits(mask);
-        if (count >= left) {
-            for (; left > 1; left--) mask &= mask - 1;
-            u32 bit = lowest_bit(mask);
-            return above ? channels - 1 - base - bit : base + bit;
-        }
-        left -= count;
-    }
-}
-
 // How values are encoded, and what levels decode to: (2, 16) half; keys per channel have their own.
 struct Decode {
     const u16 *levels, *key_levels;

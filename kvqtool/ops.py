@@ -44,7 +44,7 @@ def call_attend(
     flags = variant.channel_levels, variant.rotated, variant.outliers
     numbers = [variant.head_dim, variant.key_bits, variant.value_bits, *(int(f) for f in flags)]
     numbers += [variant.group, int(variant.softcap), int(variant.bfloat16)]
-    numbers += [variant.most_warps, int(variant.value_table), variant.ahead, int(variant.derived)]
+    numbers += [variant.most_warps, int(variant.value_table), int(variant.ahead)]
     numbers.append(workspace.blocks)
     reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
     written = [workspace.partials, workspace.counters, workspace.log_sums]
@@ -100,8 +100,7 @@ def _arguments(
     tables = LayerTables(read[10], read[11], read[12], read[13], read[14], reals[0], cap)
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
     flags = bool(levels), bool(rotated), bool(outliers)
-    most_warps, value_table, ahead = numbers[9], numbers[10] > 0, numbers[11]
-    derived = numbers[12] > 0
+    most_warps, value_table, ahead = numbers[9], numbers[10] > 0, numbers[11] > 0
     return (
         context,
         tables,
@@ -113,6 +112,5 @@ def _arguments(
             most_warps,
             value_table,
             ahead,
-            derived,
         ),
     )

@@ -23,7 +23,7 @@ from kvqtool.recover import Exceptions
 from kvqtool.variant import Variant
 
 _WARPS: Final = 4  # of a block of `survey_values`
-_WRITERS: Final = ("pack_slabs", "write_lists")
+_WRITERS: Final = {"pack_slabs": "pack", "write_lists": "lists"}
 _FLOATS: Final = ("survey_floats", "code_floats")
 _ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 
@@ -262,5 +262,5 @@ def pack_kernels(variant: Variant, code: Macros = PLAIN) -> dict[str, Kernel]:
     survey = Kernel("pack", "survey_values", (*macros, *PLAIN[:2]))
     rounding = {n: Kernel("compensate", n, (*macros, code[2])) for n in _ROUNDINGS}
     floats = {name: Kernel("floats", name, macros) for name in _FLOATS}
-    writers = {name: Kernel("pack", name, (*macros, *ahead)) for name in _WRITERS}
+    writers = {n: Kernel(file, n, (*macros, *ahead)) for n, file in _WRITERS.items()}
     return {"survey_values": survey} | rounding | floats | writers

@@ -36,8 +36,7 @@ class Variant:
         bfloat16: query, output and exact tokens are bfloat16, not float16.
         most_warps: warps of a block where shared memory has room for them.
         value_table: values of 2 and 3 bits are looked up in shared memory, not in registers.
-        derived: angles of every second eight tokens are made from those of the eight before.
-        ahead: steps whose codes a warp reads ahead into registers; 0 for a ring in shared memory.
+        ahead: a warp reads codes a step ahead into registers, not through a ring in shared memory.
     """
 
     head_dim: int
@@ -51,8 +50,7 @@ class Variant:
     bfloat16: bool = False
     most_warps: int = MOST_WARPS
     value_table: bool = True
-    ahead: int = 0
-    derived: bool = False
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -119,8 +117,7 @@ class Variant:
             ("DEPTH", self.depth),
             ("SHARED_BYTES", self.shared_bytes),
             ("VALUE_TABLE", int(self.value_table)),
-            ("AHEAD", self.ahead),
-            ("DERIVED", int(self.derived)),
+            ("AHEAD", int(self.ahead)),
         )
 
     @cached_property
@@ -180,8 +177,7 @@ def variant_of(
         group,
         softcap,
         bfloat16,
-        ahead=1,
-        derived=spec.key.pre_rope,
+        ahead=group > 1 and spec.key.bits < 4,
     )
     plain = replace(variant, value_table=False)
     chosen = variant if variant.warps == plain.warps else plain

@@ -10,7 +10,8 @@ import torch
 from packing_case import PackCase, build_pack
 
 from kvqtool.memory import LayerGeometry
-from kvqtool.page_memory import page_buffers
+from kvqtool.page_memory import HEADER, page_buffers
+from kvqtool.pages import lay_out_lists
 from kvqtool.slabs import (
     angle_table,
     frequency_table,
@@ -78,3 +79,24 @@ def test_pages_have_the_sizes_of_the_arithmetic(spec: str) -> None:
         assert planned[name].shape == tuple(tensor.shape), name
         assert planned[name].nbytes == tensor.numel() * tensor.element_size(), name
     assert sum(buffer.nbytes for buffer in planned.values()) == pages.nbytes
+
+
+def test_rounds_of_values_have_different_channels_and_one_size() -> None:
+    random = torch.Generator().manual_seed(0)
+    owner = torch.randint(0, 6, (700,), generator=random)
+    word = torch.randint(0, 1 << 14, (700,), generator=random, dtype=torch.int32)
+    word[:40] = word[:40] & 0xFC | 7 << 8  # a channel with many outliers
+    word |= 1 << 16  # a delta, so that no word is zero
+    index, words = lay_out_lists(owner, word, lists=3)
+    for number, (first, quads) in enumerate(index[:, 2:].tolist()):
+        assert quads < 0
+        wanted = word[owner == 2 * number + 1].sort()[0]
+        many, size, longer, _ = words[4 * first : 4 * first + HEADER].tolist()
+        begin, found = 4 * first + HEADER, []
+        for turn in range(many):
+            part = words[begin : begin + size + (turn < longer)]
+            assert len(part) <= 32
+            assert len(set((part >> 8 & 255).tolist())) == len(part)
+            found.append(part)
+            begin += len(part)
+        assert torch.equal(torch.cat(found).sort()[0], wanted)

@@ -310,9 +310,6 @@ inline void copy16(void* shared, const void* global) {
     }
     std::memcpy(shared, global, 16);
 }
-inline void copy8(void* shared, const void* global) {
-    std::memcpy(shared, global, 8);
-}
 inline void copies_sent() {}
 template <int pending>
 inline void await_copies() {}
@@ -329,6 +326,9 @@ inline void add_shared(int* at, int value) {
 }
 inline void greatest_global(u32* at, u32 value) {
     *at = *at > value ? *at : value;
+}
+inline void add_global(float* at, float value) {
+    *at += value;
 }
 inline u32 add_global(u32* at, u32 value) {
     u32 before = *at;

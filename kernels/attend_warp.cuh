@@ -1,0 +1,232 @@
+// What a warp of attend.cu does with its part: slab after slab, then tokens that are stored exactly.
+#pragma once
+#include "attend_stream.cuh"
+
+// The list of a slab's outliers: in shared memory, or the first LISTED there and the rest where they
+// are.
+struct Near {
+    const u32* near;
+    DEVICE u32 operator()(u32 i) const {
+        return near[i];
+    }
+};
+struct Far {
+    const u32 *near, *all;
+    DEVICE u32 operator()(u32 i) const {
+        return i < LISTED ? near[i] : all[i];
+    }
+};
+
+// Write the query as fragments, turned back by `position` tokens, so that keys need turning by
+// their place in the page only.
+DEVICE void turn_query(const Warp& warp, const float* query, int position) {
+    sync_warp();
+    KVQ_UNROLL for (u32 k = 0; k < HEAD_DIM / 2; k += 32) {
+        u32 i = warp.lane + k;
+        if (HEAD_DIM % 64 && i >= HEAD_DIM / 2) break;
+        float sine = 0.0f, cosine = 1.0f;
+        if (ROTATED && position) {
+            u64 phase = warp.frequencies[i] * (u64)(long long)position;
+            sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine, cosine);
+        }
+        KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
+            float low = query[h * HEAD_DIM + i], high = query[h * HEAD_DIM + i + HEAD_DIM / 2];
+            u32* at = (u32*)(warp.query + query_at(i / 8, h, i % 8 / 2)) + i % 2;
+            *at = h2_from(low * cosine + high * sine, high * cosine - low * sine);
+        }
+    }
+    sync_warp();
+}
+
+DEVICE void cap_scores(float (&score)[4][4], float cap) {
+    if constexpr (SOFTCAP) {
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            float& s = score[i / 4][i % 4];  // cap tanh(s / cap), in base-2 units throughout
+            s = cap * (1.0f - 2.0f * inverse_fast(1.0f + exp2_fast(s * 2.8853901f / cap)));
+        }
+    }
+}
+
+DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 first, u32 last,
+                        float cap) {
+    const Slab& slab = stream.slab;
+    u32 number = stream.number;
+    const u8* side = side_of(stream, stream.parity);
+    float score[4][4] = {};
+    if constexpr (AHEAD) {
+        await_copies<0>();
+        sync_warp();
+        if (stream.next_words) fetch_slab(stream.next_words, stream.lane);
+    } else {
+        stream.chunk = take(cache, stream, 0);
+    }
+    const u32* listed = (const u32*)(side + 256);
+    if constexpr (OUTLIERS) {
+        clear_sparse(warp);
+        sync_warp();
+        u32 count = outlier_words(slab, 0);
+        if (count <= LISTED) {
+            key_outliers(warp, Near{listed}, count, number % 2 * 4);
+        } else {
+            key_outliers(warp, Far{listed, outliers_at(cache, slab, 0)}, count, number % 2 * 4);
+        }
+        sync_warp();
+        sparse_scores(warp, score);
+    }
+    KVQ_UNROLL for (u32 step = 0; step < STEPS; step++) {
+        u32 words[KEY_BITS];
+        take_keys(cache, stream, step, words);
+        key_step(warp, words, step, number % 2 * 4, score);
+    }
+    cap_scores(score, cap);
+    u32 weights[4][2];
+    if constexpr (OUTLIERS) sync_warp();  // scores are read, weights take their place
+    soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
+    if constexpr (OUTLIERS) {
+        sync_warp();
+        u32 count = outlier_words(slab, 1);
+        bool in_rounds = slab.lists[3] & IN_ROUNDS;
+        if (count <= LISTED) {
+            value_outliers(warp, Near{listed + LISTED}, count, in_rounds);
+        } else {
+            Far list{listed + LISTED, outliers_at(cache, slab, 1)};
+            value_outliers(warp, list, count, in_rounds);
+        }
+    }
+    if constexpr (AHEAD) {
+        sync_warp();  // what went with this slab is used up
+        if (stream.next_words)
+            send_side(cache, stream.lane, known_slab(stream, number + 1), side_of(stream, 0));
+        copies_sent();
+    }
+    KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
+        u32 words[VALUE_BITS];
+        take_values(cache, stream, m, words);
+        value_step(warp, words, weights, warp.out[m]);
+    }
+}
+
+// Up to 64 tokens that are stored exactly: fragments gathered from rows.
+DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, const Exact& exact,
+                       u32 first, u32 tokens, float cap) {
+    u64 base =
+        ((u64)segment.sequence * cache.num_kv_heads + segment.kv_head) * exact.capacity + first;
+    const u16 *key = exact.key + base * HEAD_DIM, *value = exact.value + base * HEAD_DIM;
+    auto load = [&](const u16* states, u32 token, u32 channel) {
+        return token < tokens ? state_value(states[(u64)token * HEAD_DIM + channel]) : 0.0f;
+    };
+    // Register arrays are turned by one tile a round, so that the loops over tiles stay short code.
+    float score[4][4] = {};
+    KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
+        float tile[4] = {};
+        if (16 * t < tokens) {
+            KVQ_UNROLL_4 for (u32 step = 0; step < STEPS; step++) {
+                u32 b0, b1, k[4];
+                query_fragment(warp, step, b0, b1);
+                KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+                    const u16* channel =
+                        warp.order + 8 * step + 2 * warp.column + a / 2 * (HEAD_DIM / 2);
+                    u32 token = 16 * t + a % 2 * 8 + warp.row;
+                    k[a] = h2_from(load(key, token, channel[0]), load(key, token, channel[1]));
+                }
+                mma(tile, k, b0, b1);
+            }
+        }
+        KVQ_UNROLL for (int i = 0; i < 16; i++) {
+            score[i / 4][i % 4] = i < 12 ? score[(i + 4) / 4 % 4][i % 4] : tile[i % 4];
+        }
+    }
+    cap_scores(score, cap);
+    u32 weights[4][2];
+    soften(warp, score, nullptr, 0, tokens, weights);
+    KVQ_ROLLED for (u32 t = 0; 16 * t < tokens; t++) {
+        KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
+            u32 v[4];
+            KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+                u32 token = 16 * t + a / 2 * 8 + 2 * warp.column,
+                    channel = 16 * m + a % 2 * 8 + warp.row;
+                v[a] = h2_from(load(value, token, channel), load(value, token + 1, channel));
+            }
+            mma(warp.out[m], v, weights[0][0], weights[0][1]);
+        }
+        KVQ_UNROLL for (int i = 0; i < 6; i++) weights[i / 2][i % 2] = weights[i / 2 + 1][i % 2];
+    }
+}
+
+// Units [first, last) of a segment, by one warp, whose stream has begun.
+DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment, Stream& stream,
+                         const float* query, u32 first, u32 last, float cap) {
+    const int* state = cache.state + 8 * segment.sequence;
+    if (first < segment.slabs) {
+        u32 turned_page = ~0u, seen = (u32)state[4], packed = (u32)state[0];
+        KVQ_ROLLED for (;;) {
+            u32 number = stream.number, before = number * 64;
+            if (number / 2 != turned_page && (ROTATED || turned_page == ~0u)) {
+                turned_page = number / 2;
+                turn_query(warp, query, state[3] + (int)turned_page * 128);
+            }
+            packed_slab(warp, cache, stream, seen > before ? seen - before : 0,
+                        smaller(packed - before, 64), cap);
+            stream.parity ^= 1;
+            if (stream.number++ == stream.last) break;
+            turn_to(cache, segment, stream);
+        }
+    }
+    if (last <= segment.slabs) return;
+    turn_query(warp, query, 0);
+    for (u32 unit = first > segment.slabs ? first : segment.slabs; unit < last; unit++) {
+        u32 number = unit - segment.slabs;
+        bool is_sink = number < segment.sink_units;
+        if (!is_sink) number -= segment.sink_units;
+        u32 tokens = smaller((u32)state[is_sink ? 1 : 2] - number * 64, 64);
+        exact_unit(warp, cache, segment, is_sink ? cache.sinks : cache.window, number * 64, tokens,
+                   cap);
+    }
+}
+
+// Leave a warp's result in its corner (`mix`) and among `join`: (WARPS, GROUP, 3) reference, sum,
+// offset.
+DEVICE void leave_result(Warp& warp, float* join) {
+    sync_warp();
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
+        KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
+            warp.sum[j] += exchange(warp.sum[j], mask);
+            warp.offset[j] += exchange(warp.offset[j], mask);
+        }
+        u32 head = warp.head + j;
+        if (!has_heads(warp)) continue;
+        if (warp.row == 0) {
+            join[head * 3] = warp.greatest[j];
+            join[head * 3 + 1] = warp.sum[j];
+            join[head * 3 + 2] = warp.offset[j];
+        }
+        KVQ_UNROLL for (u32 m = 0; m < STEPS; m++) {
+            warp.mix[(16 * m + warp.row) * GROUP + head] += warp.out[m][j];
+            warp.mix[(16 * m + 8 + warp.row) * GROUP + head] += warp.out[m][j + 2];
+        }
+    }
+}
+
+// Tell a warp who it is and where its corner and the tables lie.
+DEVICE void set_up(Warp& warp, const u16* levels, u8* shared, u32 number, u32 lane) {
+    u8* corner = shared + CORNER_AT + number * CORNER;
+    warp.lane = lane, warp.row = lane / 4, warp.column = lane % 4;
+    warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
+    warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
+    warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
+    warp.order = (const u16*)(shared + ORDER_AT);
+    warp.query = corner + CORNER_QUERY;
+    warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
+    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) warp.key_levels.load(levels);
+    if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
+        warp.value_levels.load(levels + 16);
+}
+
+// Nothing is accumulated.
+DEVICE void clear_results(Warp& warp) {
+    KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
+    KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
+        warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
+    }
+    KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
+}
