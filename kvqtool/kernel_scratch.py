@@ -1,9 +1,9 @@
 """The memory that the kernels' read path takes for a moment, beside the pages themselves.
 
-A prompt is packed `ROWS_PACKED` rows at a time. The pages of all layers have some room behind them
-and one that takes new tokens; a layer's pages are copied when their room runs out. Several queries
-attend to pages that are decoded `TOKENS_DECODED` at a time, one query to the pages as they are. The
-formulas are bounds: each names what is alive where the code is highest.
+A prompt is packed `scratch.pages_at_once` tokens at a time. The pages of all layers have some room
+behind them and one that takes new tokens; a layer's pages are copied when their room runs out.
+Several queries attend to pages that are decoded as many at a time, one query to the pages as they
+are. The formulas are bounds: each names what is alive where the code is highest.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Final
 
 from kvqtool.layers import CacheLayer
 from kvqtool.memory import ITEM_BYTES, PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
-from kvqtool.scratch import Step, rows_bytes, tokens_at_once
+from kvqtool.scratch import Step, pages_at_once, rows_bytes
 from kvqtool.side import QuantSpec
 from kvqtool.spec import KvSpec
 
-ROWS_PACKED: Final = 4096  # of all sequences; a copy of their states is made
-TOKENS_DECODED: Final = 8192  # of all sequences
 GROWTH: Final = 16  # pages have room for this share of them, once they have grown
 _FLOAT: Final = ITEM_BYTES["float32"]
 _METHODS: Final = ("nuq", "int", "nf")
@@ -70,7 +68,7 @@ def pack_scratch(layer: CacheLayer, step: Step) -> int:
     grown = sum(rows_bytes(layer, step, step.tokens * batch))
     if step.fresh < PAGE_TOKENS:
         return grown  # pages grow when the open one is full
-    tokens = min(step.fresh, tokens_at_once(batch, PAGE_TOKENS, ROWS_PACKED))
+    tokens = min(step.fresh, pages_at_once(batch, geometry.key_channels))
     rows, item = tokens * batch, step.item
     states = item * rows * geometry.elements
     angles = 2 * _FLOAT * rows * geometry.key_dim
@@ -87,7 +85,7 @@ def attend_scratch(layer: CacheLayer, step: Step) -> int:
     if step.is_first or step.fresh == 1:
         return 0
     geometry, batch, item = layer.geometry, step.cache.batch, step.item
-    decoded = min(step.tokens, tokens_at_once(batch, PAGE_TOKENS, TOKENS_DECODED)) * batch
+    decoded = min(step.tokens, pages_at_once(batch, geometry.key_channels)) * batch
     parts = 2 * item * decoded * geometry.elements  # the last one, while the next is decoded
     rows = step.fresh * batch
     own = 2 * item * rows * geometry.elements

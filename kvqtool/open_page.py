@@ -18,6 +18,7 @@ from kvqtool.appending import GrowingPages, append, new_pages
 from kvqtool.codebook import Codebook
 from kvqtool.cuda import Launcher
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
+from kvqtool.packing import Packed
 from kvqtool.page_memory import QUAD
 from kvqtool.page_store import PageStore
 from kvqtool.page_writer import PageWriter
@@ -98,36 +99,35 @@ class OpenPage:
         tables, code = self._reader.tables_on(key.device), self.writer.code_for(key)
         append((key, value, turns, at), growing, code, tables, variant, self.writer.run)
 
-    def load(self, states: Pair, turns: Pair | None, pages: PageStore) -> None:
+    def load(self, states: Pair, packed: Packed, pages: PageStore) -> None:
         """Hold these tokens, fewer than a page has room for, and no others.
 
         Args:
             states: keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim).
-            turns: cosine and sine of each pair, (tokens, batch, width / 2) float32; None where keys
-                are not rotated.
+            packed: the page that `writer` made of them.
             pages: the store this page stands at the head of.
         """
         self.prepare(states[0], pages)
         assert self._states is not None
-        place, packed = self._place(pages), self.writer.pack(states, turns)
+        place = self._place(pages)
         self.tokens = states[0].shape[2]
         place.slabs.copy_(packed.pages.slabs)
         place.ranges.copy_(packed.pages.ranges)
         for kept, given in zip(self._states, states, strict=True):
             kept[:, :, : self.tokens] = given
         for side in (0, 1):
-            owner, word = listed_words(packed.pages, packed.counts, side)
-            self._write_lists(place, side, owner, word)
+            self._write_lists(place, packed, side)
 
-    def _write_lists(self, place: Pages, number: int, owner: Tensor, word: Tensor) -> None:
-        """Write one side's outliers, sorted by the list they belong to, into the room of lists."""
+    def _write_lists(self, place: Pages, packed: Packed, side: int) -> None:
+        """Write one side's outliers into the room of lists."""
         assert self._growing is not None
-        index = place.outlier_index.view(-1, 4)
-        counts = torch.bincount(owner, minlength=len(index))
-        within = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
-        place.outlier_words[index[owner, 2 * number].long() * QUAD + within] = word
-        index[:, 2 * number + 1] = (counts + QUAD - 1) // QUAD
-        self._growing.counts.view(-1, 2)[:, number] = counts
+        index, counts = place.outlier_index.view(-1, 4), packed.counts[..., side].flatten()
+        total = int(packed.known[..., side].sum())
+        owner, word = listed_words(packed.pages, packed.counts, side, total)
+        within = torch.arange(total, device=owner.device) - (counts.cumsum(0) - counts)[owner]
+        place.outlier_words[index[owner, 2 * side].long() * QUAD + within] = word
+        index[:, 2 * side + 1] = (counts + QUAD - 1) // QUAD
+        self._growing.counts.view(-1, 2)[:, side] = counts
 
     def states(self) -> Pair:
         """Return the tokens' states, (batch, num_kv_heads, tokens, head_dim)."""

@@ -6,7 +6,7 @@ bit; only the order of a list's outliers differs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -36,11 +36,35 @@ class Packed:
         pages: the pages.
         counts: (pages, num_kv_heads, 2 slabs, 2 sides) int32, outliers of each list.
         exceptions: of keys and of values, counted from the first token.
+        known: `counts` on the host.
     """
 
     pages: Pages
     counts: Tensor
     exceptions: tuple[Exceptions, Exceptions]
+    known: Tensor
+
+    @property
+    def quads(self) -> int:
+        """Quads of words that the lists take."""
+        return int(list_sizes(self.known.flatten())[1].sum())
+
+    def split(self, pages: int, elements: int) -> tuple[Packed, Packed]:
+        """Return the first pages and the others; the words stay together.
+
+        Args:
+            pages: how many of them, of all sequences.
+            elements: keys in them, by which exceptions count.
+        """
+        parts = []
+        for chosen in (slice(pages), slice(pages, None)):
+            picked = {n: getattr(self.pages, n)[chosen] for n in ("slabs", "ranges")}
+            index = self.pages.outlier_index[chosen]
+            part = replace(self.pages, **picked, outlier_index=index)
+            is_first = chosen.start is None
+            key, value = (_within(e, elements, is_first=is_first) for e in self.exceptions)
+            parts.append(Packed(part, self.counts[chosen], (key, value), self.known[chosen]))
+        return parts[0], parts[1]
 
 
 def pack(
@@ -113,9 +137,13 @@ class _Prompt:
         coded = self._compensate(table, ranges, cuts)
         written = [ranges, *coded, cuts, counts, flags, slabs]
         self._launch("pack_slabs", [*given, self.turns, *written, heads, tokens, blocks])
-        index, words = _lay_out(counts)
+        known = counts.cpu()
+        index, size = _lay_out(known)
+        words = counts.new_zeros(size)
+        index = index.to(device)
         pages = Pages(slabs, ranges, index, words, table)
-        return Packed(pages, counts, self._write_lists(pages, given, [ranges, *coded, flags]))
+        exceptions = self._write_lists(pages, given, [ranges, *coded, flags])
+        return Packed(pages, counts, exceptions, known)
 
     def _compensate(self, table: Tensor, ranges: Tensor, cuts: Tensor) -> list[Tensor]:
         """Return codes and outliers as they are stored of the sides that are encoded ahead: those
@@ -171,6 +199,14 @@ def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions
     return key, value
 
 
+def _within(found: Exceptions, elements: int, *, is_first: bool) -> Exceptions:
+    """Return the exceptions among the first elements, or behind them, counted from there."""
+    if not len(found.place):
+        return found
+    kept = (found.place < elements) == is_first
+    return Exceptions(found.place[kept] - (0 if is_first else elements), found.value[kept])
+
+
 def _expect_prompt(
     states: tuple[Tensor, Tensor], turns: Tensor, code: CodeTables, variant: Variant
 ) -> list[Expected]:
@@ -183,14 +219,15 @@ def _expect_prompt(
     ]
 
 
-def _lay_out(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (index, words) with room for lists of so many outliers; waits for the GPU."""
+def _lay_out(counts: Tensor) -> tuple[Tensor, int]:
+    """Return the index of lists of so many outliers, and the words they take; counts and index lie
+    on the host, which is faster at little things.
+    """
     _, quads, in_rounds = list_sizes(counts.flatten())
     first = quads.cumsum(0) - quads
     sizes = quads - (in_rounds.long() << 31)  # bit 31 of an int32
     index = torch.stack([first, sizes], dim=1).to(torch.int32).view(*counts.shape[:3], 4)
-    size = max(int(quads.sum()), 1) * QUAD
-    return index, torch.zeros(size, dtype=torch.int32, device=counts.device)
+    return index, max(int(quads.sum()), 1) * QUAD
 
 
 def _grid(name: str, states: tuple[Tensor, Tensor], variant: Variant) -> tuple[int, int, int]:

@@ -136,13 +136,20 @@ class PageStore:
         fresh, counts = build_pages(*sides, self.batch), count_outliers(sides, self.batch)
         self.add(fresh, counts, [find_exceptions(fresh, counts, s, self.batch) for s in sides])
 
-    def add(self, fresh: Pages, counts: Tensor, found: Sequence[Exceptions]) -> None:
+    def add(
+        self,
+        fresh: Pages,
+        counts: Tensor,
+        found: Sequence[Exceptions],
+        quads: int | None = None,
+    ) -> None:
         """Add whole pages.
 
         Args:
             fresh: the pages; their index is changed.
             counts: what `recover.count_outliers` says of them.
             found: what `recover.find_exceptions` says, of keys and of values.
+            quads: of words, where that is known; None to ask the index.
         """
         index = fresh.outlier_index
         if not self._words.length:
@@ -154,7 +161,8 @@ class PageStore:
         ):
             buffer.append(tensor)
         self._counts.append(counts)
-        self._words.append(fresh.outlier_words[: int(_quads(index).sum()) * QUAD])
+        used = int(_quads(index).sum()) if quads is None else quads
+        self._words.append(fresh.outlier_words[: used * QUAD])
         self._add_exceptions(found)
         self.blocks += len(counts) // self.batch
         self._number_pages()

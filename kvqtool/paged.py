@@ -15,15 +15,16 @@ from torch import Tensor
 
 from kvqtool.codebook import Codebook
 from kvqtool.fused import ExactTokens, PackedContext
-from kvqtool.kernel_scratch import ROWS_PACKED
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.open_page import OpenPage
 from kvqtool.packed import Body
+from kvqtool.packing import Packed
 from kvqtool.page_body import PageBody
+from kvqtool.page_writer import PageWriter
 from kvqtool.pages import PageSide
 from kvqtool.read_path import PageForm
-from kvqtool.rows import Pair, Rows, check_finite, cut, join, own
-from kvqtool.scratch import tokens_at_once
+from kvqtool.rows import Pair, Rows, check_finite, cut, extremes, join, own
+from kvqtool.scratch import pages_at_once
 from kvqtool.seam import LayerSeam
 from kvqtool.spec import KvSpec
 from kvqtool.store import Angles, LayerStore
@@ -64,16 +65,14 @@ class PagedStore(LayerStore):
         """Encode what is past the recent window, but for the last `held` tokens of it."""
         self._angles = angles
         leaving, staying = self._split_window(held)
-        body, opened, tokens = self._pages_of(), self._open, leaving[0].shape[2]
+        body, tokens = self._pages_of(), leaving[0].shape[2]
         if not self.uses_pages:
             super().commit(angles, held=held)
-        elif opened is None or not opened.writer.can_take(leaving[0]):
-            self._add_pages(leaving, angles)
-        elif tokens == 1 and not body.rest[0].tokens:
+        elif tokens == 1 and not body.rest[0].tokens and self._writer_of(leaving[0]):
             self._append_open(leaving, angles)
             self._close_full(angles)
         elif tokens:
-            states = join(self._take_open(), leaving) if opened.tokens else leaving
+            states = join(self._take_open(), leaving) if self._waiting() else leaving
             self._add_pages(states, angles)
         if tokens or self._is_borrowed:
             self._exact["window"], self._is_borrowed = own(staying), False
@@ -151,8 +150,7 @@ class PagedStore(LayerStore):
     @property
     def can_lend(self) -> bool:
         """Whether new tokens can go into the open page at all."""
-        can_take = self._open is not None and self._open.writer.can_take(self.window[0])
-        return can_take and self.uses_pages
+        return self.uses_pages and self._writer_of(self.window[0]) is not None
 
     @property
     def is_steady(self) -> bool:
@@ -173,23 +171,21 @@ class PagedStore(LayerStore):
 
     def settle_open(self, tokens: int, angles: Angles) -> None:
         """Take note of tokens that were written to the open page."""
-        self._angles = angles
-        self.tokens += tokens
+        self._angles, self.tokens = angles, self.tokens + tokens
         self.open_page.tokens += tokens
         self._close_full(angles)
 
     def _close_full(self, angles: Angles) -> None:
-        """Make a full open page one of the pages."""
         if self.open_page.tokens == PAGE_TOKENS:
             self._add_pages(self._take_open(), angles)
 
     def _new_bodies(self, channels: tuple[int, int], batch: int) -> tuple[Body, Body]:
-        head_dim = len(self.form.order)
+        head_dim, specs = len(self.form.order), (self.spec.key, self.spec.value)
         orders = self.form.order, None
         key, value = (
             PageSide({}, book, spec, width // head_dim, head_dim, order)
             for book, spec, width, order in zip(
-                self._codebooks, (self.spec.key, self.spec.value), channels, orders, strict=True
+                self._codebooks, specs, channels, orders, strict=True
             )
         )
         if self._open is not None:
@@ -202,10 +198,7 @@ class PagedStore(LayerStore):
         body = self._pages_of()
         before = body.rest[0].tokens
         super()._add(encoded, angles)
-        if not self.uses_pages:
-            return
-        if self._fill() or (self._decoded is None and before):
-            self._decoded = None
+        if not self.uses_pages or self._fill() or (self._decoded is None and before):
             return
         first = self.sinks + self.dropped + body.pages.tokens + before
         fresh = self._decode(encoded, first, angles)
@@ -218,31 +211,43 @@ class PagedStore(LayerStore):
         return states
 
     def _add_pages(self, states: Pair, angles: Angles) -> None:
-        """Encode tokens behind the body some at a time, whole pages by kernels where they can."""
-        body, tokens = self._pages_of(), states[0].shape[2]
-        writer = None if self._open is None else self._open.writer
-        check_finite(states, self.layer)
-        size = tokens_at_once(self.batch, PAGE_TOKENS, ROWS_PACKED)
-        first = min(-body.rest[0].tokens % PAGE_TOKENS, tokens)
-        whole = first + (tokens - first) // PAGE_TOKENS * PAGE_TOKENS
-        bounds = sorted({0, *range(first, whole, size), whole, tokens})
+        """Encode tokens behind the body some at a time, by kernels where they can."""
+        tokens, ends = states[0].shape[2], extremes(states)
+        size = pages_at_once(self.batch, self.geometry.key_channels)
+        first = min(-self._pages_of().rest[0].tokens % PAGE_TOKENS, tokens)
+        bounds = sorted({0, *range(first, tokens, size), tokens})
         for start, stop in pairwise(bounds):
             part, at = cut(states, start, stop), self.sinks + self.dropped + self.bodies[0].tokens
-            if start < first or writer is None or not writer.can_take(part[0]):
+            writer = None if start < first else self._writer_of(part[0])
+            if writer is None:
+                check_finite(ends, self.layer)
                 self._add(self._encode(part, angles), angles)
                 continue
             turns = None if self.form.inv_freq is None else angles(at, at + stop - start)
-            if start < whole:
-                packed = writer.pack(part, turns)
-                body.pages.add(packed.pages, packed.counts, packed.exceptions)
-                self._decoded = None
-            else:
-                self.open_page.load(part, turns, body.pages)
+            packed = writer.pack(part, turns)
+            check_finite(ends, self.layer)  # now that the GPU is waited for anyway
+            self._add_packed(part, packed)
+
+    def _writer_of(self, states: Tensor) -> PageWriter | None:
+        if self._open is None or not self._open.writer.can_take(states):
+            return None
+        return self._open.writer
+
+    def _add_packed(self, states: Pair, packed: Packed) -> None:
+        """Put packed tokens behind the pages; those that fill no page go into the open one."""
+        pages, tokens = self._pages_of().pages, states[0].shape[2]
+        whole = tokens // PAGE_TOKENS * PAGE_TOKENS
+        if whole < tokens:
+            elements = whole * self.batch * pages.sides[0].channels
+            packed, last = packed.split(whole // PAGE_TOKENS * self.batch, elements)
+            self.open_page.load(cut(states, whole), last, pages)
+        if whole:
+            pages.add(packed.pages, packed.counts, packed.exceptions, packed.quads)
+        self._decoded = None
 
     def _fill(self) -> bool:
         filled = self.uses_pages and self._pages_of().fill()
-        if filled:
-            self._decoded = None
+        self._decoded = None if filled else self._decoded
         return filled
 
     def _tail(self, angles: Angles) -> Pair:

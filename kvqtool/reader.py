@@ -15,13 +15,12 @@ from kvqtool.blockwise import attend_share
 from kvqtool.codebook import Codebook
 from kvqtool.fused import LayerTables, PackedContext, Workspace, attend, new_workspace
 from kvqtool.hadamard import rotate_heads
-from kvqtool.kernel_scratch import TOKENS_DECODED
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.pages import PageSide, key_table, level_table
 from kvqtool.read_path import PageForm, Place, layer_variant
 from kvqtool.reading import attend_reference, decode_pages, dequantize
 from kvqtool.rows import Pair, cut, join
-from kvqtool.scratch import tokens_at_once
+from kvqtool.scratch import pages_at_once
 from kvqtool.seam import LayerSeam
 from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import KvSpec
@@ -140,7 +139,8 @@ class PageReader:
         """
         exact, (first, last) = context.exact, _seen(context)
         tokens = exact.sink_key.shape[2] + last - first + exact.window_key.shape[2]
-        size = tokens_at_once(len(query), PAGE_TOKENS, TOKENS_DECODED)
+        heads, head_dim = exact.sink_key.shape[1], exact.sink_key.shape[3]
+        size = pages_at_once(len(query), heads * head_dim)
         return attend_share(query, self.parts(context, size), tokens - own, scaling)
 
     def parts(self, context: PackedContext, size: int) -> Iterator[Pair]:

@@ -91,18 +91,23 @@ def find_exceptions(pages: Pages, counts: Tensor, side: PageSide, batch: int) ->
     return Exceptions(place, rows["outlier_values"][wrong])
 
 
-def listed_words(pages: Pages, counts: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def listed_words(
+    pages: Pages, counts: Tensor, side: int, total: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (slab, word) of every outlier of keys (0) or of values (1), list by list.
 
     Args:
         pages: the pages.
         counts: what `count_outliers` says of them.
         side: which.
+        total: how many there are; None to wait for the GPU to say.
     """
     count = counts[..., side].flatten().long()
     first, quads = pages.outlier_index.view(-1, 4)[:, 2 * side : 2 * side + 2].long().unbind(1)
     head = (quads < 0).long() * HEADER  # bit 31: in rounds, behind a header
-    owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
+    owner = torch.arange(len(count), device=count.device).repeat_interleave(
+        count, output_size=total
+    )
     within = torch.arange(len(owner), device=count.device) - (count.cumsum(0) - count)[owner]
     return owner, pages.outlier_words[first[owner] * QUAD + head[owner] + within]
 

@@ -59,14 +59,19 @@ def own(states: Pair) -> Pair:
     return key, value
 
 
-def check_finite(states: Pair, layer: int) -> None:
-    """Raise for states of a layer that hold NaN or infinity.
+def extremes(states: Pair) -> Tensor:
+    """Return the least and the greatest of keys and of values, (any,), NaN where there is one."""
+    ends = [end for side in states if side.numel() for end in side.aminmax()]
+    return torch.stack(ends) if ends else states[0].new_zeros(1)
+
+
+def check_finite(ends: Tensor, layer: int) -> None:
+    """Raise for states of a layer that hold NaN or infinity, by their `extremes`.
 
     Raises:
         RunError: naming the layer.
     """
-    ends = [end for side in states if side.numel() for end in side.aminmax()]
-    if ends and not torch.isfinite(torch.stack(ends)).all():
+    if not torch.isfinite(ends).all():
         raise RunError(
             f"layer {layer} produced NaN or infinite states; run in float32 or check the model"
         )
@@ -89,7 +94,7 @@ def flatten_pair(states: Pair, spec: KvSpec, layer: int) -> Pair:
     Raises:
         RunError: for states of a layer that hold NaN or infinity.
     """
-    check_finite(states, layer)
+    check_finite(extremes(states), layer)
     key, value = (
         by_group(turn(side, quant).flatten(2), quant.token_group)
         for side, quant in zip(states, (spec.key, spec.value), strict=True)

@@ -16,6 +16,7 @@ from typing import Final
 from kvqtool.layers import CacheLayer, CacheModel
 from kvqtool.memory import (
     ITEM_BYTES,
+    PAGE_TOKENS,
     body_buffers,
     dropped_tokens,
     groups_per_token,
@@ -31,6 +32,7 @@ QUERIES_AT_ONCE: Final = 256  # whose weights are written out where a recent win
 # Tokens of all sequences that are encoded at a time, so that what that takes for a moment does not
 # grow with a prompt.
 ROWS_AT_ONCE: Final = 8192
+ELEMENTS_AT_ONCE: Final = 1 << 25  # keys, where kernels work: 64 MiB of states a side
 # Codes of one period whose lowest bit lies in the fullest of its words: see bits.pack_codes.
 _LANES: Final = {2: 1.0, 3: 11 / 32, 4: 1.0, 8: 1.0}
 
@@ -91,11 +93,18 @@ class Step:
         return width * tokens * self.cache.batch * _FLOAT
 
 
-def tokens_at_once(batch: int, multiple: int | None = None, rows: int | None = None) -> int:
-    """Return the tokens of each of `batch` sequences that are encoded at a time: `rows` together,
-    a multiple of `multiple`.
+def pages_at_once(batch: int, channels: int) -> int:
+    """Return the tokens of each of `batch` sequences that kernels pack or decode at a time, whole
+    pages: many, since a host may take a millisecond to ask for it.
     """
-    return max((rows or ROWS_AT_ONCE) // batch // (multiple or 1), 1) * (multiple or 1)
+    return max(ELEMENTS_AT_ONCE // (batch * channels) // PAGE_TOKENS, 1) * PAGE_TOKENS
+
+
+def tokens_at_once(batch: int, multiple: int | None = None) -> int:
+    """Return the tokens of each of `batch` sequences that torch encodes at a time, a multiple of
+    `multiple`.
+    """
+    return max(ROWS_AT_ONCE // batch // (multiple or 1), 1) * (multiple or 1)
 
 
 def append_scratch(layer: CacheLayer, step: Step) -> int:

@@ -143,7 +143,7 @@ def _expected(sides: tuple[PageSide, PageSide], batch: int) -> Packed:
     pages = build_pages(*sides, batch)
     counts = count_outliers(sides, batch)
     key, value = (find_exceptions(pages, counts, side, batch) for side in sides)
-    return Packed(pages, counts, (key, value))
+    return Packed(pages, counts, (key, value), counts)
 
 
 def same_packed(found: Packed, expected: Packed) -> None:

@@ -42,7 +42,7 @@ def test_scores_far_apart_leave_no_nan() -> None:
 
 
 def test_a_longer_past_takes_no_more_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvqtool.reader.TOKENS_DECODED", 128)
+    monkeypatch.setattr("kvqtool.scratch.ELEMENTS_AT_ONCE", 128 * HEADS * DIM)
     peaks = []
     for past in (512, 2048):
         both = Both("nuq3-1%")

@@ -31,8 +31,7 @@ READ = [row for row in RECORD["rows"] if row["way"] == "graph"]
 @pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
 @pytest.mark.parametrize("spec", ["nuq3-1%", "nuq4"])
 def test_packing_stays_within_the_plan(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvqtool.paged.ROWS_PACKED", 512)
-    monkeypatch.setattr("kvqtool.kernel_scratch.ROWS_PACKED", 512)
+    monkeypatch.setattr("kvqtool.scratch.ELEMENTS_AT_ONCE", 512 * HEADS * DIM)
     both = Both(spec, run=run_on_cpu)
     both.append(128)  # what is allocated once
     states = [torch.randn(1, HEADS, 1024, DIM).half() for _ in range(2)]

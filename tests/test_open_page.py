@@ -65,7 +65,7 @@ def test_a_prompt_opens_a_page_behind_its_own() -> None:
 def test_a_long_prompt_is_packed_some_pages_at_a_time(
     spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvqtool.paged.ROWS_PACKED", 128)
+    monkeypatch.setattr("kvqtool.scratch.ELEMENTS_AT_ONCE", 128 * HEADS * DIM)
     both = both_on_cpu(spec)
     both.append(400, 1, 300)
     both.check()
@@ -77,7 +77,7 @@ def test_a_long_prompt_is_packed_some_pages_at_a_time(
 
 
 def test_a_longer_prompt_takes_no_more_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvqtool.paged.ROWS_PACKED", 128)
+    monkeypatch.setattr("kvqtool.scratch.ELEMENTS_AT_ONCE", 128 * HEADS * DIM)
     extra = []
     for tokens in (512, 1024):
         both = both_on_cpu("nuq3-1%")

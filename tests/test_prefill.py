@@ -55,7 +55,7 @@ def test_later_parts_never_have_the_past_decoded_all_at_once(
         raise AssertionError("the past was decoded")
 
     monkeypatch.setattr(PageReader, "expand", fail)
-    monkeypatch.setattr("kvqtool.reader.TOKENS_DECODED", 128)
+    monkeypatch.setattr("kvqtool.scratch.ELEMENTS_AT_ONCE", 128 * 128)
     found = read(builtin, bundle, ids, 100)
     # A code of a later token may fall the other side of a middle.
     assert (found - expected).square().mean().sqrt() < 0.1
