@@ -128,8 +128,9 @@ def append_scratch(layer: CacheLayer, step: Step) -> int:
     turning = 2 * _FLOAT * rows * _turned(layer, step)
     return held + max(
         turning,
-        flat + _encoding(spec.key, geometry.key_channels, rows, step.item),
-        _FLOAT * value + packed + _encoding(spec.value, geometry.value_channels, rows, step.item),
+        flat + _FLOAT * value,  # rows of heads, and the same without
+        _encoding(spec.key, geometry.key_channels, rows, step.item),
+        packed + _encoding(spec.value, geometry.value_channels, rows, step.item),
     )
 
 

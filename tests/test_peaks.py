@@ -253,7 +253,7 @@ RECORD = json.loads((ROOT / "benchmarks" / "results" / "plan-llama-h100.json").r
 
 @pytest.mark.parametrize("row", RECORD["rows"], ids=lambda row: row["point"]["spec"])
 def test_what_was_measured_on_a_gpu_is_still_planned(row: dict[str, Any]) -> None:
-    """The planner of today against the bytes an H100 allocated, within 1 %."""
+    """The planner of today against the bytes an H100 allocated."""
     point = row["point"]
     if parse_spec(point["spec"]).has_window:
         pytest.skip("attention with a recent window takes less than when this was measured")
@@ -269,5 +269,6 @@ def test_what_was_measured_on_a_gpu_is_still_planned(row: dict[str, Any]) -> Non
         forward.decode(point["context"], point["context"] + 1),
     )
     planned = max(peak.nbytes for peak in peaks) + WORKSPACE_BYTES
-    assert planned == pytest.approx(row["total_bytes"], rel=0.01)
+    # Packing lets go of states sooner than it did then: up to 1.5 % less where it is highest.
+    assert 0.985 < planned / row["total_bytes"] < 1.01
     assert weights == row["measured"]["weights"]
