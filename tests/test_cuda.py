@@ -14,13 +14,14 @@ from kvqtool.errors import InputError, RunError
 from kvqtool.variant import Variant
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ("append", "attend", "compensate", "dequantize", "floats", "lists", "matvec", "pack")
 
 
 def test_a_checkout_reads_its_own_sources() -> None:
     assert kernel_folder() == ROOT / "kernels"
 
 
-@pytest.mark.parametrize("name", ["attend", "pack", "append", "dequantize"])
+@pytest.mark.parametrize("name", SOURCES)
 def test_a_source_holds_every_header_once(name: str) -> None:
     text = source_text(name)
     assert '#include "device.cuh"' not in text
@@ -30,7 +31,7 @@ def test_a_source_holds_every_header_once(name: str) -> None:
 
 def test_every_source_of_the_folder_is_known() -> None:
     sources = {path.stem for path in (ROOT / "kernels").glob("*.cu")}
-    assert sources == {"attend", "pack", "append", "dequantize"}
+    assert sources == set(SOURCES)
     page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}.cu`" in page for name in sources)
 
