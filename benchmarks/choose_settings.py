@@ -22,9 +22,8 @@ import torch
 from bench_attention import QUICK, SPECS, contender, fp16_contenders, packed_variant
 from random_pages import HEAD_DIM, Shape, random_pages
 from timing import interleave, read_rate
+from warm_kernels import compile_variant
 
-from kvqtool.cuda import Kernel, load_kernel
-from kvqtool.errors import KvqError
 from kvqtool.memory import outliers_per_tail
 from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant
@@ -120,16 +119,8 @@ def _compile_all() -> None:
     found += [packed_variant(shape, spec) for shape in QUICK for spec in SPECS]
     found = list(dict.fromkeys(found))
     with multiprocessing.get_context("spawn").Pool(15) as pool:
-        problems = [line for line in pool.imap_unordered(_compile, found) if line]
+        problems = [line for line in pool.imap_unordered(compile_variant, found) if line]
     print(f"{len(found)} variants in {time.perf_counter() - started:.0f} s", *problems, sep="\n")
-
-
-def _compile(variant: Variant) -> str:
-    try:
-        load_kernel(Kernel("attend", "attend", variant.macros), variant.shared_bytes, 0)
-    except KvqError as error:
-        return str(error)
-    return ""
 
 
 if __name__ == "__main__":

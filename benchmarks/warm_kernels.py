@@ -32,7 +32,7 @@ def main() -> None:
     started = time.perf_counter()
     variants = _variants(["", *options.also])
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        problems = [line for line in pool.imap_unordered(_compile, variants) if line]
+        problems = [line for line in pool.imap_unordered(compile_variant, variants) if line]
     print(f"{len(variants)} variants in {time.perf_counter() - started:.0f} s", *problems, sep="\n")
 
 
@@ -47,7 +47,8 @@ def _variants(given: list[str]) -> list[Variant]:
     return list(dict.fromkeys(found))
 
 
-def _compile(variant: Variant) -> str:
+def compile_variant(variant: Variant) -> str:
+    """Compile one variant; return what went wrong, or nothing."""
     try:
         load_kernel(Kernel("attend", "attend", variant.macros), variant.shared_bytes, 0)
     except KvqError as error:

@@ -212,6 +212,7 @@ class SteadyLayer(CacheLayerMixin):
         parts = [*vars(context.pages).values(), *vars(context.exact).values(), context.state]
         parts += [self._at, *self.store.open_page.tensors]
         sizes = [context.exact.sink_key.shape[2], context.exact.window_key.shape[2]]
+        sizes += [context.pages.page_table.shape[1]]
         return (*(part.data_ptr() for part in parts), *sizes)
 
     def settle(self, steps: int) -> None:
