@@ -62,14 +62,11 @@ class Decoder:
         Raises:
             InputError: when the mode is unknown, or `graph` was asked for and cannot be.
         """
-        if mode not in DECODE_MODES:
-            raise InputError(f"decode {mode!r} is unknown; use one of: {', '.join(DECODE_MODES)}")
         self._model = model
         self._cache = cache
         self._sampling = sampling
-        reason = "asked for" if mode == "eager" else ungraphed(model, cache)
-        if reason and mode == "graph":
-            raise InputError(f"no graph can hold a step: {reason}; use --decode auto or eager")
+        self._must_capture = mode == "graph"
+        reason = why_eager(model, cache, mode)
         self.report = DecodeReport("eager" if reason else "graph", reason)
 
     def tokens(self, logits: Tensor) -> Generator[list[int]]:
@@ -79,13 +76,16 @@ class Decoder:
             logits: (batch, vocabulary) float32, of the first token.
 
         Raises:
-            RunError: when logits hold NaN or infinity.
+            RunError: when logits hold NaN or infinity, or a graph was asked for and capturing one
+                failed.
         """
         draws = self._sampling.draws(len(logits), logits.device)
         first = choose_tokens(logits, self._sampling, draws[0])
         decode = self._eagerly if self.report.reason else self._by_graph
         with closing(decode(first, draws)) as chosen:
             for tokens in chosen:
+                if self._must_capture and self.report.reason:
+                    raise RunError(f"{self.report.reason}; use --decode auto or eager")
                 if BROKEN in tokens:
                     raise RunError(
                         "logits hold NaN or infinity; run in float32 or check the model's weights"
@@ -114,6 +114,25 @@ class Decoder:
         finally:
             steps.close(surplus)
         yield under_way()
+
+
+def why_eager(model: PreTrainedModel, cache: KvqCache, mode: str) -> str | None:
+    """Return why a generation is not decoded from a graph, or None where it is.
+
+    Args:
+        model: the model.
+        cache: its cache; one that is still empty tells less.
+        mode: one of DECODE_MODES.
+
+    Raises:
+        InputError: when the mode is unknown, or `graph` was asked for and cannot be.
+    """
+    if mode not in DECODE_MODES:
+        raise InputError(f"decode {mode!r} is unknown; use one of: {', '.join(DECODE_MODES)}")
+    reason = "asked for" if mode == "eager" else ungraphed(model, cache)
+    if reason and mode == "graph":
+        raise InputError(f"no graph can hold a step: {reason}; use --decode auto or eager")
+    return reason
 
 
 def ungraphed(model: PreTrainedModel, cache: KvqCache) -> str | None:

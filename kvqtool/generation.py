@@ -20,7 +20,7 @@ from kvqtool.attach import attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.cachefile import SavedCache, load_cache, restore_cache
-from kvqtool.decode import Decoder
+from kvqtool.decode import Decoder, why_eager
 from kvqtool.errors import InputError
 from kvqtool.forward import read_prompt
 from kvqtool.live import forget_peak, peak_bytes
@@ -168,6 +168,7 @@ class _Run:
     def __init__(
         self, loaded: LoadedModel, cache: KvqCache, sampling: Sampling, running: Running
     ) -> None:
+        why_eager(loaded.model, cache, running.decode)  # before a long prompt is read
         self.loaded = loaded
         self.cache = cache
         self.sampling = sampling

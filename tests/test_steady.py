@@ -17,12 +17,14 @@ from transformers.utils import import_utils
 from kvqtool.attach import Session, attached
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
-from kvqtool.decode import ungraphed
+from kvqtool.decode import Decoder, ungraphed
+from kvqtool.errors import RunError
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel, load_model
 from kvqtool.open_page import OpenPage
 from kvqtool.paged import PagedStore
 from kvqtool.reader import PageReader
+from kvqtool.sampling import Sampling
 from kvqtool.steady import SteadyCache, unsteady
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
@@ -180,3 +182,26 @@ def test_a_cpu_holds_no_graph(half: LoadedModel, calibrated: Callable[[str], Bun
         assert ungraphed(half.model, session.new_cache(calibrated(SPEC))) == (
             "the model is not on one CUDA device"
         )
+
+
+@pytest.mark.parametrize("mode", ["graph", "auto"])
+def test_a_graph_that_was_asked_for_and_cannot_be_captured_is_an_error(
+    half: LoadedModel,
+    calibrated: Callable[[str], Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+) -> None:
+    def fails(self: Decoder, *_: Tensor) -> Iterator[list[int]]:
+        self.report.reason = "capturing a step failed: no"
+        yield [1]
+
+    monkeypatch.setattr("kvqtool.decode.ungraphed", lambda *_: None)
+    monkeypatch.setattr(Decoder, "_by_graph", fails)
+    with attached(half) as session:
+        cache = session.new_cache(calibrated(SPEC))
+        tokens = Decoder(half.model, cache, Sampling(), mode).tokens(torch.zeros(1, 5))
+        if mode == "auto":
+            assert list(tokens) == [[1]]
+        else:
+            with pytest.raises(RunError, match="capturing a step failed: no; use --decode auto"):
+                next(tokens)

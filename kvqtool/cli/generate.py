@@ -96,7 +96,9 @@ def run(
         ready = scheme.prepare(loaded, out)
         result = generate(loaded, ready, words, sampling, running=running, on_text=out.text)
     out.end_text(spec=result.spec, model=model, result=result)
-    out.note(f"{result.new_tokens} tokens, {result.tokens_per_second:.3g} a second")
+    how = result.decode["reason"]
+    steps = f"step by step: {how}" if how else "from a CUDA graph"
+    out.note(f"{result.new_tokens} tokens, {result.tokens_per_second:.3g} a second, {steps}")
     note_layers(result.layers, out)
     note_cache(result, out)
 

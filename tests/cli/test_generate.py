@@ -109,3 +109,18 @@ def test_bad_prompts_are_one_line(run: Run, arguments: tuple[str, ...], says: st
     assert says in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("graph", "no graph can hold a step: the model is not on one CUDA device; use --decode"),
+        ("graphs", "decode 'graphs' is unknown; use one of: auto, graph, eager"),
+    ],
+)
+def test_a_way_to_decode_that_cannot_be_is_refused(run: Run, mode: str, says: str) -> None:
+    scheme = ("--spec", "int4-g64", "--prompt", PROMPT, "--device", "cpu", "-q")
+    done = run("generate", "builtin", *scheme, "--decode", mode)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {says}")
+    assert done.stderr.count("\n") == 1
