@@ -217,9 +217,9 @@ def contender(name: str, shape: Shape, variant: Variant, pages: Pages) -> Conten
         table = torch.randn(shape.num_kv_heads, HEAD_DIM, 1 << variant.key_bits)
     else:
         table = torch.rand(shape.num_kv_heads, steps, 4, 2, 2, 2)
-    levels = torch.zeros(2, 16)
+    levels = torch.zeros(2, variant.level_row)
     for side, bits in enumerate((variant.key_bits, variant.value_bits)):
-        if bits <= 4:
+        if bits <= 8:
             levels[side, : 1 << bits] = normalfloat_levels(bits)
     tables = LayerTables(
         table.half().cuda(), levels.half().cuda(),

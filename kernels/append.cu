@@ -25,13 +25,16 @@ typedef u16 OrderKey;
 // Put codes n, of a lane's 32 in a step, into their words.
 template <int bits>
 DEVICE void replace_codes(u8* step, u32 lane, const u32* n, const u32* codes, u32 count) {
-    u32 words[bits], tiles[4];
+    constexpr u32 room = room_of(bits);
+    u32 words[bits];
+    Tile<bits> tiles[4];
     read_words<bits>(step, lane, words);
     selectors<bits>(words, tiles);
     for (u32 i = 0; i < count; i++) {
-        u32 shift = 4 * (n[i] % 8);
+        u32 shift = room * (n[i] % 8);
+        Tile<bits> code = (Tile<bits>)codes[i] << shift, mask = (Tile<bits>)((1u << room) - 1) << shift;
         KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
-            if (n[i] / 8 == t) tiles[t] = (tiles[t] & ~(15u << shift)) | codes[i] << shift;
+            if (n[i] / 8 == t) tiles[t] = (tiles[t] & ~mask) | code;
         }
     }
     store_codes<bits>(step, lane, tiles);
@@ -198,7 +201,7 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     u32 page = page_table[sequence * max_pages + token / 128], in_slab = token % 64;
     Search search{(u32*)shared_memory()};
     float* middles = (float*)(search.words + (VALUE_FLOAT ? BINS + 8 : 776));  // of keys, of values
-    u16* staged = (u16*)(middles + 32);
+    u16* staged = (u16*)(middles + MIDDLES);
     ValueState* own_values = (ValueState*)(staged + HEAD_DIM);
     OrderKey* keys = (OrderKey*)(own_values + HEAD_DIM);
     Workshop shop = open_workshop((u8*)(keys + channels), head, key_feedback, value_feedback,
@@ -208,8 +211,10 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
         staged[i] = own[i];
         if constexpr (!VALUE_FLOAT) own_values[i] = all[head * HEAD_DIM + i];
+    }
+    for (u32 i = thread_index(); i < larger(LEVELS, 1u << VALUE_BITS) - 1; i += THREADS) {
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
-        if (i < (1u << VALUE_BITS) - 1) middles[16 + i] = value_middles[i];
+        if (i < (1u << VALUE_BITS) - 1) middles[VALUE_MIDDLES + i] = value_middles[i];
     }
     u32 least = ~0u, greatest = 0;  // of this thread's items
 #if VALUE_FLOAT
@@ -269,7 +274,7 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
             round_token<KEY_BITS, CHANNEL_LEVELS>(rounding, shop.bench[0]);
         }
         if (VALUE_COMP && warp == 1) {
-            Rounding rounding{middles + 16, value_reads, shop.feedback[1], value_turn + first};
+            Rounding rounding{middles + VALUE_MIDDLES, value_reads, shop.feedback[1], value_turn + first};
             round_token<VALUE_BITS, false>(rounding, shop.bench[1]);
         }
         sync_block();
@@ -278,7 +283,7 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
         }
     }
     if (thread_index() < STEPS * 8) {
-        append_values(middles + 16, decode, lists, target, own_values, row, shop.bench[1],
+        append_values(middles + VALUE_MIDDLES, decode, lists, target, own_values, row, shop.bench[1],
                       thread_index());
     }
 }

@@ -18,7 +18,7 @@
 //                    token, first packed token that is seen; the rest is spare
 // `key_table`        scales and offsets (num_kv_heads, STEPS, 4) x 4 half2, or with CHANNEL_LEVELS
 //                    levels (num_kv_heads, HEAD_DIM, 2^bits)
-// `levels`           (2, 16) half: levels of keys, of values
+// `levels`           (2, LEVEL_ROW) half: levels of keys, of values
 // `angles`           half2 cosines and sines of positions 0 to 127 in fragment order
 // `frequencies`      (HEAD_DIM / 2) turns per token, times 2^64
 // `order`            (HEAD_DIM) channel of a head that stands at each place of a packed key
@@ -52,7 +52,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 Exact{window_key, window_value, window_capacity}};
     u32 number = thread_index() / 32, lane = thread_index() % 32;
     Tables tables{key_table, levels, angles};
-    u32 level = levels[lane];
+    u32 level = lane_level(levels, lane);
     send_tables(tables, cache, shared);
     Cut cut;
     if (block_index() >= plan(cache, block_count(), lane, cut)) {  // more blocks than units
@@ -81,7 +81,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         u32 ends = from + (count < WARPS ? smaller(number + 1, count) : count * (number + 1) / WARPS);
         begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
-        if (!ready) fill_tables(level, shared);
+        if (!ready) fill_tables(level, levels, shared);
         ready = true;
         clear_results(warp);
         await_copies<DEPTH - 1>();  // what was sent for before the slabs

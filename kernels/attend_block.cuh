@@ -37,14 +37,22 @@ DEVICE void send_segment(const Tables& tables, const Cache& cache, const Segment
     copies_sent();
 }
 
-// The tables of pairs of 4-bit codes and of four 2-bit ones, a copy for each lane. Lanes hold the
-// levels: of keys, then of values.
-DEVICE void fill_tables(u32 level, u8* shared) {
+// The level that a lane holds for `fill_tables`: of keys, then of values.
+DEVICE u32 lane_level(const u16* levels, u32 lane) {
+    return levels[lane / 16 * LEVEL_ROW + lane % 16];
+}
+
+// The tables of pairs of codes, of single ones of 8 bits and of four 2-bit ones, a copy for each lane.
+// Lanes hold the levels of up to 4 bits.
+DEVICE void fill_tables(u32 level, const u16* levels, u8* shared) {
     constexpr u32 row = LUT_STRIDE / 16;
-    static_assert(PAIR_BYTES / 16 % 32 == 0, "warps have whole turns");
-    KVQ_UNROLL_4 for (u32 i = thread_index(); i < PAIR_BYTES / 16; i += THREADS) {
-        u32 code = i / row, side = LUT_STRIDE == 128 || i % row >= row / 2 ? 16 : 0;
+    static_assert(ROW_BYTES / 16 % 32 == 0, "warps have whole turns");
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < ROW_BYTES / 16; i += THREADS) {
+        bool is_value = LUT_STRIDE == 128 || i % row >= row / 2;
+        u32 code = i / row, side = is_value ? 16 : 0;
         u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4)) << 16;
+        if (is_value ? VALUE_SINGLES : KEY_SINGLES)
+            pair = levels[(is_value ? LEVEL_ROW : 0) + code] * 0x10001u;
         *(Zeros*)(shared + 16 * i) = Zeros{{pair, pair, pair, pair}};
     }
     if constexpr (VALUE_QUADS) {
@@ -52,7 +60,7 @@ DEVICE void fill_tables(u32 level, u8* shared) {
             u32 code = i / 16;  // two lanes' copies at once
             u32 first = from_lane(level, 16 + (code & 3)) | from_lane(level, 16 + (code >> 4 & 3)) << 16;
             u32 second = from_lane(level, 16 + (code >> 2 & 3)) | from_lane(level, 16 + (code >> 6)) << 16;
-            *(Zeros*)(shared + PAIR_BYTES + 16 * i) = Zeros{{first, second, first, second}};
+            *(Zeros*)(shared + ROW_BYTES + 16 * i) = Zeros{{first, second, first, second}};
         }
     }
 }

@@ -4,8 +4,8 @@
 
 constexpr u32 THREADS = WARPS * 32;
 constexpr u32 SLAB = KEY_SLAB + VALUE_SLAB;
-constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS == 16 ? 1 : 2);
-constexpr u32 VALUE_CHUNK = step_bytes(VALUE_BITS) * (VALUE_BITS == 16 ? 1 : 2);
+constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS >= 8 ? 1 : 2);
+constexpr u32 VALUE_CHUNK = step_bytes(VALUE_BITS) * (VALUE_BITS >= 8 ? 1 : 2);
 constexpr u32 KEY_CHUNKS = KEY_SLAB / KEY_CHUNK, CHUNKS = KEY_CHUNKS + VALUE_SLAB / VALUE_CHUNK;
 static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2,
               "a slab's chunks fill the ring a whole number of times");

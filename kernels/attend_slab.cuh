@@ -1,6 +1,6 @@
 // One slab of packed keys and values through the tensor cores, by one warp.
 //
-// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS (2, 3, 4; 16 stands for fp16 states), CHANNEL_LEVELS (a
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS (2, 3, 4, 8; 16 stands for fp16 states), CHANNEL_LEVELS (a
 // codebook per key channel), VALUE_TABLE (2- and 3-bit values are looked up in shared memory),
 // ROTATED (keys were stored before RoPE), OUTLIERS, GROUP (query heads of a KV head, 1 2 4 8),
 // SOFTCAP.
@@ -14,16 +14,19 @@
 #include "unpack.cuh"
 
 constexpr u32 KEY_SLAB = STEPS * step_bytes(KEY_BITS), VALUE_SLAB = STEPS * step_bytes(VALUE_BITS);
-// Which codes are looked up in shared memory: pairs in the halves of a row of LUT_STRIDE bytes
-// (keys first), 2-bit values four at once. The others are picked from registers.
-constexpr bool KEY_PAIRS = !CHANNEL_LEVELS && KEY_BITS == 4;
+// Which codes are looked up in shared memory: pairs, or single ones of 8 bits, in the halves of a row of
+// LUT_STRIDE bytes (keys first), 2-bit values four at once. The others are picked from registers.
+static_assert(!CHANNEL_LEVELS || KEY_BITS != 8, "levels of 8 bits are a table of all keys");
+constexpr bool KEY_PAIRS = !CHANNEL_LEVELS && KEY_BITS == 4, KEY_SINGLES = KEY_BITS == 8;
 constexpr bool VALUE_PAIRS = VALUE_BITS == 4 || (VALUE_BITS == 3 && VALUE_TABLE);
+constexpr bool VALUE_SINGLES = VALUE_BITS == 8;
 constexpr bool VALUE_QUADS = VALUE_BITS == 2 && VALUE_TABLE;
 constexpr int LUT_STRIDE = CHANNEL_LEVELS && KEY_BITS == 4 ? 128 : 256;
 constexpr int VALUE_HALF = LUT_STRIDE == 256 ? 128 : 0;
-constexpr u32 PAIRS = KEY_BITS == 4 || VALUE_BITS == 4 ? 256 : 128;
-constexpr u32 PAIR_BYTES = KEY_PAIRS || VALUE_PAIRS ? PAIRS * LUT_STRIDE : 0;
-constexpr u32 LUT_BYTES = PAIR_BYTES + (VALUE_QUADS ? 65536 : 0);
+constexpr bool HAS_ROWS = KEY_PAIRS || KEY_SINGLES || VALUE_PAIRS || VALUE_SINGLES;
+constexpr u32 ROWS = KEY_BITS == 4 || VALUE_BITS == 4 || LEVEL_ROW == 256 ? 256 : 128;
+constexpr u32 ROW_BYTES = HAS_ROWS ? ROWS * LUT_STRIDE : 0;
+constexpr u32 LUT_BYTES = ROW_BYTES + (VALUE_QUADS ? 65536 : 0);
 constexpr u32 ANGLE_BYTES = ROTATED ? 8 * STEPS * 512 : 0;
 // What a KV head's keys need beside their codes: scales and offsets, or levels, in fragment order.
 constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
@@ -77,8 +80,10 @@ DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
 
 // Levels of one tile's codes: channels 8 step + 2 column + {0, 1} of tokens r and r + 8, then their
 // partners HEAD_DIM / 2 further.
-DEVICE void key_levels(const Warp& warp, u32 step, u32 tile, u32 (&k)[4]) {
+DEVICE void key_levels(const Warp& warp, u32 step, Tile<KEY_BITS> tile, u32 (&k)[4]) {
     if constexpr (KEY_BITS == 16) {
+    } else if constexpr (KEY_SINGLES) {
+        look_up_singles<LUT_STRIDE>(warp.lut, warp.lane, tile, k);
     } else if constexpr (!CHANNEL_LEVELS) {
         if constexpr (KEY_PAIRS) {
             look_up_pairs<LUT_STRIDE>(warp.lut, warp.lane, tile, k);
@@ -109,7 +114,8 @@ DEVICE void key_levels(const Warp& warp, u32 step, u32 tile, u32 (&k)[4]) {
 // Scores of a step's 16 channels, added to those of the steps before.
 DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u32 first_tile,
                      float (&score)[4][4]) {
-    u32 tiles[4], affine[4] = {0, 0, 0, 0}, b0, b1;
+    Tile<KEY_BITS> tiles[4];
+    u32 affine[4] = {0, 0, 0, 0}, b0, b1;
     if constexpr (KEY_BITS != 16) selectors<KEY_BITS>(words, tiles);
     if constexpr (KEY_BITS != 16 && !CHANNEL_LEVELS) {
         const u32* at = (const u32*)(warp.head_table + (step * 4 + warp.column) * 16);
@@ -155,7 +161,7 @@ DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS],
             u32 word = words[i], first[4], second[4];
             KVQ_UNROLL for (int a = 0; a < 4; a++) {
                 u32 at = pick_bytes(word, 8 * warp.lane, 0x5504 | a << 4);
-                Pair found = *(const Pair*)(warp.lut + PAIR_BYTES + at);
+                Pair found = *(const Pair*)(warp.lut + ROW_BYTES + at);
                 first[a] = found.of[0], second[a] = found.of[1];
             }
             mma(out, first, weights[2 * i][0], weights[2 * i][1]);
@@ -163,12 +169,14 @@ DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS],
         }
         return;
     }
-    u32 tiles[4];
+    Tile<VALUE_BITS> tiles[4];
     if constexpr (VALUE_BITS != 16) selectors<VALUE_BITS>(words, tiles);
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 v[4];
         if constexpr (VALUE_BITS == 16) {
             KVQ_UNROLL for (int i = 0; i < 4; i++) v[i] = words[(4 * t + i) % VALUE_BITS];
+        } else if constexpr (VALUE_SINGLES) {
+            look_up_singles<LUT_STRIDE>(warp.lut + VALUE_HALF, warp.lane, tiles[t], v);
         } else if constexpr (VALUE_PAIRS) {
             look_up_pairs<LUT_STRIDE>(warp.lut + VALUE_HALF, warp.lane, tiles[t], v);
         } else {

@@ -61,7 +61,7 @@ DEVICE void fetch_slab(const u8* words, u32 lane) {
 // Read a step's words from the slab.
 template <int bits>
 DEVICE void load_words(const u8* step, u32 lane, u32 (&words)[bits]) {
-    if constexpr (bits == 3 || bits == 16) {
+    if constexpr (bits == 3 || bits >= 8) {
         KVQ_UNROLL for (int i = 0; i < bits; i++) {
             u32 word[1];
             load_once<1>((const u32*)step + word_of<bits>(lane, i), word);

@@ -219,7 +219,7 @@ DEVICE void set_up(Warp& warp, const u16* levels, u8* shared, u32 number, u32 la
     warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
     if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) warp.key_levels.load(levels);
     if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
-        warp.value_levels.load(levels + 16);
+        warp.value_levels.load(levels + LEVEL_ROW);
 }
 
 // Nothing is accumulated.

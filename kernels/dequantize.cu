@@ -20,11 +20,12 @@ struct Source {
 template <bool is_key>
 DEVICE void decode_side(const Source& from, float* tile) {
     constexpr u32 bits = is_key ? KEY_BITS : VALUE_BITS;
-    u32 lane = thread_index() % 32, step = thread_index() / 32, words[bits], tiles[4];
+    u32 lane = thread_index() % 32, step = thread_index() / 32, words[bits];
+    Tile<bits> tiles[4];
     read_words<bits>(from.words + step * step_bytes(bits), lane, words);
     selectors<bits>(words, tiles);
     KVQ_UNROLL for (u32 n = 0; n < 32; n++) {
-        u32 token, at, code = tiles[n / 8] >> 4 * (n % 8) & ((1u << bits) - 1);
+        u32 token, at, code = (u32)(tiles[n / 8] >> room_of(bits) * (n % 8)) & ((1u << bits) - 1);
         if constexpr (is_key) {
             key_place(n, step, lane, token, at);
             tile[token * TILE_ROW + at] = key_dense(from.decode, from.head, at, code);

@@ -44,7 +44,7 @@ template <typename Read>
 DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* query, bool is_key,
                           const Read& read) {
     u8* shared = shared_memory();
-    u32 number = thread_index() / 32, lane = thread_index() % 32, level = tables.levels[lane];
+    u32 number = thread_index() / 32, lane = thread_index() % 32, level = lane_level(tables.levels, lane);
     send_tables(tables, cache, shared);
     Cut cut;
     if (block_index() >= plan(cache, block_count(), lane, cut)) {
@@ -53,7 +53,7 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
     }
     Warp warp;
     set_up(warp, tables.levels, shared, number, lane);
-    fill_tables(level, shared);
+    fill_tables(level, tables.levels, shared);
     u32 unit = cut.whole ? 0 : unit_of(cut, block_index());
     u32 end = cut.whole ? 1 : unit_of(cut, block_index() + 1);
     while (unit < end) {

@@ -100,14 +100,28 @@ DEVICE u32 nibble_bits(u32 mask) {
     return bits;
 }
 
-// A lane's codes of a step's keys, a word a tile; returns who is an outlier.
+// The same mask where codes have bytes.
+template <int bits>
+DEVICE Tile<bits> mask_of(u32 nibbles) {
+    if constexpr (bits == 8) {
+        u64 mask = 0;
+        KVQ_UNROLL for (u32 i = 0; i < 8; i++) mask |= (u64)(nibbles >> 4 * i & 1) * 255 << 8 * i;
+        return mask;
+    } else {
+        return nibbles;
+    }
+}
+
+// A lane's codes of a step's keys, a number a tile; returns who is an outlier.
 DEVICE u32 key_codes(const Source& from, const u16* staged, const Given& given,
-                     u32 (&tiles)[4]) {
+                     Tile<KEY_BITS> (&tiles)[4]) {
+    constexpr u32 room = room_of(KEY_BITS);
     u32 flags = 0, place = 8 * from.step + from.lane % 4 * 2;
     KeyChannel channels[2][2];
     lane_channels(from.code, from.place.head, from.step, from.lane, channels);
     KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
-        u32 word = 0, found_flags = 0;
+        Tile<KEY_BITS> word = 0;
+        u32 found_flags = 0;
         KVQ_UNROLL for (u32 half = 0; half < 2; half++) {
             u32 token = t * 16 + half * 8 + from.lane / 4;
             u32 exists = smaller(token, from.place.tokens - 1);
@@ -121,14 +135,15 @@ DEVICE u32 key_codes(const Source& from, const u16* staged, const Given& given,
                     key_pair(channels[e], staged + token * ROW, turns.of[e], found);
                 }
                 u32 i = half * 2 + e;
-                word |= found[0].code << 4 * i | found[1].code << 4 * (i + 4);
+                word |= (Tile<KEY_BITS>)found[0].code << room * i;
+                word |= (Tile<KEY_BITS>)found[1].code << room * (i + 4);
                 if (found[0].is_outlier) found_flags |= 1u << i;
                 if (found[1].is_outlier) found_flags |= 16u << i;
             }
         }
         if (from.place.tokens < 64) {
             u32 mask = key_mask(from, t);
-            word &= mask, found_flags &= nibble_bits(mask);
+            word &= mask_of<KEY_BITS>(mask), found_flags &= nibble_bits(mask);
         }
         flags |= found_flags << 8 * t;
         KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
@@ -139,11 +154,13 @@ DEVICE u32 key_codes(const Source& from, const u16* staged, const Given& given,
 
 // A lane's codes of a step's values; returns who may be an outlier, as far as its size says.
 DEVICE u32 value_codes(const Source& from, const u16* staged, const Given& given,
-                       const Coded* rows, const float* middles, u32 (&tiles)[4]) {
+                       const Coded* rows, const float* middles, Tile<VALUE_BITS> (&tiles)[4]) {
+    constexpr u32 room = room_of(VALUE_BITS);
     u32 flags = 0;
     u32 channel = 16 * from.step + from.lane / 4;
     KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
-        u32 word = 0, found_flags = 0;
+        Tile<VALUE_BITS> word = 0;
+        u32 found_flags = 0;
         KVQ_UNROLL for (u32 n = 0; n < 4; n++) {
             u32 token = t * 16 + n / 2 * 8 + from.lane % 4 * 2 + n % 2;
             Coded row = rows[token];
@@ -151,19 +168,19 @@ DEVICE u32 value_codes(const Source& from, const u16* staged, const Given& given
                 u32 i = n / 2 * 4 + n % 2 + 2 * upper, at = channel + 8 * upper;
                 if constexpr (VALUE_COMP) {
                     Element found = given_element(given, smaller(token, from.place.tokens - 1), at);
-                    word |= found.code << 4 * i;
+                    word |= (Tile<VALUE_BITS>)found.code << room * i;
                     if (found.is_outlier) found_flags |= 1u << i;
                 } else {
                     float x = state_value(staged[token * ROW + at]);
                     float u = mul_exact(add_exact(x, -row.offset), row.inverse);
-                    word |= nearest<VALUE_BITS>(u, middles) << 4 * i;
+                    word |= (Tile<VALUE_BITS>)nearest<VALUE_BITS>(u, middles) << room * i;
                     if (OUTLIERS && (x <= row.low || x >= row.high)) found_flags |= 1u << i;
                 }
             }
         }
         if (from.place.tokens < 64) {
             u32 mask = value_mask(from, t);
-            word &= mask, found_flags &= nibble_bits(mask);
+            word &= mask_of<VALUE_BITS>(mask), found_flags &= nibble_bits(mask);
         }
         flags |= found_flags << 8 * t;
         KVQ_UNROLL for (int k = 0; k < 3; k++) tiles[k] = tiles[k + 1];
@@ -199,9 +216,9 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     copies_sent();
     if constexpr (!VALUE_COMP) stage(value, place, num_kv_heads, tokens, staged_value);
     copies_sent();
-    for (u32 i = thread; i < 32; i += STEPS * 32) {
+    for (u32 i = thread; i < larger(LEVELS, 1u << VALUE_BITS) - 1; i += STEPS * 32) {
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
-        if (i >= 16 && i < 15 + (1u << VALUE_BITS)) middles[i] = value_middles[i - 16];
+        if (i < (1u << VALUE_BITS) - 1) middles[VALUE_MIDDLES + i] = value_middles[i];
     }
     const Cuts* own = cuts + (u64)place.sequence * tokens + place.slab * 64;
     for (u32 i = thread; i < 64; i += STEPS * 32) {
@@ -210,11 +227,11 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     }
     u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
     u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
-    u32 tiles[4] = {0, 0, 0, 0};
+    Tile<KEY_BITS> key_tiles[4] = {0, 0, 0, 0};
     await_copies<1>();
     sync_block();
-    u32 found = key_codes(from, staged, given[0], tiles);
-    store_codes<KEY_BITS>(to + from.step * step_bytes(KEY_BITS), from.lane, tiles);
+    u32 found = key_codes(from, staged, given[0], key_tiles);
+    store_codes<KEY_BITS>(to + from.step * step_bytes(KEY_BITS), from.lane, key_tiles);
     if constexpr (OUTLIERS) {
         *flags_of(flags, list, 0, thread) = found;
         u32 total = sum_of_warp(count_bits(found));
@@ -222,7 +239,8 @@ pack_slabs(const u16* key, const u16* value, const int* page_table, const float*
     }
     await_copies<0>();
     sync_block();
-    found = value_codes(from, staged_value, given[1], rows, middles + 16, tiles);
+    Tile<VALUE_BITS> tiles[4] = {0, 0, 0, 0};
+    found = value_codes(from, staged_value, given[1], rows, middles + VALUE_MIDDLES, tiles);
     to += STEPS * step_bytes(KEY_BITS) + from.step * step_bytes(VALUE_BITS);
     store_codes<VALUE_BITS>(to, from.lane, tiles);
     if constexpr (!OUTLIERS) return;

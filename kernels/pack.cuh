@@ -2,9 +2,11 @@
 #pragma once
 #include "unpack.cuh"
 
-static_assert(KEY_BITS <= 4 && VALUE_BITS <= 4, "16-bit pages hold states, not codes");
+static_assert(KEY_BITS <= 8 && VALUE_BITS <= 8, "16-bit pages hold states, not codes");
 constexpr u32 ROW = HEAD_DIM + 8;  // halves of a staged row, padded against bank conflicts
 constexpr u32 LEVELS = 1u << KEY_BITS;
+// Middles between levels in shared memory: those of keys, then those of values.
+constexpr u32 VALUE_MIDDLES = KEY_BITS == 8 ? 256 : 16, MIDDLES = VALUE_MIDDLES + (VALUE_BITS == 8 ? 256 : 16);
 
 // Where a block's 64 tokens lie.
 struct Place {
@@ -247,11 +249,15 @@ DEVICE u32 delta_word(float state, float dense, u32 where) {
     return (u32)float_to_half(add_exact(stored, -dense)) << 16 | where;
 }
 
-// Write a lane's 32 codes, given as a word per tile with code 2a + e in its nibbles.
+// Write a lane's 32 codes, given as a number per tile with code 2a + e in that nibble, or byte.
 template <int bits>
-DEVICE void store_codes(u8* step, u32 lane, const u32 (&tiles)[4]) {
+DEVICE void store_codes(u8* step, u32 lane, const Tile<bits> (&tiles)[4]) {
     u32* words = (u32*)step;
-    if constexpr (bits == 4) {
+    if constexpr (bits == 8) {
+        KVQ_UNROLL for (int i = 0; i < 8; i++) {
+            words[word_of<bits>(lane, i)] = (u32)(tiles[i / 2] >> 32 * (i % 2));
+        }
+    } else if constexpr (bits == 4) {
         KVQ_UNROLL for (int t = 0; t < 4; t++) words[4 * lane + t] = tiles[t];
     } else if constexpr (bits == 3) {
         KVQ_UNROLL for (int k = 0; k < 3; k++) {
@@ -285,7 +291,7 @@ DEVICE u32 channel_rank(u32 value, u32 lane) {
     return before;
 }
 
-// How values are encoded, and what levels decode to: (2, 16) half; keys per channel have their own.
+// How values are encoded, and what levels decode to: (2, LEVEL_ROW) half; keys per channel have their own.
 struct Decode {
     const u16 *levels, *key_levels;
     const u32* key_affine;  // as in attend.cu, unless CHANNEL_LEVELS
@@ -304,7 +310,7 @@ DEVICE float key_dense(const Decode& decode, u32 head, u32 place, u32 code) {
 }
 
 DEVICE float value_dense(const Decode& decode, u32 range, u32 code) {
-    float level = half_to_float(decode.levels[16 + code]);
+    float level = half_to_float(decode.levels[LEVEL_ROW + code]);
     return add_exact(mul_exact(level, h2_low(range)), h2_high(range));
 }
 

@@ -2,12 +2,13 @@
 //
 // A slab is 64 tokens of one KV head. It is cut into HEAD_DIM / 16 steps of 64 x 16 elements; in a
 // step a lane holds 4 tiles (16 tokens each) of one A fragment: 4 half2, a code for each half.
-// `selectors` turns the lane's words into one word per tile with code (fragment register a, half e)
-// in nibble 2a + e; `look_up` turns that into the fragment.
+// `selectors` turns the lane's words into one number per tile with code (fragment register a, half e)
+// in nibble 2a + e, or of 8 bits in that byte; `look_up` turns that into the fragment.
 #pragma once
 #include "device.cuh"
 
 constexpr u32 STEPS = HEAD_DIM / 16;
+constexpr u32 LEVEL_ROW = KEY_BITS == 8 || VALUE_BITS == 8 ? 256 : 16;  // levels of keys, then of values
 constexpr u32 IN_ROUNDS = 0x80000000u;  // beside the quads of values' lists
 constexpr u32 HEADER = 4;               // words before the first outlier of a list in rounds
 
@@ -37,12 +38,29 @@ DEVICE constexpr u32 step_bytes(u32 bits) {
     return 128 * bits;
 }
 
-// 4 bits: a word per tile. 3 bits: a word for each of the first three tiles, the fourth tile's
+// A tile's eight codes, and the bits that each has there.
+template <int bits>
+struct TileOf {
+    typedef u32 Type;
+};
+template <>
+struct TileOf<8> {
+    typedef u64 Type;
+};
+template <int bits>
+using Tile = typename TileOf<bits>::Type;
+DEVICE constexpr u32 room_of(u32 bits) {
+    return bits == 8 ? 8 : 4;
+}
+
+// 8 bits: two words per tile. 4 bits: a word per tile. 3 bits: a word for each of the first three tiles, the fourth tile's
 // codes spread over their nibbles' top bits. 2 bits: two tiles in a word, the second one two bits
 // higher.
 template <int bits>
-DEVICE void selectors(const u32 (&words)[bits], u32 (&tiles)[4]) {
-    if constexpr (bits == 4) {
+DEVICE void selectors(const u32 (&words)[bits], Tile<bits> (&tiles)[4]) {
+    if constexpr (bits == 8) {
+        KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[2 * t] | (u64)words[2 * t + 1] << 32;
+    } else if constexpr (bits == 4) {
         KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[t];
     } else if constexpr (bits == 3) {
         KVQ_UNROLL for (int t = 0; t < 3; t++) tiles[t] = words[t] & 0x77777777u;
@@ -59,7 +77,7 @@ DEVICE void selectors(const u32 (&words)[bits], u32 (&tiles)[4]) {
 // Which of a step's words are a lane's.
 template <int bits>
 DEVICE u32 word_of(u32 lane, u32 i) {
-    return bits == 3 ? 32 * i + lane : bits == 16 ? (32 * (i / 4) + lane) * 4 + i % 4 : bits * lane + i;
+    return bits == 3 ? 32 * i + lane : bits >= 8 ? (32 * (i / 4) + lane) * 4 + i % 4 : bits * lane + i;
 }
 template <int bits>
 DEVICE void read_words(const u8* step, u32 lane, u32 (&words)[bits]) {
@@ -119,5 +137,20 @@ DEVICE void look_up_pairs(const u8* table, u32 lane, u32 tile, u32 (&fragment)[4
             at = ((a ? tile >> (8 * a - 7) : tile << 7) & 0x7f80) | 4 * lane;
         }
         fragment[a] = *(const u32*)(table + at);
+    }
+}
+
+// 8-bit levels: a table of all codes, a copy for each lane, each level in both halves of a word.
+template <int stride>
+DEVICE void look_up_singles(const u8* table, u32 lane, u64 tile, u32 (&fragment)[4]) {
+    KVQ_UNROLL for (int a = 0; a < 4; a++) {
+        u32 word = a < 2 ? (u32)tile : (u32)(tile >> 32), found[2];
+        KVQ_UNROLL for (int e = 0; e < 2; e++) {
+            int byte = a % 2 * 2 + e;
+            u32 at = stride == 256 ? pick_bytes(word, 4 * lane, 0x5504 | byte << 4)
+                                   : (word >> 8 * byte & 255) * stride + 4 * lane;
+            found[e] = *(const u32*)(table + at);
+        }
+        fragment[a] = pick_bytes(found[0], found[1], 0x7610);
     }
 }

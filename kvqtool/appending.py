@@ -111,9 +111,9 @@ def append(
     for rounding in roundings:
         parts = vars(rounding).values() if rounding else (code.offset, code.offset, tables.order)
         compensating += parts  # unread where rounding is plain
-    shared = 808 * 4 + 2 * head_dim * (2 + heads)
+    shared = (776 + variant.middles) * 4 + 2 * head_dim * (2 + heads)
     if code.turns_values:
-        shared = 2088 * 4 + 2 * head_dim + 4 * head_dim * (1 + heads)
+        shared = (2056 + variant.middles) * 4 + 2 * head_dim + 4 * head_dim * (1 + heads)
     run(
         append_kernel(variant, code.macros),
         (batch * heads, 32 * _WARPS, shared + sum(map(bool, roundings)) * _bench_bytes(head_dim)),

@@ -50,9 +50,9 @@ def check_room(name: str, tensor: Tensor, count: int) -> None:
 
 def check_codes(variant: Variant) -> None:
     """Raise InputError unless pages hold codes on both sides, which is all but attention know."""
-    if max(variant.key_bits, variant.value_bits) > 4:
+    if max(variant.key_bits, variant.value_bits) > 8:
         raise InputError(
-            f"expected codes of 2, 3 or 4 bits, received {variant.key_bits}-bit keys and "
+            f"expected codes of 2, 3, 4 or 8 bits, received {variant.key_bits}-bit keys and "
             f"{variant.value_bits}-bit values; pages of 16 bits hold the states as they are"
         )
 

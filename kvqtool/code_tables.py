@@ -128,7 +128,10 @@ def unsupported(spec: KvSpec) -> str | None:
         f"{key.method} codes": key.method not in (GROUPED, *ROTATING),
         f"{value.method} codes": value.method not in (GROUPED, *ROTATING),
         "states that are not codes": key.method != EXACT and value.method != EXACT,
-        "codes of 8 bits": max(key.bits, value.bits) <= 4,
+        "8-bit codes that are compensated or of rotated values": not any(
+            side.bits == 8 and (side.compensated or side.rotated) for side in (key, value)
+        ),
+        "codebooks per channel of 8-bit keys": not (key.channel_levels and key.bits == 8),
         "bits by token": spec.adaptive is None,
         "keys with a range per token": key.per_channel,
         "ranges per group of channels": value.group_size is None,

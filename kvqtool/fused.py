@@ -161,7 +161,7 @@ def expect_tables(tables: LayerTables, variant: Variant, heads: int) -> list[Exp
     by_key: Expected = "key_table", tables.key_table, half, shape
     return [
         *([by_key] if variant.key_bits != 16 else []),
-        ("levels", tables.levels, half, (2, 16)),
+        ("levels", tables.levels, half, (2, variant.level_row)),
         ("angles", tables.angles, half, (8, steps, 32, 2, 2, 2)),
         ("frequencies", tables.frequencies, torch.int64, (variant.head_dim // 2,)),
         ("order", tables.order, torch.int16, (variant.head_dim,)),

@@ -27,8 +27,8 @@ def unreadable_side(spec: QuantSpec, *, is_key: bool) -> str | None:
     side = "keys" if is_key else "values"
     if spec.method not in _METHODS:
         return f"{side} stored as {spec.method}"
-    if spec.bits > 4:
-        return f"{side} of {spec.bits} bits"
+    if spec.bits == 8 and spec.channel_levels:
+        return f"a codebook per channel of {spec.bits}-bit {side}"
     if is_key != spec.per_channel:
         return f"{side} with a range per {'token' if is_key else 'channel'}"
     return f"{side} with a range per group of channels" if spec.group_size else None

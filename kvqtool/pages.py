@@ -137,11 +137,14 @@ def folds_levels(spec: QuantSpec) -> bool:
 
 
 def level_table(key: PageSide, value: PageSide) -> Tensor:
-    """Return the levels of both sides, (2, 16) float16, zeros where keys have their own."""
-    table = torch.zeros(2, 16, dtype=torch.float16, device=value.codebook.levels.device)
+    """Return the levels of both sides, zeros where keys have their own: (2, 16) float16, or (2, 256)
+    where a side has 8 bits.
+    """
+    room = 256 if 8 in (key.spec.bits, value.spec.bits) else 16
+    table = torch.zeros(2, room, dtype=torch.float16, device=value.codebook.levels.device)
     for row, side in enumerate((key, value)):
         levels = side.codebook.decode_levels
-        if levels.dim() == 1 and len(levels) <= 16:
+        if levels.dim() == 1:
             table[row, : len(levels)] = levels.half()
     return table
 

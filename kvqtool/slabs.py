@@ -48,7 +48,7 @@ def pack_slabs(codes: Tensor, bits: int, *, is_key: bool) -> Tensor:
 
     Args:
         codes: (slabs, 64, head_dim) integers below 2**bits; with 16 bits, fp16 states.
-        bits: 2, 3, 4, or 16 for states as they are.
+        bits: 2, 3, 4, 8, or 16 for states as they are.
         is_key: which of the two orders.
 
     Returns:
@@ -58,6 +58,10 @@ def pack_slabs(codes: Tensor, bits: int, *, is_key: bool) -> Tensor:
     if bits == 16:
         pairs = codes.half()[:, token, place].view(torch.int32)  # (n, steps, 32, tiles, 4)
         return pairs.permute(0, 1, 3, 2, 4).flatten(1).contiguous()
+    if bits == 8:
+        tiles = codes.to(torch.uint8)[:, token, place].view(torch.int32)  # (n, steps, 32, tiles, 2)
+        lanes = tiles.flatten(3).unflatten(3, (2, 4))
+        return lanes.permute(0, 1, 3, 2, 4).flatten(1).contiguous()
     nibble = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
     tiles = (codes.to(torch.int32)[:, token, place] << nibble).sum(-1, dtype=torch.int32)
     if bits == 4:
@@ -75,7 +79,7 @@ def unpack_slabs(words: Tensor, bits: int, head_dim: int, *, is_key: bool) -> Te
 
     Args:
         words: (slabs, 2 * bits * head_dim) int32.
-        bits: 2, 3, 4 or 16.
+        bits: 2, 3, 4, 8 or 16.
         head_dim: D.
         is_key: which of the two orders.
 
@@ -89,6 +93,12 @@ def unpack_slabs(words: Tensor, bits: int, head_dim: int, *, is_key: bool) -> Te
         states = torch.empty(shape, dtype=torch.float16, device=words.device)
         states[:, token, place] = lanes.contiguous().view(torch.float16)
         return states
+    if bits == 8:
+        lanes = words.view(-1, head_dim // 16, 2, 32, 4).permute(0, 1, 3, 2, 4)
+        bytes_of = lanes.contiguous().view(torch.uint8).view(-1, head_dim // 16, 32, _TILES, 8)
+        codes = torch.empty(shape, dtype=torch.int32, device=words.device)
+        codes[:, token, place] = bytes_of.to(torch.int32)
+        return codes
     nibble = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     codes = torch.empty(shape, dtype=torch.int32, device=words.device)
     codes[:, token, place] = _shift(_tiles(words, bits, head_dim)[..., None], nibble) & (

@@ -26,7 +26,7 @@ class Variant:
 
     Args:
         head_dim: 64, 96, 128 or 256.
-        key_bits: 2, 3, 4, or 16 for fp16 pages.
+        key_bits: 2, 3, 4, 8, or 16 for fp16 pages.
         value_bits: likewise.
         channel_levels: a codebook per key channel.
         rotated: keys lie before RoPE.
@@ -58,8 +58,10 @@ class Variant:
                 f"fused attention knows head sizes 64, 96, 128, 256; not {self.head_dim}"
             )
         for bits in (self.key_bits, self.value_bits):
-            if bits not in (2, 3, 4, 16):
-                raise InputError(f"fused attention knows 2, 3 and 4 bits; not {bits}")
+            if bits not in (2, 3, 4, 8, 16):
+                raise InputError(f"fused attention knows 2, 3, 4 and 8 bits; not {bits}")
+        if self.channel_levels and self.key_bits == 8:
+            raise InputError("fused attention knows no codebooks per channel of 8-bit keys")
         if self.group not in (1, 2, 4, 8):
             raise InputError(f"a warp takes 1, 2, 4 or 8 query heads at once; not {self.group}")
         if self.warps < 1:
@@ -77,6 +79,16 @@ class Variant:
     def states(self) -> torch.dtype:
         """Dtype of queries, outputs and exact tokens."""
         return torch.bfloat16 if self.bfloat16 else torch.float16
+
+    @property
+    def level_row(self) -> int:
+        """Levels that `pages.level_table` has room for on each side."""
+        return 256 if 8 in (self.key_bits, self.value_bits) else 16
+
+    @property
+    def middles(self) -> int:
+        """Floats that kernels which write codes keep of both sides' middles."""
+        return sum(256 if bits == 8 else 16 for bits in (self.key_bits, self.value_bits))
 
     @property
     def slab_words(self) -> int:
@@ -129,27 +141,27 @@ class Variant:
     @property
     def _chunks(self) -> tuple[int, int]:
         """Chunks of a slab's keys and of its values."""
-        key, value = (self.steps // (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
+        key, value = (self.steps // (1 if b >= 8 else 2) for b in (self.key_bits, self.value_bits))
         return key, value
 
     @property
     def _common_bytes(self) -> int:
-        has_pairs = self.value_bits == 4 or (self.value_bits == 3 and self.value_table)
-        has_pairs |= self.key_bits == 4 and not self.channel_levels
-        rows = 256 if 4 in (self.key_bits, self.value_bits) else 128
+        has_rows = self.value_bits in (4, 8) or (self.value_bits == 3 and self.value_table)
+        has_rows |= self.key_bits in (4, 8) and not self.channel_levels
+        rows = 256 if {4, 8} & {self.key_bits, self.value_bits} else 128
         stride = 128 if self.channel_levels and self.key_bits == 4 else 256
-        lut = rows * stride if has_pairs else 0
+        lut = rows * stride if has_rows else 0
         lut += 65_536 if self.value_bits == 2 and self.value_table else 0
         angles = 4096 * self.steps if self.rotated else 0
-        per_channel = {2: 8, 3: 256, 4: 512, 16: 0}[self.key_bits]
-        head = self.head_dim * per_channel if self.channel_levels else 64 * self.steps
+        per_channel = {2: 8, 3: 256, 4: 512}
+        head = self.head_dim * per_channel[self.key_bits] if self.channel_levels else 64 * self.steps
         query = self.group * self.head_dim * 4
         order = 6 * self.head_dim  # and frequencies
         return lut + angles + head + query + self.most_warps * self.group * 12 + order
 
     @property
     def _corner_bytes(self) -> int:
-        slot = max(128 * b * (1 if b == 16 else 2) for b in (self.key_bits, self.value_bits))
+        slot = max(128 * b * (1 if b >= 8 else 2) for b in (self.key_bits, self.value_bits))
         side = 256 + (896 if self.outliers else 0)
         mix = self.head_dim * self.group * (2 + 4) + (32 * self.steps if self.group > 1 else 0)
         if self.outliers:

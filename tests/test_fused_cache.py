@@ -34,7 +34,7 @@ SPECS = (
     "nuq4-1%-pc/nuq2-5%",
     "nuq3-1%-comp/nuq3-1%-comp-vrot",
     "nuq3-1%-cap3-r40-sink2",
-    "nf4-postrope/nf4",
+    "nf4-postrope/int8",
 )
 Maker = Callable[[str], Bundle]
 
@@ -178,7 +178,7 @@ def test_bytes_are_those_of_every_tensor(builtin: LoadedModel, calibrated: Maker
     [
         ("fp", "stored as fp"),
         ("int4-g64", "range per token"),
-        ("nuq8-1%", "8 bits"),
+        ("nuq8-1%-pc/nuq4", "a codebook per channel of 8-bit keys"),
         ("nuq3-1%-pertoken", "range per token"),
         ("qaq4", "stored as qaq"),
         ("qaq-k0.03-v1-w4", "bits by token"),

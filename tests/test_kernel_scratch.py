@@ -80,7 +80,7 @@ def test_reading_by_kernels_takes_less_than_through_torch() -> None:
     ("model", "spec", "says"),
     [
         ("llama-7b", "fp", "not planned for keys stored as fp"),
-        ("llama-7b", "nuq8", "keys of 8 bits"),
+        ("llama-7b", "nuq8-pc/nuq4", "a codebook per channel of 8-bit keys"),
         ("llama-7b", "nuq3-r128", "a recent window"),
         ("gemma-3-27b", "nuq3", "sliding layers"),
         ("deepseek-v3", "nuq3", "latent layers"),

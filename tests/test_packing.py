@@ -40,7 +40,9 @@ def test_pages_hold_outliers() -> None:
 @pytest.mark.parametrize(
     ("spec", "what"),
     [
-        ("nuq8-1%", "codes of 8 bits"),
+        ("nuq8-1%-comp", "8-bit codes that are compensated or of rotated values"),
+        ("nuq3-1%/nuq8-vrot", "8-bit codes that are compensated or of rotated values"),
+        ("nuq8-1%-pc/nuq3", "codebooks per channel of 8-bit keys"),
         ("nuq3-1%-pertoken", "keys with a range per token"),
         ("qaq-nuq-1%", "bits by token"),
         ("nuq3-1%-cap4", "a cap on key outliers"),

@@ -22,7 +22,7 @@ from kvqtool.slabs import (
 from kvqtool.spec import parse_spec
 
 
-@pytest.mark.parametrize(("bits", "head_dim"), [*product((2, 3, 4), (64, 96, 128, 256))])
+@pytest.mark.parametrize(("bits", "head_dim"), [*product((2, 3, 4, 8), (64, 96, 128, 256))])
 @pytest.mark.parametrize("is_key", [True, False])
 def test_codes_come_back_from_slabs(bits: int, head_dim: int, is_key: bool) -> None:
     codes = torch.randint(0, 1 << bits, (3, 64, head_dim), dtype=torch.int32)

@@ -13,7 +13,7 @@ from kvqtool.spec import parse_spec
 from kvqtool.usage import kernel_of
 
 pytestmark = pytest.mark.gpu
-SPECS = ("nuq3-1%-sink1", "kvq3", "nuq4-1%-pc/nuq2-1%", "nuq3-1%/nuq3-1%-vrot", "nuq2-1%-r40-sink2")
+SPECS = ("nuq3-1%-sink1", "kvq3", "nuq4-1%-pc/nuq8-1%", "nuq3-1%/nuq3-1%-vrot", "nuq2-1%-r40-sink2")
 
 
 @pytest.fixture(scope="module", params=("float16", "bfloat16"))
