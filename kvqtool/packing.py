@@ -249,7 +249,8 @@ def _grid(name: str, states: tuple[Tensor, Tensor], variant: Variant) -> tuple[i
         return slabs, SLAB_TOKENS, shared
     if name == "write_lists":
         return slabs, threads, 4 * (head_dim + variant.steps + 4)
-    return slabs, threads, 2 * SLAB_TOKENS * (head_dim + 8) * 2 + SLAB_TOKENS * 16 + 4 * variant.middles
+    staged, coded = 2 * SLAB_TOKENS * (head_dim + 8) * 2, SLAB_TOKENS * 16
+    return slabs, threads, staged + coded + 4 * variant.middles
 
 
 def pack_kernels(variant: Variant, code: Macros = PLAIN) -> dict[str, Kernel]:

@@ -137,8 +137,8 @@ def folds_levels(spec: QuantSpec) -> bool:
 
 
 def level_table(key: PageSide, value: PageSide) -> Tensor:
-    """Return the levels of both sides, zeros where keys have their own: (2, 16) float16, or (2, 256)
-    where a side has 8 bits.
+    """Return the levels of both sides, zeros where keys have their own: (2, 16) float16, or
+    (2, 256) where a side has 8 bits.
     """
     room = 256 if 8 in (key.spec.bits, value.spec.bits) else 16
     table = torch.zeros(2, room, dtype=torch.float16, device=value.codebook.levels.device)

@@ -153,8 +153,9 @@ class Variant:
         lut = rows * stride if has_rows else 0
         lut += 65_536 if self.value_bits == 2 and self.value_table else 0
         angles = 4096 * self.steps if self.rotated else 0
-        per_channel = {2: 8, 3: 256, 4: 512}
-        head = self.head_dim * per_channel[self.key_bits] if self.channel_levels else 64 * self.steps
+        head = 64 * self.steps
+        if self.channel_levels:
+            head = self.head_dim * {2: 8, 3: 256, 4: 512}[self.key_bits]
         query = self.group * self.head_dim * 4
         order = 6 * self.head_dim  # and frequencies
         return lut + angles + head + query + self.most_warps * self.group * 12 + order
