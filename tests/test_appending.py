@@ -19,6 +19,7 @@ CASES = (
     PackCase("nuq2-5%-comp/nuq4-1%", tokens=5, layout="interleaved", head_dim=64),
     PackCase("nuq4-1%-postrope/nuq2-5%-qnorm-comp", tokens=5, bfloat16=True, tied=True),
     PackCase("nuq4-1%-qnorm-comp/nuq3-comp", tokens=5, head_dim=96),
+    PackCase("nuq3-pc-comp/nuq4-1%-comp", tokens=6, head_dim=64),
     PackCase("nuq3-1%/nuq3-1%-vrot", tokens=6, batch=2),
     PackCase("nuq4-1%/nuq2-5%-vrot-comp", tokens=5, head_dim=96, tied=True),
     PackCase("nuq3-1%-comp/nf4-vrot", tokens=5, head_dim=64, num_kv_heads=3, bfloat16=True),
