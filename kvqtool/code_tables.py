@@ -42,7 +42,8 @@ class CodeTables:
     """What finding a layer's codes needs, float32, in the order of the layer's channels.
 
     Args:
-        lower: (C,) least key that is no outlier.
+        lower: (C,) least key that is no outlier; minus infinity where keys have none, for kernels
+            know of outliers of either side or of neither.
         upper: (C,) greatest.
         offset: (C,) middle of a key channel's range.
         inverse: (C,) one over half its range, 0 where it has none.
@@ -98,7 +99,10 @@ def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: 
         raise InputError(f"{spec}: the CUDA kernels do not know {reason}; use the torch path")
     key = books[0]
     scale, offset = channel_affine(key)
-    assert key.lower is not None and key.upper is not None
+    lower, upper = key.lower, key.upper
+    assert lower is not None and upper is not None
+    if not spec.key.outlier_fraction:
+        lower, upper = torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf)
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     middles = [(b.levels[..., 1:] + b.levels[..., :-1]) * 0.5 for b in books]
     if folds_levels(spec.key):
@@ -107,7 +111,7 @@ def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: 
     key_middles = middles[0].contiguous()
     roundings = _rounding(books[0], key_middles), _rounding(books[1], middles[1])
     return CodeTables(
-        *(key.lower, key.upper, offset, inverse, key_middles, middles[1], tail),
+        *(lower, upper, offset, inverse, key_middles, middles[1], tail),
         *(*roundings, spec.value.rotated),
     )
 

@@ -152,14 +152,14 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> tuple[T
 
 
 def codebook(spec: QuantSpec, states: Tensor) -> Codebook:
-    """Return an uneven codebook with thresholds at the spec's share."""
+    """Return an uneven codebook with ranges that a few states leave, those of the spec's share."""
     levels = normalfloat_levels(spec.bits) * 0.9
     if spec.channel_levels:
         levels = levels * torch.linspace(0.8, 1.0, states.shape[1])[:, None]
     levels = as_half(levels)
     if not spec.per_channel:
         return Codebook(levels, levels)
-    tail = spec.outlier_fraction / 2
+    tail = (spec.outlier_fraction or 0.01) / 2
     low, high = states.quantile(tail, dim=0), states.quantile(1 - tail, dim=0)
     return Codebook(levels, levels, *round_range(low, high))
 

@@ -62,6 +62,8 @@ CASES = (
     PackCase("nuq2-5%-comp/nuq4-1%", tokens=130, layout="interleaved"),
     PackCase("nuq4-1%-postrope/nuq2-5%-qnorm-comp", bfloat16=True, tied=True),
     PackCase("nuq4-1%-qnorm-comp/nuq3-comp", head_dim=64, num_kv_heads=3, layout="interleaved"),
+    PackCase("nuq3/nuq4-1%", tokens=70),
+    PackCase("nuq3-pc-comp/nuq4-1%-comp", head_dim=64, tokens=70, num_kv_heads=3),
     PackCase("nuq3-comp/nuq4-comp", head_dim=96, tokens=33),
     PackCase("nuq3-1%/nuq3-1%-vrot", batch=2),
     PackCase("nuq4-1%/nuq2-5%-vrot-comp", head_dim=96, tokens=66, tied=True),

@@ -22,6 +22,7 @@ CASES = (
     PackCase("nuq8-1%/int8", tokens=6, head_dim=64),
     PackCase("nuq8-1%/nuq2-1%-comp", tokens=5, head_dim=64),
     PackCase("nuq3-1%-comp/nuq8-1%", tokens=5, head_dim=64),
+    PackCase("nuq3-pc-comp/nuq4-1%-comp", tokens=6, head_dim=64),
     PackCase("nuq3-1%/nuq3-1%-vrot", tokens=6, batch=2),
     PackCase("nuq4-1%/nuq2-5%-vrot-comp", tokens=5, head_dim=96, tied=True),
     PackCase("nuq3-1%-comp/nf4-vrot", tokens=5, head_dim=64, num_kv_heads=3, bfloat16=True),

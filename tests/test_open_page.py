@@ -27,9 +27,12 @@ def both_on_cpu(spec: str, **options: Any) -> Both:
 
 
 KVQ3 = "nuq3-1%-sink1-pc-comp/nuq3-1%-sink1-comp"
+# What @mixed may leave of it in a layer: outliers of values only.
+VALUES_ONLY = "nuq3-sink1-pc-comp/nuq4-1%-sink1-comp"
 SPECS = (
     "nuq3-1%-sink1",
     KVQ3,
+    VALUES_ONLY,
     "nuq4-1%/nuq2-5%",
     "nf4-postrope",
     "nuq2-1%-pc",
@@ -37,7 +40,7 @@ SPECS = (
 )
 
 
-@pytest.mark.parametrize("spec", mostly_slow(SPECS[:2], SPECS))
+@pytest.mark.parametrize("spec", mostly_slow(SPECS[:3], SPECS))
 def test_tokens_one_by_one_are_read_as_the_codec_would(spec: str) -> None:
     both = both_on_cpu(spec)
     both.append(120, *[1] * 20)
