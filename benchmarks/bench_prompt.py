@@ -26,6 +26,7 @@ from torch import Tensor
 from kvqtool.live import watch
 from kvqtool.memory import LayerGeometry
 from kvqtool.open_page import OpenPage
+from kvqtool.page_writer import PageWriter
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import page_form
 from kvqtool.reader import PageReader, SharedTables
@@ -82,7 +83,8 @@ class Layer:
         if way == "rows":
             return LayerStore(self.spec, self.books, self.seam)
         reader = PageReader(self.seam, self.spec, self.books, self.form, SharedTables())
-        opened = OpenPage(self.spec, self.books, reader) if way == "kernels" else None
+        writer = PageWriter(self.spec, self.books, reader)
+        opened = OpenPage(writer) if way == "kernels" else None
         return PagedStore(self.spec, self.books, self.seam, self.form, opened)
 
 

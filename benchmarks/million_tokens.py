@@ -88,7 +88,7 @@ def main() -> None:
             "steps": len(seconds),
             "tokens_per_second": len(timed) / sum(timed),
             "step_seconds": statistics.median(timed),
-            "decode": vars(decoder.report),
+            "decode": decoder.report.as_json(),
             "kernel": kernel_of(cache),
             "cache_bytes": cache.nbytes,
             "planned_cache_bytes": planned(bundle, seam, cache.get_seq_length(), options.dtype),

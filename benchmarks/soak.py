@@ -83,10 +83,7 @@ class Soak:
                     if len(tokens) == steps or before - started > limit:
                         break
         return {
-            "mode": decoder.report.mode,
-            "reason": decoder.report.reason,
-            "captured": decoder.report.captured,
-            "replayed": decoder.report.replayed,
+            **decoder.report.as_json(),
             "steps": len(tokens),
             "tokens_per_second": len(tokens) / sum(seconds),
             "time": _time(seconds),

@@ -20,6 +20,7 @@ from kvqtool.council import Council
 from kvqtool.errors import RunError
 from kvqtool.layer import KvqLayer, repeated
 from kvqtool.open_page import OpenPage
+from kvqtool.page_writer import PageWriter
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import ReadPath, page_form
 from kvqtool.reader import PageReader, SharedTables
@@ -69,7 +70,8 @@ class KvqCache(Cache):
             return KvqLayer(LayerStore(spec, books, layer), angles, self.prefill, path)
         form = page_form(layer, spec)
         reader = PageReader(layer, spec, books, form, self.shared)
-        paged = PagedStore(spec, books, layer, form, OpenPage(spec, books, reader))
+        opened = OpenPage(PageWriter(spec, books, reader))
+        paged = PagedStore(spec, books, layer, form, opened)
         return KvqLayer(paged, angles, self.prefill, path, reader)
 
     def tokens_at_once(self, wanted: int | None) -> int | None:

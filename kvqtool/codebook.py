@@ -62,19 +62,15 @@ class Codebook:
 
     def to(self, device: torch.device) -> Codebook:
         """Return the codebook with its tensors on a device."""
+        held = {name: part for name, part in vars(self).items() if part is not None}
+        return replace(self, **{name: send(part, device) for name, part in held.items()})
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
 
-        return Codebook(
-            self.levels.to(device),
-            self.decode_levels.to(device),
-            move(self.lower),
-            move(self.upper),
-            move(self.feedback),
-            move(self.order),
-            move(self.query_norm),
-        )
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. What comes from the host is copied aside there and does not wait
+    for what a GPU still has to do.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def as_half(values: Tensor) -> Tensor:

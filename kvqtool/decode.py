@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,16 +33,23 @@ class DecodeReport:
     """How tokens were generated.
 
     Args:
-        mode: `graph` or `eager`.
         reason: why not from a graph, or None.
         replayed: steps that were replayed from a graph.
         captured: graphs that were captured.
     """
 
-    mode: str
     reason: str | None
     replayed: int = 0
     captured: int = 0
+
+    @property
+    def mode(self) -> str:
+        """`graph` or `eager`."""
+        return "eager" if self.reason else "graph"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return every field, and the mode."""
+        return {"mode": self.mode, **asdict(self)}
 
 
 class Decoder:
@@ -66,8 +73,7 @@ class Decoder:
         self._cache = cache
         self._sampling = sampling
         self._must_capture = mode == "graph"
-        reason = why_eager(model, cache, mode)
-        self.report = DecodeReport("eager" if reason else "graph", reason)
+        self.report = DecodeReport(why_eager(model, cache, mode))
 
     def tokens(self, logits: Tensor) -> Generator[list[int]]:
         """Yield each sequence's next token, (batch,), until `max_new_tokens`; stop any time.
@@ -257,7 +263,6 @@ class _Steps:
                 self._forward(self._steady)
         except RuntimeError as error:
             self._steady.forget()
-            self._report.mode = "eager"
             self._report.reason = f"capturing a step failed: {_first_cause(error)}"
             return False
         self._graph, self._stale = graph, None

@@ -218,7 +218,7 @@ class _Run:
             device=self.loaded.device.type,
             dtype=str(self.loaded.dtype).removeprefix("torch."),
             kernel=kernel_of(self.cache),
-            decode=asdict(decoder.report),
+            decode=decoder.report.as_json(),
             layers=layer_report(self.cache),
         )
 

@@ -15,41 +15,22 @@ import torch
 from torch import Tensor
 
 from kvqtool.appending import GrowingPages, append, new_pages
-from kvqtool.codebook import Codebook
-from kvqtool.cuda import Launcher
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.packing import Packed
 from kvqtool.page_memory import QUAD
 from kvqtool.page_store import PageStore
 from kvqtool.page_writer import PageWriter
 from kvqtool.pages import Pages
-from kvqtool.reader import PageReader
 from kvqtool.recover import listed_words
 from kvqtool.rows import Pair
-from kvqtool.spec import KvSpec
 
 
 class OpenPage:
     """One layer's open page, at the head of its `PageStore`."""
 
-    def __init__(
-        self,
-        spec: KvSpec,
-        books: tuple[Codebook, Codebook],
-        reader: PageReader,
-        run: Launcher | None = None,
-    ) -> None:
-        """Start without memory.
-
-        Args:
-            spec: the scheme.
-            books: the layer's codebooks.
-            reader: what reads the layer's pages.
-            run: what runs the kernels; None for the GPU, and only there.
-        """
-        self.writer = PageWriter(spec, books, reader, run)
-        self._spec = spec
-        self._reader = reader
+    def __init__(self, writer: PageWriter) -> None:
+        """Start without memory; `writer` writes the layer's whole pages."""
+        self.writer = writer
         self.close()
 
     def close(self) -> None:
@@ -95,8 +76,8 @@ class OpenPage:
             kept.index_copy_(2, place, fresh)
         key, value = (part[:, :, 0].contiguous() for part in states)
         growing = replace(self._growing, pages=self._place(pages))
-        variant = self._reader.variant(key.shape[1], key)
-        tables, code = self._reader.tables_on(key.device), self.writer.code_for(key)
+        variant = self.writer.reader.variant(key.shape[1], key)
+        tables, code = self.writer.reader.tables_on(key.device), self.writer.code_for(key)
         append((key, value, turns, at), growing, code, tables, variant, self.writer.run)
 
     def load(self, states: Pair, packed: Packed, pages: PageStore) -> None:
@@ -105,10 +86,9 @@ class OpenPage:
         Args:
             states: keys after RoPE and values, (batch, num_kv_heads, tokens, head_dim).
             packed: the page that `writer` made of them.
-            pages: the store this page stands at the head of.
+            pages: the store this page stands at the head of, prepared.
         """
-        self.prepare(states[0], pages)
-        assert self._states is not None
+        assert self._states is not None, "the page was not prepared"
         place = self._place(pages)
         self.tokens = states[0].shape[2]
         place.slabs.copy_(packed.pages.slabs)
@@ -156,11 +136,11 @@ class OpenPage:
 
     def _open(self, states: Tensor, pages: PageStore) -> None:
         batch, heads, _, head_dim = states.shape
-        device, channels = states.device, heads * head_dim
+        spec, device, channels = self.writer.spec, states.device, heads * head_dim
         # Room for every element of a slab: nothing is ever dropped.
-        most, per_tail = SLAB_TOKENS * head_dim, outliers_per_tail(self._spec.value, channels)
-        room = most if self._spec.key.outlier_fraction else 0, min(2 * per_tail * SLAB_TOKENS, most)
-        variant = self._reader.variant(heads, states)
+        most, per_tail = SLAB_TOKENS * head_dim, outliers_per_tail(spec.value, channels)
+        room = most if spec.key.outlier_fraction else 0, min(2 * per_tail * SLAB_TOKENS, most)
+        variant = self.writer.reader.variant(heads, states)
         self._growing = new_pages(variant, batch, heads, 1, room, device)
         pages.reserve(self._growing.pages)
         self.writer.code_for(states)  # a graph that writes finds its tables there

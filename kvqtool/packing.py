@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kvqtool.arguments import Expected, check_tensors
 from kvqtool.code_tables import PLAIN, CodeTables, expect_code
+from kvqtool.codebook import send
 from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
 from kvqtool.fused import LayerTables, expect_tables
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, list_sizes
-from kvqtool.recover import Exceptions
+from kvqtool.recover import Exceptions, no_exceptions
 from kvqtool.variant import Variant
 
 _WARPS: Final = 4  # of a block of `survey_values`
@@ -140,7 +141,7 @@ class _Prompt:
         known = counts.cpu()
         index, size = _lay_out(known)
         words = counts.new_zeros(size)
-        index = index.to(device)
+        index = send(index, device)
         pages = Pages(slabs, ranges, index, words, table)
         exceptions = self._write_lists(pages, given, [ranges, *coded, flags])
         return Packed(pages, counts, exceptions, known)
@@ -192,11 +193,16 @@ class _Prompt:
 
 def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions]:
     """Return what the kernel left beside the lists; waits for the GPU."""
-    ordered = [row[:count].sort()[0] for row, count in zip(spilled, spills.tolist(), strict=True)]
     key, value = (
-        Exceptions(found >> 16, found.to(torch.int16).view(torch.float16)) for found in ordered
+        _sorted(row[:count]) if count else no_exceptions(spilled.device)
+        for row, count in zip(spilled, spills.tolist(), strict=True)
     )
     return key, value
+
+
+def _sorted(spilled: Tensor) -> Exceptions:
+    found = spilled.sort()[0]
+    return Exceptions(found >> 16, found.to(torch.int16).view(torch.float16))
 
 
 def _within(found: Exceptions, elements: int, *, is_first: bool) -> Exceptions:

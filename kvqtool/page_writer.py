@@ -37,9 +37,9 @@ class PageWriter:
             reader: what reads the layer's pages.
             run: what runs the kernels; None for the GPU, and only there.
         """
+        self.spec = spec
         self.books = books
-        self._spec = spec
-        self._reader = reader
+        self.reader = reader
         self._run = run
         self._code: CodeTables | None = None
 
@@ -51,7 +51,7 @@ class PageWriter:
     def can_take(self, states: Tensor) -> bool:
         """Whether the kernels know the scheme and run where states lie."""
         is_there = self._run is not None or states.is_cuda
-        return is_there and states.dtype in _DTYPES and unsupported(self._spec) is None
+        return is_there and states.dtype in _DTYPES and unsupported(self.spec) is None
 
     def pack(self, states: Pair, turns: Pair | None) -> Packed:
         """Return the pages of whole pages of tokens.
@@ -62,9 +62,9 @@ class PageWriter:
                 are not rotated.
         """
         key, value = (part.contiguous() for part in states)
-        variant = self._reader.variant(key.shape[1], key)
-        tables = self._reader.tables_on(key.device)
-        if self._spec.value.rotated:
+        variant = self.reader.variant(key.shape[1], key)
+        tables = self.reader.tables_on(key.device)
+        if self.spec.value.rotated:
             value = rotate_heads(value.float())
         places, code = self.turns(turns, key, key.shape[2]), self.code_for(key)
         return pack((key, value), places, code, tables, variant, self.run)
@@ -74,7 +74,7 @@ class PageWriter:
         if self._code is None:
             books = self.books[0].to(states.device), self.books[1].to(states.device)
             channels = states.shape[1] * states.shape[-1]
-            self.books, self._code = books, code_tables(self._spec, books, channels)
+            self.books, self._code = books, code_tables(self.spec, books, channels)
         return self._code
 
     def turns(self, turns: Pair | None, states: Tensor, tokens: int) -> Tensor:

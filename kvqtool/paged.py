@@ -212,14 +212,15 @@ class PagedStore(LayerStore):
 
     def _add_pages(self, states: Pair, angles: Angles) -> None:
         """Encode tokens behind the body some at a time, by kernels where they can."""
-        tokens, ends = states[0].shape[2], extremes(states)
+        tokens, ends, writer = states[0].shape[2], extremes(states), self._writer_of(states[0])
         size = pages_at_once(self.batch, self.geometry.key_channels)
         first = min(-self._pages_of().rest[0].tokens % PAGE_TOKENS, tokens)
         bounds = sorted({0, *range(first, tokens, size), tokens})
+        if writer is not None and (tokens - first) % PAGE_TOKENS:  # before a GPU is waited for
+            self.open_page.prepare(states[0], self._pages_of().pages)
         for start, stop in pairwise(bounds):
             part, at = cut(states, start, stop), self.sinks + self.dropped + self.bodies[0].tokens
-            writer = None if start < first else self._writer_of(part[0])
-            if writer is None:
+            if writer is None or start < first:
                 check_finite(ends, self.layer)
                 self._add(self._encode(part, angles), angles)
                 continue
@@ -229,9 +230,8 @@ class PagedStore(LayerStore):
             self._add_packed(part, packed)
 
     def _writer_of(self, states: Tensor) -> PageWriter | None:
-        if self._open is None or not self._open.writer.can_take(states):
-            return None
-        return self._open.writer
+        opened = self._open
+        return opened.writer if opened is not None and opened.writer.can_take(states) else None
 
     def _add_packed(self, states: Pair, packed: Packed) -> None:
         """Put packed tokens behind the pages; those that fill no page go into the open one."""

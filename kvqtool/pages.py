@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvqtool.bits import unpack_words
-from kvqtool.codebook import Codebook
+from kvqtool.codebook import Codebook, send
 from kvqtool.codec import channel_affine
 from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS, outliers_per_tail
 from kvqtool.outliers import row_of_outlier
@@ -117,7 +117,7 @@ def key_table(codebook: Codebook, spec: QuantSpec, order: Tensor, num_heads: int
     """
     scale, offset = channel_affine(codebook)
     head_dim = len(order)
-    places = order.to(scale.device)
+    places = send(order, scale.device)
     scale, offset = (part.view(num_heads, head_dim)[:, places] for part in (scale, offset))
     if folds_levels(spec):
         shared = codebook.decode_levels.expand(num_heads * head_dim, -1)

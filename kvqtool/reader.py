@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvqtool.blockwise import attend_share
-from kvqtool.codebook import Codebook
+from kvqtool.codebook import Codebook, send
 from kvqtool.fused import LayerTables, PackedContext, Workspace, attend, new_workspace
 from kvqtool.hadamard import rotate_heads
 from kvqtool.memory import PAGE_TOKENS
@@ -212,7 +212,7 @@ class PageReader:
             level_table(*sides),
             turns,
             frequencies,
-            order.to(device, torch.int16),
+            send(order.to(torch.int16), device),
             1.0,
         )
 

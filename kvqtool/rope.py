@@ -14,6 +14,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kvqtool.codebook import send
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -133,7 +135,7 @@ class AngleFormula:
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return (cos, sin), (..., width / 2) in the model's dtype, for integer positions (...)."""
-        phase = positions[..., None].float() * self.inv_freq.to(positions.device)
+        phase = positions[..., None].float() * send(self.inv_freq, positions.device)
         return (phase.cos() * self.scaling).to(self.dtype), (phase.sin() * self.scaling).to(
             self.dtype
         )

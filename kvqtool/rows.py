@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def check_finite(ends: Tensor, layer: int) -> None:
     Raises:
         RunError: naming the layer.
     """
-    if not torch.isfinite(ends).all():
+    if not all(map(math.isfinite, ends.tolist())):
         raise RunError(
             f"layer {layer} produced NaN or infinite states; run in float32 or check the model"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvqtool.cuda import Launcher
 from kvqtool.memory import LayerGeometry
 from kvqtool.open_page import OpenPage
+from kvqtool.page_writer import PageWriter
 from kvqtool.paged import PagedStore
 from kvqtool.read_path import page_form
 from kvqtool.reader import PageReader, SharedTables
@@ -49,7 +50,7 @@ class Both:
         )
         form = page_form(seam, parsed)
         self.reader = PageReader(seam, parsed, books, form, SharedTables())
-        self.open = OpenPage(parsed, books, self.reader, run)
+        self.open = OpenPage(PageWriter(parsed, books, self.reader, run))
         self.rows = LayerStore(parsed, books, seam)
         self.closed = PagedStore(parsed, books, seam, form)
         self.opened = PagedStore(parsed, books, seam, form, self.open)

@@ -17,7 +17,7 @@ from kvqtool.bundle import Bundle
 from kvqtool.errors import RunError
 from kvqtool.live import watch
 from kvqtool.models import load_model
-from kvqtool.open_page import OpenPage
+from kvqtool.page_writer import PageWriter
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed")
 
@@ -157,9 +157,7 @@ def test_a_model_generates_with_open_pages(
     bundle = calibrated("nuq3-1%-sink1")
     ids = text_ids(loaded, 1, 121)
     expected = greedy(loaded, bundle, ids, "fused", 12)
-    monkeypatch.setattr(
-        "kvqtool.cache.OpenPage", lambda *arguments: OpenPage(*arguments, run_on_cpu)
-    )
+    monkeypatch.setattr("kvqtool.cache.PageWriter", lambda *given: PageWriter(*given, run_on_cpu))
     found = greedy(loaded, bundle, ids, "fused", 12, expected.tokens)
     stores = found.cache.stores
     assert all("open" in store.tensors for store in stores)

@@ -21,7 +21,7 @@ from kvqtool.decode import Decoder, ungraphed
 from kvqtool.errors import RunError
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel, load_model
-from kvqtool.open_page import OpenPage
+from kvqtool.page_writer import PageWriter
 from kvqtool.paged import PagedStore
 from kvqtool.reader import PageReader
 from kvqtool.sampling import Sampling
@@ -34,7 +34,7 @@ SPEC = "nuq3-1%-sink1"
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoadedModel]:
     """Return the built-in model in float16, its open pages written by the append kernel."""
-    monkeypatch.setattr("kvqtool.cache.OpenPage", lambda *given: OpenPage(*given, run_on_cpu))
+    monkeypatch.setattr("kvqtool.cache.PageWriter", lambda *given: PageWriter(*given, run_on_cpu))
     loaded = load_model("builtin", device="cpu", dtype="float16")
     loaded.read_path = "fused"
     yield loaded
