@@ -60,9 +60,8 @@ def pack_slabs(codes: Tensor, bits: int, *, is_key: bool) -> Tensor:
         return pairs.permute(0, 1, 3, 2, 4).flatten(1).contiguous()
     if bits == 8:
         tiles = codes.to(torch.uint8)[:, token, place].view(torch.int32)  # (n, steps, 32, tiles, 2)
-        lanes = tiles.reshape(len(codes), -1, 32, 2, 4)
-        words = lanes.permute(0, 1, 3, 2, 4).flatten(1).contiguous()
-        return words
+        lanes = tiles.reshape(len(codes), -1, 32, 2, 4).permute(0, 1, 3, 2, 4)
+        return lanes.flatten(1).contiguous()
     nibble = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
     tiles = (codes.to(torch.int32)[:, token, place] << nibble).sum(-1, dtype=torch.int32)
     if bits == 4:
