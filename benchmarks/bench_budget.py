@@ -72,10 +72,9 @@ def main() -> None:
     table = _Table(loaded, texts, options)
     pairs = [tuple(map(int, pair)) for pair in options.pairs.split(",")]
     uniform = [_uniform(scheme, pair) for pair in pairs]
-    table.score_uniform(fit(loaded, learned, uniform, fitter, seed=options.seed))
-    for name in options.preset or ():
-        (bundle,) = fit(loaded, learned, [parse_spec(name)], fitter, seed=options.seed)
-        table.score(bundle, name)
+    beside = [parse_spec(name) for name in options.beside or ()]
+    bundles = fit(loaded, learned, [*uniform, *beside], fitter, seed=options.seed)
+    table.score_known(bundles, len(uniform))
     with tempfile.TemporaryDirectory() as folder:
         kept = Partial(Path(folder) / "gap.safetensors", resume=True)
         for budget in _budgets(options):
@@ -101,22 +100,25 @@ class _Table:
             long = {"seq_len": options.at_context, "windows": 1}
             self.long = {name: _text(loaded, name, options, **long) for name in texts}
 
-    def score_uniform(self, bundles: list[Bundle]) -> None:
-        """Score the schemes that budgets have to beat."""
+    def score_known(self, bundles: list[Bundle], uniform: int) -> None:
+        """Score the uniform schemes, which come first, and those that were named."""
         for name, windows in self.texts.items():
-            self.uniform[name] = evaluate(self.loaded, windows, bundles, progress=_note)
+            results = evaluate(self.loaded, windows, bundles, progress=_note)
+            self.uniform[name] = results[:uniform]
+            for each in results[uniform:]:
+                row = {"limit": each.spec, "text": name}
+                self.rows.append(row | self._against(each, self.uniform[name]))
+            self._save(bundles[0])
 
-    def score(self, bundle: Bundle, preset: str | None = None) -> None:
+    def score(self, bundle: Bundle) -> None:
         """Add a row a text, and save."""
         for name, windows in self.texts.items():
             (result,) = evaluate(self.loaded, windows, [bundle], progress=_note)
-            row = {"limit": preset, "text": name} | self._against(result, self.uniform[name])
-            if preset is None:
-                row |= _promise(bundle, result)
-                row["bits_at_context"] = self._filled(bundle, name)
+            row = _promise(bundle, result) | {"text": name}
+            row |= self._against(result, self.uniform[name])
+            row["bits_at_context"] = self._filled(bundle, name)
             self.rows.append(row)
-        if self.options.output:
-            self._save(bundle)
+        self._save(bundle)
 
     def _filled(self, bundle: Bundle, text: str) -> float | None:
         """Return the effective bits of a cache that holds as many tokens as bits were counted at,
@@ -142,6 +144,8 @@ class _Table:
         }
 
     def _save(self, bundle: Bundle) -> None:
+        if self.options.output is None:
+            return
         uniform = [
             {
                 "text": name,
@@ -236,7 +240,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("model", help="builtin, a folder or a hub id")
     parser.add_argument("--spec", default=DEFAULT_SPEC)
-    parser.add_argument("--preset", action="append", help="a preset to score beside; repeatable")
+    parser.add_argument("--beside", action="append", help="a scheme to score beside; repeatable")
     parser.add_argument(
         "--pairs",
         default="22,23,24,32,33,34,42,43,44",
