@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from bench_quality import commit, machine
 from qaq_table import Table
-from qaq_tuning import RATIOS, Tuner, note, protocol_of, tune
+from qaq_tuning import Tuner, around, note, protocol_of, tune
 
 from kvqtool.bundle import load_bundle, save_bundle
 from kvqtool.calibrate import calibrate
@@ -51,9 +51,7 @@ from kvqtool.spec import parse_spec
 
 FIXED = {
     "fixed": ("nuq4-1%-sink1", "nuq3-1%-sink1", "nuq2-1%-sink1"),
-    "preset kvq4": ("kvq4",),
-    "preset kvq3": ("kvq3",),
-    "preset kvq2": ("kvq2",),
+    "presets": ("kvq4", "kvq3", "kvq2"),
 }
 ALLOCATED = "kvq3@{:g}"
 STEPWISE = ("qaq token", "qaq shadow")  # decoded token by token: for short windows, when asked for
@@ -86,6 +84,7 @@ class Setting:
     choices: str | None
     targets: tuple[float, ...]
     ratios: tuple[tuple[str, float, float], ...]
+    climb: tuple[str, ...]
     folder: str
 
 
@@ -93,7 +92,9 @@ class Setting:
 def loaded_of(setting: Setting) -> LoadedModel:
     """Return this process's copy of the model."""
     torch.set_num_threads(1)
-    return load_model(setting.model, device=setting.device, dtype=setting.dtype)
+    loaded = load_model(setting.model, device=setting.device, dtype=setting.dtype)
+    loaded.read_path = "materialise"  # as bits by token are read, so that all schemes are
+    return loaded
 
 
 @cache
@@ -121,10 +122,7 @@ def make(setting: Setting, name: str, texts: tuple[str, ...]) -> list[str]:
     if name in FAMILIES:
         some = slice(0, setting.tuning_windows)
         part = replace(learned, ids=learned.ids[some], scored_from=learned.scored_from[some])
-        given = {family: (ratio, start) for family, ratio, start in setting.ratios}
-        ratio, start = given.get(name, (None, 0.03))
-        tuner = Tuner(loaded, part, RATIOS if ratio is None else (ratio,), start)
-        bundles = tune(tuner, name, bundles[0], list(setting.targets))
+        bundles = tune(_tuner(setting, name, part), name, bundles[0], list(setting.targets))
     paths = []
     for number, bundle in enumerate(bundles):
         path = Path(setting.folder) / f"{name.replace(' ', '-')}-{number}.safetensors"
@@ -133,6 +131,16 @@ def make(setting: Setting, name: str, texts: tuple[str, ...]) -> list[str]:
     tuned = time.perf_counter() - calibrated
     note(f"made {name}: calibrated in {calibrated - started:.0f} s, tuned in {tuned:.0f} s")
     return paths
+
+
+def _tuner(setting: Setting, name: str, part: Windows) -> Tuner:
+    """Return what finds a family's tolerances."""
+    loaded = loaded_of(setting)
+    for family, ratio, start in setting.ratios:
+        if family == name:
+            ratios = around(ratio) if name in setting.climb else (ratio,)
+            return Tuner(loaded, part, ratios, start)
+    return Tuner(loaded, part)
 
 
 def score(setting: Setting, paths: tuple[str, ...], dataset: str | None) -> list[dict[str, Any]]:
@@ -204,14 +212,16 @@ def _run(
     table: Table,
     jobs: int,
 ) -> None:
-    """Make every family and score its bundles, before the next is made where processes are few."""
+    """Make every family and score its bundles, before the next is made where processes are few;
+    questions come last.
+    """
     ready: deque[tuple[Callable[[Any], None], tuple[Any, ...]]] = deque()
     running: dict[Future[Any], Callable[[Any], None]] = {}
 
     def made(name: str, paths: list[str]) -> None:
-        groups = [tuple(paths)] if jobs == 1 else [(path,) for path in paths]
+        groups = [(path,) for path in paths] if jobs > 1 or not paths else [tuple(paths)]
         for path in paths if setting.choices else []:
-            ready.appendleft((partial(answered, path), (answer, setting, path)))
+            ready.append((partial(answered, path), (answer, setting, path)))
         for group, dataset in product(groups, reversed(datasets or [None])):
             ready.appendleft((partial(scored, name), (score, setting, group, dataset)))
 
@@ -239,7 +249,8 @@ def _setting(options: argparse.Namespace, targets: tuple[float, ...], folder: st
     given = {name: getattr(options, name) for name in (*shared, *more)}
     known = (text.split("=") for text in options.ratio)
     ratios = tuple((name, float(ratio), float(start)) for name, ratio, start in known)
-    return Setting(**given, targets=targets, ratios=ratios, folder=folder)
+    climb = tuple(options.climb)
+    return Setting(**given, targets=targets, ratios=ratios, climb=climb, folder=folder)
 
 
 def _options() -> argparse.Namespace:
@@ -265,6 +276,9 @@ def _options() -> argparse.Namespace:
         action="append",
         default=[],
         help="FAMILY=RATIO=START: seek the keys' tolerance from START on, and no ratio; repeatable",
+    )
+    parser.add_argument(
+        "--climb", action="append", default=[], help="FAMILY: seek its ratio too, from RATIO on"
     )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tuning-windows", type=int, default=2)

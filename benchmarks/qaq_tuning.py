@@ -23,7 +23,7 @@ _STEPS = 10
 _GREATEST = 1e6  # of a tolerance; past it only the formula's least bits are left
 _LEAP = 6.0  # doublings of a tolerance at once
 _CLOSE = 0.01  # of the target's bits
-_THERE = 0.05  # farther from its target a scheme has no such bits
+_THERE = 0.05  # farther from its target a scheme is said to have no such bits
 
 
 @dataclass
@@ -113,6 +113,11 @@ class Tuner:
             at = best
 
 
+def around(ratio: float) -> tuple[float, ...]:
+    """Return ratios whose middle is a given one."""
+    return tuple(ratio * factor for factor in (0.1, 1 / 3, 1.0, 3.0, 10.0))
+
+
 def protocol_of(bundle: Bundle) -> str:
     """Return how a bundle is scored: at once where that stores what decoding would."""
     return "true-decode" if is_stepwise(bundle.spec) else "decode-exact"
@@ -133,19 +138,20 @@ def with_budgets(bundle: Bundle, key: float, value: float) -> Bundle:
 
 
 def tune(tuner: Tuner, name: str, bundle: Bundle, targets: list[float]) -> list[Bundle]:
-    """Return a family's bundle at each target that it can reach; the ratio is sought at the
-    first.
+    """Return a family's bundle at each target, or the nearest to it that there is; the ratio is
+    sought at the first.
     """
     ratio, start = tuner.best_ratio(bundle, targets[0])
-    chosen = []
+    chosen: dict[float, Bundle] = {}
     for target in targets:
         found, bits, scale = tuner.reach(bundle, ratio, target, start)
-        if abs(bits / target - 1) > _THERE:
+        if abs(bits / target - 1) < _THERE:
+            start = scale
+        else:
             note(f"{name} has no {target:g} bits: {bits:.3f} are nearest")
-            continue
-        chosen.append(found)
-        start = scale
-    return chosen
+        if all(abs(bits / known - 1) > _CLOSE for known in chosen):
+            chosen[bits] = found
+    return list(chosen.values())
 
 
 def note(text: str) -> None:
