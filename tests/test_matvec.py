@@ -27,7 +27,7 @@ SLOW = [
     Case("nuq3-1%", (257,), position=2**20 + 5),
     Case("nuq4-1%-pc", (70,), group=8),
     Case("nuq3-5%", (80,), num_kv_heads=1, head_dim=64, group=2),
-    Case("nuq8-1%/int8", (70,), num_kv_heads=1, head_dim=64, group=2),
+    Case("nuq8-1%/int8-1%", (70,), num_kv_heads=1, head_dim=64, group=2),
 ]
 
 
