@@ -34,8 +34,8 @@ test: $(READY) ## run the tests: CPU, offline
 test-gpu: $(READY) ## run the GPU tests; a machine without a GPU is a failure, not a skip
 	KVQTOOL_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
 
-test-kernels: $(READY) ## run every kernel variant on the CPU, and compile all for every GPU where NVRTC is installed
-	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_attend_shim.py tests/test_packing.py tests/test_appending.py tests/test_dequantize.py tests/test_compile.py
+test-kernels: $(READY) ## run every kernel variant on the CPU, memory checked too, and compile all for every GPU where NVRTC is installed
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_attend_shim.py tests/test_packing.py tests/test_appending.py tests/test_dequantize.py tests/test_matvec.py tests/test_bounds.py tests/test_compile.py
 
 test-oldest: $(OLDEST)/.ready ## run the tests (or TESTS=...) with the oldest transformers that is allowed, in .venv-oldest
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 $(TESTS)

@@ -59,7 +59,11 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
     while (unit < end) {
         Part part{find_segment(cache, cut, cut.whole ? block_index() : unit, lane), 0, 0};
         const Segment& segment = part.segment;
-        if (is_key) send_segment(tables, cache, segment, query, shared);
+        if (is_key) {
+            send_segment(tables, cache, segment, query, shared);
+        } else {
+            copies_sent();
+        }
         Range range = range_of_block(cut, segment, unit, end);
         u32 count = range.until - range.from;
         part.first = segment.first_slab + smaller(range.from + count * number / WARPS, segment.slabs);

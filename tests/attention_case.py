@@ -164,6 +164,14 @@ def codebook(spec: QuantSpec, states: Tensor) -> Codebook:
     return Codebook(levels, levels, *round_range(low, high))
 
 
+def log_tolerance(built: Built) -> float:
+    """Return how far the log of a sum of exp(score) may be off: as far as a score at most. Its
+    products are of a query and a turned key, each rounded to fp16, so 2 * 2**-11 of the greatest
+    score; 5e-3 where that is less, for products that cancel.
+    """
+    return max(5e-3, 2 * 2**-11 * float(built.log_sums.abs().max()))
+
+
 def on_device(built: Built, device: str) -> Built:
     """Return the case with its inputs on a device; the answer stays where it is."""
     return replace(moved(built, device), expected=built.expected, log_sums=built.log_sums)

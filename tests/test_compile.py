@@ -9,6 +9,7 @@ from shim.build import mostly_slow
 
 from kvqtool.appending import append_kernel
 from kvqtool.cuda import Kernel
+from kvqtool.matvec import Part, matvec_kernel
 from kvqtool.packing import pack_kernels
 from kvqtool.reading import dequantize_kernel
 from kvqtool.spec import parse_spec
@@ -67,6 +68,15 @@ def test_kernels_around_pages_compile_without_spills(variant: Variant, architect
         registers, spilled = resources(compile_source(kernel, architecture))
         assert spilled == 0
         assert registers <= 128
+
+
+@pytest.mark.parametrize("part", mostly_slow(["all"], ["all", "codes", "outliers"]))
+@pytest.mark.parametrize("variant", [VARIANTS[i] for i in (1, 3, 7)], ids=str)
+def test_products_compile_without_spills(variant: Variant, part: Part) -> None:
+    kernel = matvec_kernel("score_keys", variant, part)  # all of matvec.cu
+    registers, spilled = resources(compile_source(kernel, "sm_90"))
+    assert spilled == 0
+    assert registers * variant.warps * 32 <= 65536
 
 
 @pytest.mark.parametrize("source", ["pack", "dequantize"])

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -20,6 +21,7 @@ from kvqtool.cuda import Argument, Kernel, source_text
 
 FOLDER = Path(__file__).parent
 HAS_COMPILER = shutil.which("g++") is not None
+_CHECKED = "KVQTOOL_SHIM_CHECKED"  # set where every access is checked
 _MAIN = '#include <type_traits>\n#include <utility>\n#include "launch.hpp"\nLAUNCHER({name})\n'
 
 
@@ -27,6 +29,8 @@ _MAIN = '#include <type_traits>\n#include <utility>\n#include "launch.hpp"\nLAUN
 def _library(kernel: Kernel) -> ctypes.CDLL:
     text = source_text(kernel.source) + _MAIN.format(name=kernel.function)
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-DKVQ_HOST", "-ffp-contract=off"]
+    if _CHECKED in os.environ:
+        options += ["-fsanitize=address", "-g1"]
     options += [f"-D{key}={value}" for key, value in kernel.macros]
     headers = "".join(p.read_text(encoding="utf-8") for p in sorted(FOLDER.glob("*.hpp")))
     digest = hashlib.sha256("\0".join([text, headers, *options]).encode()).hexdigest()[:20]
@@ -51,6 +55,15 @@ def run_on_cpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[
         else:
             slots[i] = struct.unpack("<I", struct.pack("<f", argument))[0]
     getattr(_library(kernel), f"launch_{kernel.function}")(*shape, slots)
+
+
+def run_checked(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where a kernel that leaves a tensor or its shared memory ends the process."""
+    asked = ["g++", "-print-file-name=libasan.so"]
+    runtime = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", _CHECKED: "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=os.environ | options, capture_output=True, text=True)
 
 
 def mostly_slow(quick: Sequence[object], cases: Sequence[object]) -> list[object]:
