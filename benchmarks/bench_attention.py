@@ -1,7 +1,7 @@
 """One query token's attention over a long context: packed cache against the best fp16 of torch.
 
     python benchmarks/bench_attention.py --quick
-    python benchmarks/bench_attention.py --output benchmarks/results/attention-h100.json
+    python benchmarks/bench_attention.py --flex --fp8 --output attention.json
 
 Every contender runs inside a CUDA graph over copies that together exceed five times the L2 cache;
 contenders take turns, and the median counts. `fraction_of_byte_limit` is the time the bytes that
@@ -16,44 +16,23 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from random_pages import HEAD_DIM, Shape, random_pages
-from timing import Contender, copies, interleave, read_rate
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-
-from kvqtool.codebook import normalfloat_levels
-from kvqtool.fused import (
-    ExactTokens,
-    LayerTables,
-    PackedContext,
-    attend,
-    new_workspace,
+from contenders import (
+    EAGER,
+    FLEX,
+    FP8,
+    TEMPLATE,
+    dequantized,
+    fp8_template,
+    fp16_contenders,
+    packed,
 )
-from kvqtool.memory import outliers_per_tail
-from kvqtool.pages import Pages
-from kvqtool.reading import dequantize
-from kvqtool.slabs import angle_table, frequency_table
-from kvqtool.spec import parse_spec
-from kvqtool.variant import Variant, groups_of, variant_of
+from random_pages import HEAD_DIM, Shape
+from timing import interleave, read_rate
 
 SPECS = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4-1%-pc", "nuq3-1%-pc", "nuq2-1%-pc", "nuq4")
-EAGER = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa math": SDPBackend.MATH,
-}
-TEMPLATE = "fp16 template"
-
-
 QUICK = (
     Shape(1, 32, 32, 131072),
     Shape(4, 32, 8, 131072),
@@ -63,25 +42,35 @@ QUICK = (
 FULL = tuple(dict.fromkeys((
     *QUICK,
     *(Shape(b, h, k, n) for h, k in ((32, 32), (32, 8), (64, 8)) for b in (1, 4, 16)
-      for n in (4096, 16384, 32768, 131072, 524288) if b * k * n <= 2**22 + 2**20),
+      for n in (4096, 16384, 32768, 131072, 524288, 1048576)),
 )))  # fmt: skip
+# What is held at once, over one copy of the fp16 states: these, those of the fp16 template and what
+# making its pages takes, and the packed contexts. `sdpa math` repeats states for all query heads.
+HELD = 6
 
 
 def main() -> None:
     """Measure and print."""
     options = _options()
+    shapes = [_shape(text) for text in options.shapes or ()]
+    shapes = shapes or list(QUICK if options.quick else FULL)
+    if options.list:
+        for shape in shapes:
+            names = ", ".join(_names(options))
+            print(f"{shape}: {_bytes_held(shape) / 1e9:.1f} GB; {names}")
+        return
     torch.manual_seed(0)
     rate = read_rate()
     rows = []
-    for shape in QUICK if options.quick else FULL:
-        if (
-            options.shapes
-            and f"{shape.batch},{shape.num_heads},{shape.num_kv_heads},{shape.context}"
-            not in options.shapes
-        ):
+    for shape in shapes:
+        wanted, free = _bytes_held(shape), torch.cuda.mem_get_info()[0]
+        if wanted > free:
+            there = f"{free / 1e9:.0f} GB are free"
+            print(f"{shape}: left out, takes {wanted / 1e9:.0f} GB, {there}", file=sys.stderr)
             continue
         started = time.perf_counter()
         rows += _measure_shape(shape, options, rate)
+        torch.cuda.empty_cache()
         print(f"{shape}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     record = {
         "command": " ".join(["python", *sys.argv]),
@@ -100,24 +89,50 @@ def main() -> None:
         print(text)
 
 
+def _shape(text: str) -> Shape:
+    """Return the shape that `--shapes` names."""
+    batch, num_heads, num_kv_heads, context = map(int, text.split(","))
+    return Shape(batch, num_heads, num_kv_heads, context)
+
+
+def _bytes_held(shape: Shape) -> int:
+    """Return the most that a shape's measurement holds at once, or a little more."""
+    states = 4 * shape.batch * shape.num_kv_heads * shape.context * HEAD_DIM
+    return (HELD + shape.num_heads // shape.num_kv_heads) * states
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    """Return whom a shape's measurement holds against each other."""
+    specs = options.spec or SPECS
+    packed_names = [f"{spec} {given}".strip() for given in ("", *options.also) for spec in specs]
+    if options.once:
+        return packed_names
+    others = [FLEX] * options.flex + [FP8] * options.fp8
+    return [*EAGER, TEMPLATE, *others, *packed_names]
+
+
 def _measure_shape(
     shape: Shape, options: argparse.Namespace, read_rate: float
 ) -> list[dict[str, object]]:
-    packed = [_packed(shape, spec) for spec in options.spec or SPECS]
-    packed += [
-        _packed(shape, spec, given) for given in options.also for spec in options.spec or SPECS
+    all_packed = [
+        packed(shape, spec, given)
+        for given in ("", *options.also)
+        for spec in options.spec or SPECS
     ]
     if options.once:
-        for contender in packed * 3:
+        for contender in all_packed * 3:
             contender.calls[0]()
         torch.cuda.synchronize()
         return []
-    contenders = [*fp16_contenders(shape), *packed]
+    exact = fp16_contenders(shape, (*EAGER, TEMPLATE, *([FLEX] * options.flex)))
+    contenders = [*exact, *([fp8_template(shape)] if options.fp8 else []), *all_packed]
     if options.dequantize:
-        contenders.append(_dequantized(shape, packed[0]))
+        contenders.append(dequantized(shape, all_packed[0]))
     times = interleave(contenders, options.rounds)
     fp16 = {
-        c.name: statistics.median(times[c.name]) for c in contenders if c.name in (TEMPLATE, *EAGER)
+        c.name: statistics.median(times[c.name])
+        for c in contenders
+        if c.name in (TEMPLATE, FLEX, *EAGER)
     }
     best = min(fp16.values())
     rows = []
@@ -155,118 +170,23 @@ def _measure_shape(
     return rows
 
 
-def _query(shape: Shape) -> Tensor:
-    return torch.randn(shape.batch, shape.num_heads, HEAD_DIM, device="cuda", dtype=torch.half)
-
-
-def fp16_contenders(shape: Shape, names: Sequence[str] = (*EAGER, TEMPLATE)) -> Iterator[Contender]:
-    """Yield torch's backends by name, those that run, and the kernel's own template, over fp16."""
-    wide = (shape.batch, shape.num_kv_heads, shape.context, HEAD_DIM)
-    nbytes = 4 * shape.batch * shape.num_kv_heads * shape.context * HEAD_DIM
-    pairs = [
-        tuple(torch.randn(wide, device="cuda", dtype=torch.half) for _ in range(2))
-        for _ in range(copies(nbytes))
-    ]
-    query = _query(shape)[:, :, None]
-
-    def sdpa(backend: SDPBackend, key: Tensor, value: Tensor) -> Callable[[], object]:
-        def call() -> object:
-            with sdpa_kernel([backend]):
-                return scaled_dot_product_attention(
-                    query, key, value, enable_gqa=shape.num_heads != shape.num_kv_heads
-                )
-
-        return call
-
-    for name in (name for name in EAGER if name in names):
-        backend = EAGER[name]
-        calls = [sdpa(backend, *pair) for pair in pairs]
-        with suppress(RuntimeError):
-            calls[0]()
-            yield Contender(name, nbytes, calls)
-    if TEMPLATE not in names:
-        return
-    variant = Variant(
-        HEAD_DIM, 16, 16, False, False, False, groups_of(shape.num_heads, shape.num_kv_heads)
-    )
-    yield contender(TEMPLATE, shape, variant, random_pages(shape, variant))
-
-
-def packed_variant(shape: Shape, text: str, given: str = "") -> Variant:
-    """Return the kernel of a spec; `given` sets fields of it, as in most_warps=12,value_table=0."""
-    group = groups_of(shape.num_heads, shape.num_kv_heads)
-    variant = variant_of(parse_spec(text), HEAD_DIM, group)
-    fields = dict(part.split("=") for part in given.split(",") if part)
-    kinds = {name: type(getattr(variant, name)) for name in fields}
-    return replace(variant, **{name: kinds[name](int(value)) for name, value in fields.items()})
-
-
-def _packed(shape: Shape, text: str, given: str = "") -> Contender:
-    variant = packed_variant(shape, text, given)
-    value = parse_spec(text).value
-    per_token = 2 * outliers_per_tail(value, shape.num_kv_heads * HEAD_DIM)
-    name = f"{text} {given}".strip()
-    return contender(name, shape, variant, random_pages(shape, variant, per_token))
-
-
-def contender(name: str, shape: Shape, variant: Variant, pages: Pages) -> Contender:
-    """Wrap pages with everything else a launch reads: one sink, random tables."""
-    steps, half = HEAD_DIM // 16, HEAD_DIM // 2
-    inv_freq = 500_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    if variant.channel_levels:
-        table = torch.randn(shape.num_kv_heads, HEAD_DIM, 1 << variant.key_bits)
-    else:
-        table = torch.rand(shape.num_kv_heads, steps, 4, 2, 2, 2)
-    levels = torch.zeros(2, variant.level_row)
-    for side, bits in enumerate((variant.key_bits, variant.value_bits)):
-        if bits <= 8:
-            levels[side, : 1 << bits] = normalfloat_levels(bits)
-    tables = LayerTables(
-        table.half().cuda(), levels.half().cuda(),
-        angle_table(inv_freq).cuda(), frequency_table(inv_freq).cuda(),
-        torch.arange(HEAD_DIM, dtype=torch.int16).cuda(), HEAD_DIM**-0.5,
-    )  # fmt: skip
-    state = torch.zeros(shape.batch, 8, dtype=torch.int32, device="cuda")
-    state[:, 0], state[:, 1], state[:, 3] = shape.context, 1, 1
-    sink = torch.randn(shape.batch, shape.num_kv_heads, 1, HEAD_DIM, device="cuda").half()
-    query = _query(shape)
-    blocks = torch.cuda.get_device_properties(0).multi_processor_count
-    workspace = new_workspace(variant, query, shape.num_kv_heads, blocks)
-    inputs: list[tuple[PackedContext, LayerTables, Variant]] = []
-    calls = []
-    for copy in range(copies(pages.nbytes)):
-        own = pages if not copy else Pages(*(t.clone() for t in vars(pages).values()))
-        context = PackedContext(own, ExactTokens(sink, sink, sink, sink), state)
-        inputs.append((context, tables, variant))
-        calls.append(partial(attend, query, *inputs[-1], workspace))
-    return Contender(name, pages.nbytes, calls, tuple(inputs))
-
-
-def _dequantized(shape: Shape, packed: Contender) -> Contender:
-    """Return the way without fusion: decode everything, then the best of torch."""
-    query, grouped = _query(shape)[:, :, None], shape.num_heads != shape.num_kv_heads
-
-    def call(context: PackedContext, tables: LayerTables, variant: Variant) -> object:
-        key, value = dequantize(context, tables, variant, torch.half)
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-            return scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
-
-    calls = [partial(call, *inputs) for inputs in packed.inputs]
-    return Contender(f"{packed.name} dequantize", packed.nbytes, calls)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the four shapes that must hold")
+    parser.add_argument("--flex", action="store_true", help="also compiled flex_attention; slow")
+    parser.add_argument("--fp8", action="store_true", help="also the kernel's template over e4m3")
+    parser.add_argument("--list", action="store_true", help="say what would run, without a GPU")
     parser.add_argument("--dequantize", action="store_true", help="also decode, then attend")
     parser.add_argument("--once", action="store_true", help="three bare launches, for a profiler")
     parser.add_argument("--spec", action="append", help="specs instead of all; repeatable")
     parser.add_argument(
         "--also", action="append", default=[], help="every spec with these fields too; repeatable"
     )
-    parser.add_argument("--shapes", action="append", help="B,HEADS,KV_HEADS,CONTEXT; repeatable")
+    parser.add_argument(
+        "--shapes", action="append", help="B,HEADS,KV_HEADS,CONTEXT instead of all; repeatable"
+    )
     parser.add_argument("--rounds", type=int, default=11, help="how often contenders take turns")
     parser.add_argument("--output", type=Path, help="write the JSON here")
     parser.add_argument("--commit", help="the commit, for the record")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_attention import contender, packed_variant
+from contenders import contender, packed_variant
 from random_pages import HEAD_DIM, Shape, random_pages
 from timing import Contender, copies, interleave
 

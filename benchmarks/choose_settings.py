@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from bench_attention import QUICK, SPECS, contender, fp16_contenders, packed_variant
+from bench_attention import QUICK, SPECS
+from contenders import contender, fp16_contenders, packed_variant
 from random_pages import HEAD_DIM, Shape, random_pages
 from timing import interleave, read_rate
 from warm_kernels import compile_variant

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from bench_attention import contender, packed_variant
+from contenders import contender, packed_variant
 from random_pages import HEAD_DIM, Shape, random_pages
 
 from kvqtool import cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +16,7 @@ from kvqtool.slabs import pack_slabs
 from kvqtool.variant import Variant
 
 HEAD_DIM: Final = 128
+Levels = Callable[[int], Tensor]  # of so many bits, ascending
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Shape:
     context: int
 
 
-def random_pages(shape: Shape, variant: Variant, value_outliers: int = 0) -> Pages:
+def random_pages(
+    shape: Shape, variant: Variant, value_outliers: int = 0, levels: Levels = normalfloat_levels
+) -> Pages:
     """Return pages of random codes; `value_outliers` a token over all KV heads."""
     pages = shape.batch * -(-shape.context // PAGE_TOKENS)
     slabs = pages * shape.num_kv_heads * 2
@@ -38,9 +42,9 @@ def random_pages(shape: Shape, variant: Variant, value_outliers: int = 0) -> Pag
             states = (
                 torch.randn(min(2048, slabs - start), SLAB_TOKENS, HEAD_DIM, device="cuda") * 0.4
             )
-            if bits <= 4:
-                levels = normalfloat_levels(bits).cuda()
-                states = torch.bucketize(states, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+            if bits <= 8:
+                known = levels(bits).cuda()
+                states = torch.bucketize(states, (known[1:] + known[:-1]) / 2, out_int32=True)
             parts.append(pack_slabs(states, bits, is_key=is_key))
         sides.append(torch.cat(parts))
     words = torch.cat(sides, dim=1).view(pages, shape.num_kv_heads, 2, -1)

@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from bench_attention import QUICK, SPECS, packed_variant
+from bench_attention import QUICK, SPECS
+from contenders import packed_variant
 from random_pages import HEAD_DIM
 
 from kvqtool.cuda import Kernel, load_kernel
