@@ -29,7 +29,7 @@ def values() -> Tensor:
 def decoded(
     tiny_llama: Callable[..., torch.nn.Module], values: Tensor
 ) -> Callable[[str, int], AdaptiveStore]:
-    """Return what fills a store token by token: all weights are 0.001 but that of one query, 0.9."""
+    """Return what fills a store token by token: all weights are 0.001 but one query's, 0.9."""
     layer = probe(tiny_llama()).packed[0]  # type: ignore[arg-type]
 
     def decode(text: str, query: int) -> AdaptiveStore:
