@@ -97,8 +97,9 @@ def _between(page: str, text: str) -> str:
 
 
 def _quality_table(name: str, record: dict[str, Any]) -> str:
-    """Return one run's heading and rows."""
-    protocol, results = record["protocol"], record["results"]
+    """Return one run's heading and its rows by rising bits."""
+    protocol = record["protocol"]
+    results = sorted(record["results"], key=lambda row: row["effective_bits"])
     where = (
         f"{Path(protocol['dataset']).name}, {protocol['windows']} windows of {protocol['seq_len']}"
     )

@@ -48,7 +48,9 @@ def test_values_off_by_their_tolerance_move_the_output_by_the_budget() -> None:
     assert float(moved.std()) == pytest.approx(0.05, rel=0.02)
 
 
-@pytest.mark.parametrize(("budget", "slack"), [(0.002, 0.03), (0.005, 0.05), (0.01, 0.15)])
+@pytest.mark.parametrize(
+    ("budget", "slack"), [(0.002, 0.03), (0.005, 0.05), (0.01, 0.15), (0.02, 0.2)]
+)
 def test_keys_off_by_their_tolerance_move_weights_by_the_budget(
     budget: float, slack: float
 ) -> None:
