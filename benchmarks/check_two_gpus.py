@@ -1,4 +1,5 @@
-"""Hold several GPUs against one: windows shared over NCCL, layers spread, heads split.
+"""Hold several GPUs against one: windows and sequences shared over NCCL, layers spread, heads
+split.
 
     python benchmarks/check_two_gpus.py --output two-gpus.json
 
@@ -35,7 +36,11 @@ LIMIT: Final = 150  # seconds for one command
 # are means over windows that were batched otherwise; float16 logits of heads summed apart.
 LEVELS, SCORES = 1e-3, 1e-4
 BOUNDS: Final = {"float32": 1e-4, "float16": 0.02}
+# Later calls attend to codes, of which one may fall the other side of a middle; scales in pages are
+# float16.
+IN_CALLS, PAGES = 0.02, 0.02
 WORKER: Final = Path(__file__).with_name("split_worker.py")
+CONTEXT_WORKER: Final = Path(__file__).with_name("context_worker.py")
 
 
 @dataclass
@@ -101,12 +106,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checks = Checks(Path(folder), options.gpus)
         deep = write_deep(checks.folder / "deep")
-        groups = [partial(_shared_windows, checks)]
-        groups += [partial(_split, checks, *each) for each in BOUNDS.items()]
-        if options.gpus:
-            groups += [partial(_spread, checks, model) for model in ("builtin", str(deep))]
+        groups = {
+            "windows": [partial(_shared_windows, checks)],
+            "heads": [partial(_split, checks, *each) for each in BOUNDS.items()],
+            "context": [partial(_context, checks)],
+            "spread": [partial(_spread, checks, model) for model in ("builtin", str(deep))],
+        }
+        chosen = options.only or [name for name in groups if options.gpus or name != "spread"]
         with ThreadPoolExecutor(options.at_once) as pool:
-            for group in [pool.submit(group) for group in groups]:
+            for group in [pool.submit(group) for name in chosen for group in groups[name]]:
                 group.result()
     record = {
         "command": " ".join(["python", *sys.argv]),
@@ -187,10 +195,33 @@ def _split(checks: Checks, dtype: str, bound: float) -> None:
         apart = ", ".join(f"{name} {error:.1e}" for name, error in found["errors"].items())
         heads = found["kv_heads"]
         said = f"{heads} KV heads each, logits apart by {apart}, read by {found['kernel']}"
-        is_met = max(found["errors"].values()) <= bound and heads == 2 // checks.processes
+        exact, packed = found["errors"].values()
+        is_met = exact <= bound and packed <= PAGES and heads == 2 // checks.processes
         return is_met, said
 
     checks.check(f"heads split by tp_plan, {dtype}", logits)
+
+
+def _context(checks: Checks) -> None:
+    """Share one sequence of the built-in model by its tokens."""
+
+    def logits() -> tuple[bool, str]:
+        report, dtype = checks.folder / "context.json", "float16" if checks.gpus else "float32"
+        at = ("--dtype", dtype, "--device", "cuda" if checks.gpus else "cpu")
+        checks.run([*checks.torchrun(), str(CONTEXT_WORKER), str(report), *at])
+        found = json.loads(report.read_text(encoding="utf-8"))
+        apart = ", ".join(f"{name} {error:.1e}" for name, error in found["errors"].items())
+        said = (
+            f"{found['packed']} tokens, logits apart by {apart}, bits alike everywhere "
+            f"{found['same_bits']}, codes {found['same_codes']}, read by {found['kernel']}"
+        )
+        at_once, in_calls = found["errors"].values()
+        is_near = at_once <= BOUNDS[dtype] and in_calls <= IN_CALLS
+        is_read_alike = found["kernel"] == found["alone"]
+        return is_near and is_read_alike and found["same_bits"] and found["same_codes"], said
+
+    backend = "NCCL" if checks.gpus else "gloo"
+    checks.check(f"one sequence shared over {backend}, {SPEC}", logits)
 
 
 def compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> tuple[int, float]:
@@ -243,6 +274,8 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    kinds = ("windows", "heads", "context", "spread")
+    parser.add_argument("--only", nargs="*", choices=kinds, help="checks of these kinds")
     parser.add_argument("--at-once", type=int, default=5, help="groups of checks")
     parser.add_argument("--commit", help="for checkouts without git")
     parser.add_argument("--output", type=Path)

@@ -4,11 +4,11 @@
 
 `builtin` generates far past its context on purpose, sampled, so that states keep changing; the text
 means nothing, the bytes and the time do. Every `--every` steps these are noted: the cache's own
-bytes; what torch has allocated beside them and beside the weights (graph inputs, workspaces and
-tables: `beside_bytes`); what its allocator holds from the GPU without using it, apart for the
-graphs' private pool and for the common one. The common pool keeps the buffers that the cache has
-outgrown until something fits there, so it follows the cache; the graphs' pool holds one step's
-activations.
+bytes; what was asked of torch beside them and beside the weights, before it rounds up to blocks
+(graph inputs, workspaces and tables: `beside_bytes`); what its allocator holds from the GPU without
+using it, apart for the graphs' private pool and for the common one. The common pool keeps the
+buffers that the cache has outgrown until something fits there, so it follows the cache; the graphs'
+pool holds one step's activations.
 
 The same steps are then taken one by one for `--eager` steps: the tokens have to be the same. Both
 parts end at their time limits; how many steps there were is in the JSON, which is written after
@@ -59,7 +59,7 @@ class Soak:
         self._bundle = bundle
         self._options = options
         self._on_gpu = loaded.device.type == "cuda"
-        self._weights = torch.cuda.memory_allocated() if self._on_gpu else 0
+        self._weights = _requested_bytes() if self._on_gpu else 0
 
     @torch.no_grad()
     def run(self, mode: str, steps: int, limit: float) -> dict[str, Any]:
@@ -100,8 +100,7 @@ class Soak:
             "resident_bytes": resident_bytes(),
         }
         if self._on_gpu:
-            allocated = torch.cuda.memory_allocated()
-            row["beside_bytes"] = allocated - self._weights - cache.nbytes
+            row["beside_bytes"] = _requested_bytes() - self._weights - cache.nbytes
             row["reserved_bytes"] = torch.cuda.memory_reserved()
             row |= _unused_by_pool()
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -170,7 +169,7 @@ def _time(seconds: list[float]) -> dict[str, float]:
 
 def _growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return by how much memory beside the cache has grown from the first row to the last, and how
-    far rows lie apart: torch counts whole blocks, of which up to 1 MiB a tensor may be nobody's.
+    far rows lie apart.
     """
     if len(rows) < 2 or "beside_bytes" not in rows[0]:
         return {}
@@ -182,6 +181,13 @@ def _growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "is_flat": grown <= FLAT_BYTES_PER_STEP * steps,
         "reserved_over_cache": rows[-1]["reserved_bytes"] / rows[-1]["cache_bytes"],
     }
+
+
+def _requested_bytes() -> int:
+    """Return the bytes of all tensors. What is allocated for them is more: whole blocks, of which
+    up to 1 MiB a tensor may be nobody's.
+    """
+    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
 
 
 def _unused_by_pool() -> dict[str, int]:

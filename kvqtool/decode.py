@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Final
 
@@ -246,7 +247,7 @@ class _Steps:
 
     def _warm(self) -> None:
         """Run a step as capturing will: what allocates or compiles once does so here."""
-        stream, own = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream, own = _side_stream(self._tokens.device), torch.cuda.current_stream()
         stream.wait_stream(own)
         with torch.cuda.stream(stream):
             self._forward(self._steady)
@@ -259,7 +260,7 @@ class _Steps:
             return False
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, self._pool, _side_stream(self._tokens.device)):
                 self._forward(self._steady)
         except RuntimeError as error:
             self._steady.forget()
@@ -268,6 +269,14 @@ class _Steps:
         self._graph, self._stale = graph, None
         self._report.captured += 1
         return True
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that a device's steps are warmed up and captured on: cuBLAS keeps tens of
+    MiB for every stream that it ever worked on.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _first_cause(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import closing
 
 import pytest
@@ -85,3 +86,12 @@ def test_memory_does_not_grow_within_a_page(on_gpu: LoadedModel, bundles: list[B
                 if number in (35, 120):  # one page: from token 129 to 256
                     held.append(torch.cuda.memory_allocated())
     assert held[0] == held[1]
+
+
+def test_generations_leave_nothing_behind(on_gpu: LoadedModel, bundles: list[Bundle]) -> None:
+    held = []
+    for _ in range(4):
+        run(on_gpu, bundles[0], "graph", Sampling(max_new_tokens=40), 40)
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1:] == [held[1]] * 3
