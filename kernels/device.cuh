@@ -108,6 +108,37 @@ DEVICE u32 no_negative_zero(u32 a) {
     }
     return d;
 }
+// The least and the greatest of two halves, or bfloat16s; and their distance, whose sign is exact.
+template <bool bfloat>
+DEVICE u32 h2_least(u32 a, u32 b) {
+    u32 d;
+    if constexpr (bfloat) {
+        asm("min.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    } else {
+        asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    }
+    return d;
+}
+template <bool bfloat>
+DEVICE u32 h2_greatest(u32 a, u32 b) {
+    u32 d;
+    if constexpr (bfloat) {
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    } else {
+        asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    }
+    return d;
+}
+template <bool bfloat>
+DEVICE u32 h2_minus(u32 a, u32 b) {
+    u32 d;
+    if constexpr (bfloat) {
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xbf80bf80), "r"(a));
+    } else {
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    }
+    return d;
+}
 DEVICE u32 h2_neg(u32 a) {
     u32 d;
     asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));

@@ -30,24 +30,19 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
     if (number >= batch * tokens) return;
     u32* words = (u32*)(shared_memory() + warp * (channels * 2 + 4096));
     Scratch scratch{words, (u16*)(words + 1024)};
-    u32 least = ~0u, greatest = 0;  // of this lane
+    Extremes extremes = NO_EXTREMES;  // of this lane
     const u16* row = value + ((u64)sequence * num_kv_heads * tokens + token) * HEAD_DIM;
-    KVQ_UNROLL_4 for (u32 channel = 4 * lane; channel < channels; channel += 128) {
-        u32 head = channel / HEAD_DIM, at = channel % HEAD_DIM, items[4];
-        Quad states = *(const Quad*)(row + (u64)head * tokens * HEAD_DIM + at);
-        Quad keys{{order_keys(states.of[0]), order_keys(states.of[1])}};
-        *(Quad*)(scratch.keys + channel) = keys;
-        quad_items(keys, channel, items);
-        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
-            least = smaller(least, items[k]), greatest = larger(greatest, items[k]);
-        }
+    KVQ_UNROLL_4 for (u32 channel = 8 * lane; channel < channels; channel += 256) {
+        u32 head = channel / HEAD_DIM, at = channel % HEAD_DIM;
+        Eight states = *(const Eight*)(row + (u64)head * tokens * HEAD_DIM + at);
+        *(Eight*)(scratch.states + channel) = states;
+        widen(extremes, states);
     }
     sync_warp();
     u32 page = page_table[sequence * max_pages + token / 128];
     u32* count = counts + ((u64)page * num_kv_heads * 2 + token / 64 % 2) * 2 + 1;
-    Found found{NO_CUTS, Cuts{least_of_warp(least), greatest_of_warp(greatest)}, {0, 0}};
-    bool few = per_tail &&
-               few_candidates(scratch, channels, per_tail, lane, least, greatest, found);
+    Found found{NO_CUTS, {}, {0, 0}};
+    bool few = per_tail && few_candidates(scratch, channels, per_tail, lane, extremes, found);
     if (few) {
         KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
             for (u32 i = lane; i < found.listed[tail]; i += 32) {
@@ -60,7 +55,7 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
         found.cuts = rank_all(scratch, channels, per_tail, lane);
         u32 low = ~0u, high = 0;
         for (u32 i = lane; i < channels; i += 32) {
-            u32 item = item_of(scratch.keys[i], i);
+            u32 item = item_of(scratch.states[i], i);
             if (is_cut(found.cuts, item)) {
                 add_global(count + i / HEAD_DIM * 4, 1);
             } else {
@@ -68,6 +63,9 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
             }
         }
         found.rest = Cuts{least_of_warp(low), greatest_of_warp(high)};
+    } else {
+        u32 low = least_of_warp(least_key(extremes)), high = greatest_of_warp(greatest_key(extremes));
+        found.rest = Cuts{item_of(low, 0), item_of(high, 0)};
     }
     if (lane != 0) return;
     ranges[page * 128 + token % 128] = range_of(found.rest.low >> 16, found.rest.high >> 16);
