@@ -138,13 +138,14 @@ DEVICE u32 channel_of(u32 n, u32 first) {
 }
 
 // Find a token's outliers where few elements can be some: those up to the `per_tail`-th of the
-// lanes' least values, and likewise at the other end. False where there are too many candidates, or
-// none is left between the cuts.
+// lanes' least values, and likewise at the other end. False where the ends meet, there are too many
+// candidates, or none is left between the cuts.
 DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane,
                            const Extremes& extremes, Found& found) {
     if (per_tail > 32) return false;
     u32 low_end = ranked_lane(least_key(extremes), per_tail);
     u32 high_end = 0xffff ^ ranked_lane(0xffff ^ greatest_key(extremes), per_tail);
+    if (low_end >= high_end) return false;
     Extremes ends{key_bits(low_end) * 0x10001u, key_bits(high_end) * 0x10001u};
     u32* listed = scratch.words + 2 * LISTED;  // of either tail
     if (lane < 2) listed[lane] = 0;
@@ -154,11 +155,8 @@ DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u
                         left &= left - 1) {
             u32 channel = channel_of(lowest_bit(left), first);
             u32 key = order_key(scratch.states[channel]), item = item_of(key, channel);
-            KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
-                if (tail ? key < high_end : key > low_end) continue;
-                u32 at = take_shared(listed + tail, 1);
-                if (at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
-            }
+            u32 tail = key > low_end, at = take_shared(listed + tail, 1);
+            if (at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
         }
     }
     sync_warp();

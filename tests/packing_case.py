@@ -19,7 +19,7 @@ from kvqtool.fused import LayerTables
 from kvqtool.hadamard import rotate_heads, turn
 from kvqtool.packing import Packed
 from kvqtool.page_memory import HEADER
-from kvqtool.pages import Pages, PageSide, build_pages
+from kvqtool.pages import Pages, PageSide, build_pages, list_sizes
 from kvqtool.recover import count_outliers, find_exceptions
 from kvqtool.rope import Rotation
 from kvqtool.side import QuantSpec
@@ -150,7 +150,8 @@ def _expected(sides: tuple[PageSide, PageSide], batch: int) -> Packed:
     pages = build_pages(*sides, batch)
     counts = count_outliers(sides, batch)
     key, value = (find_exceptions(pages, counts, side, batch) for side in sides)
-    return Packed(pages, counts, (key, value), counts)
+    quads = int(list_sizes(counts.flatten())[1].sum())
+    return Packed(pages, counts, (key, value), counts, quads)
 
 
 def same_packed(found: Packed, expected: Packed) -> None:
@@ -159,6 +160,8 @@ def same_packed(found: Packed, expected: Packed) -> None:
     """
     same_pages(found.pages, expected.pages)
     assert torch.equal(found.counts, expected.counts)
+    assert torch.equal(found.known, expected.known)
+    assert found.quads == expected.quads
     for left, right in zip(found.exceptions, expected.exceptions, strict=True):
         assert torch.equal(left.place, right.place)
         assert torch.equal(left.value.view(torch.int16), right.value.view(torch.int16))

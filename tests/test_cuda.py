@@ -14,7 +14,18 @@ from kvqtool.errors import InputError, RunError
 from kvqtool.variant import Variant
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("append", "attend", "compensate", "dequantize", "floats", "lists", "matvec", "pack")
+SOURCES = (
+    "append",
+    "attend",
+    "compensate",
+    "dequantize",
+    "floats",
+    "layout",
+    "lists",
+    "matvec",
+    "pack",
+    "survey",
+)
 
 
 def test_a_checkout_reads_its_own_sources() -> None:

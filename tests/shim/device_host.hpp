@@ -299,6 +299,9 @@ inline void sine_cosine(float turns, float& sine, float& cosine) {
 inline float greater(float a, float b) {
     return a > b ? a : b;
 }
+inline float size_of(float a) {
+    return std::fabs(a);
+}
 inline int round_to_int(float x) {
     return (int)std::lrint(x);
 }
@@ -330,6 +333,18 @@ inline u32 transpose8(u32 pair) {
         return all[row * 4 + column / 2] >> 16 * (column % 2) & 0xffff;
     };
     return element(2 * q, r) | element(2 * q + 1, r) << 16;
+}
+inline float half_way(float a) {
+    float middle = std::fmaf(a, 0.5f, 0.5f);
+    return middle > 0.0f ? middle < 1.0f ? middle : 1.0f : 0.0f;
+}
+inline void load_transposed(const u16* row, u32 (&pairs)[4]) {
+    const u16** rows = shim::gather(row);
+    u32 column = shim::lane() / 4, first = shim::lane() % 4 * 2;
+    for (u32 m = 0; m < 4; m++) {
+        const u16** of = rows + 8 * m + first;
+        pairs[m] = of[0][column] | (u32)of[1][column] << 16;
+    }
 }
 inline void copy16(void* shared, const void* global) {
     if ((u64)shared % 16 || (u64)global % 16) {
