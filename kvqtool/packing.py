@@ -8,26 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvqtool.arguments import Expected, check_tensors
-from kvqtool.code_tables import PLAIN, CodeTables, Rounding, expect_code
-from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
+from kvqtool.code_tables import CodeTables, Rounding, expect_code
+from kvqtool.cuda import Argument, Launcher, run_on_gpu
 from kvqtool.fused import LayerTables, expect_tables
-from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
+from kvqtool.memory import PAGE_TOKENS
+from kvqtool.packing_kernels import launch_shape, pack_kernels
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, list_sizes
 from kvqtool.recover import Exceptions, no_exceptions
 from kvqtool.variant import Variant
-
-_WARPS: Final = 4  # of a block of `survey_values`
-_STRETCH: Final = 4  # slabs of a block of `pack_keys` and `pack_values`
-_WRITERS: Final = {"pack_keys": "pack", "pack_values": "pack", "write_lists": "lists"}
-_FLOATS: Final = ("survey_floats", "code_floats")
-_ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 
 
 @dataclass(frozen=True)
@@ -197,7 +191,7 @@ class _Prompt:
 
     def _launch(self, name: str, arguments: Sequence[Argument]) -> None:
         kernel = pack_kernels(self.variant, self.code.macros)[name]
-        self.run(kernel, _grid(name, self.states, self.variant), arguments)
+        self.run(kernel, launch_shape(name, self.states, self.variant), arguments)
 
 
 class _Numbers:
@@ -214,9 +208,9 @@ class _Numbers:
     def send(self) -> None:
         """Begin to copy them to the host."""
         self._known = self._all.to("cpu", non_blocking=True)
-        self._sent = torch.cuda.Event() if self._all.is_cuda else None  # type: ignore[no-untyped-call]  # torch's
-        if self._sent is not None:
-            self._sent.record()
+        device = self._all.device
+        is_gpu = device.type == "cuda"
+        self._sent = torch.cuda.current_stream(device).record_event() if is_gpu else None
 
     def receive(self) -> tuple[Tensor, int]:
         """Return counts and quads on the host, as they were when sent; waits for these only."""
@@ -258,48 +252,3 @@ def _expect_prompt(
         ("values", states[1], torch.float32 if code.turns_values else variant.states, shape),
         ("turns", turns, torch.float32, (batch, tokens, variant.head_dim // 2, 2)),
     ]
-
-
-def _grid(name: str, states: tuple[Tensor, Tensor], variant: Variant) -> tuple[int, int, int]:
-    """Return a launch's shape: a warp a token of all heads; or a block a slab, with room for its
-    keys, values and what its tokens have, or for counts; or for what compensated rounding works on.
-    """
-    batch, heads, tokens, head_dim = states[0].shape
-    each = SLAB_TOKENS * 8 * states[1].element_size()  # a token's range and cuts
-    slabs, threads = batch * heads * -(-tokens // SLAB_TOKENS), 32 * variant.steps
-    if name == "lay_out":
-        return 1, 1024, 128
-    if name == "survey_values":
-        shared = _WARPS * (2 * heads * head_dim + 4096)
-        return -(-batch * tokens // _WARPS), 32 * _WARPS, shared
-    if name == "survey_floats":
-        return -(-batch * tokens // _WARPS), 32 * _WARPS, 4 * _WARPS * heads * head_dim
-    if name == "code_floats":
-        return slabs, SLAB_TOKENS, each
-    if name.startswith("compensate"):
-        shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + each
-        return slabs, SLAB_TOKENS, shared
-    if name == "write_lists":
-        return slabs, threads, 4 * (head_dim + variant.steps + 4)
-    stretches = batch * heads * -(-tokens // (SLAB_TOKENS * _STRETCH))
-    is_key = name == "pack_keys"
-    rows = 0 if is_key else 16 * 2 * SLAB_TOKENS
-    levels = max(16, 1 << (variant.key_bits if is_key else variant.value_bits))
-    staged, cells = 2 * SLAB_TOKENS * (head_dim + 8) * 2, 4 * levels + 256 + 16
-    return stretches, threads, staged + rows + cells
-
-
-def pack_kernels(variant: Variant, code: Macros = PLAIN) -> dict[str, Kernel]:
-    """Return the functions that pack a prompt for a variant and `CodeTables.macros`, of
-    kernels/survey.cu, floats.cu, compensate.cu, pack.cu, layout.cu and lists.cu.
-    """
-    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)))
-    macros = (*macros, ("WARPS", _WARPS), ("STRETCH", _STRETCH))
-    is_key, is_value, is_float = (value for _, value in code)
-    ahead = (("KEY_COMP", is_key), ("VALUE_COMP", is_value | is_float))
-    plain = {"survey_values": Kernel("survey", "survey_values", macros)}
-    plain["lay_out"] = Kernel("layout", "lay_out", macros)
-    rounding = {n: Kernel("compensate", n, (*macros, code[2])) for n in _ROUNDINGS}
-    floats = {name: Kernel("floats", name, macros) for name in _FLOATS}
-    writers = {n: Kernel(file, n, (*macros, *ahead)) for n, file in _WRITERS.items()}
-    return plain | rounding | floats | writers

@@ -9,7 +9,7 @@ from shim.build import mostly_slow
 
 from kvqtool.appending import append_kernel
 from kvqtool.cuda import Kernel
-from kvqtool.packing import pack_kernels
+from kvqtool.packing_kernels import pack_kernels
 from kvqtool.reading import dequantize_kernel
 from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant, variant_of
