@@ -3,6 +3,8 @@
     python benchmarks/bench_packing.py
 
 Packing: the whole of `packing.pack`, the wait for the host in it included; bytes read and written.
+Beside it where its time goes: each kernel alone, without the host's part, and, as far as torch's
+profiler sees the GPU, how long that works in a call and how long it waits for the host.
 Appending: one layer's kernel inside a CUDA graph. One JSON object on stdout.
 """
 
@@ -13,12 +15,18 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from kvqtool.appending import append, new_pages
-from kvqtool.packing import pack
+from kvqtool.cuda import Argument, Kernel, run_on_gpu
+from kvqtool.packing import Packed, pack
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from moved import moved
@@ -59,15 +67,22 @@ def _pack_row(case: PackCase, tokens: int, copy: float) -> dict[str, object]:
     built, repeats = moved(build_pack(case), "cuda"), tokens // case.tokens
     key, value = (part.repeat(1, 1, repeats, 1) for part in built.prompt)
     turns = built.turns.repeat(1, repeats, 1, 1)
+
+    def call(run: Callable[..., None] = run_on_gpu) -> Packed:
+        return pack((key, value), turns, built.code, built.tables, built.variant, run)
+
     times = []
-    for _ in range(7):
+    for _ in range(12):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        packed = pack((key, value), turns, built.code, built.tables, built.variant)
+        packed = call()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[2:])
     rate = (2 * 2 * key.numel() + packed.pages.nbytes) / seconds
+    clocked = _Clocked()
+    for _ in range(5):
+        call(clocked)
     return {
         "spec": case.spec,
         "num_kv_heads": case.num_kv_heads,
@@ -75,6 +90,65 @@ def _pack_row(case: PackCase, tokens: int, copy: float) -> dict[str, object]:
         "milliseconds": seconds * 1e3,
         "gb_per_second": rate / 1e9,
         "share_of_copy_rate": rate / copy,
+        "kernels_us": clocked.medians(),
+        "spilled": [len(found.place) for found in packed.exceptions],
+        "timeline": _timeline(call),
+    }
+
+
+class _Clocked:
+    """Runs kernels, each behind a wait of the GPU that is longer than the host's for a launch."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
+
+    def __call__(
+        self, kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[Argument]
+    ) -> None:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(500_000)
+        begin.record()
+        run_on_gpu(kernel, shape, arguments)
+        end.record()
+        self._events[kernel.function].append((begin, end))
+
+    def medians(self) -> dict[str, float]:
+        """Return the microseconds of each kernel."""
+        torch.cuda.synchronize()
+        return {
+            name: statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in pairs)
+            for name, pairs in self._events.items()
+        }
+
+
+def _timeline(call: Callable[[], object], calls: int = 5) -> dict[str, object]:
+    """Return of a call what the GPU did: microseconds from its first work to its last, of these at
+    work, the longest waits with what came before, and the sums by name.
+    """
+    spans, waits, sums = [], [], defaultdict(float)
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            call()
+            torch.cuda.synchronize()
+        found = [e for e in profiled.events() if e.device_type == DeviceType.CUDA]
+        found.sort(key=lambda e: e.time_range.start)
+        if not found:
+            return {"error": "torch's profiler sees no work of the GPU"}
+        spans.append(found[-1].time_range.end - found[0].time_range.start)
+        for event in found:
+            sums[event.name[:40]] += event.time_range.elapsed_us() / calls
+        waits.append(
+            [
+                (after.time_range.start - before.time_range.end, before.name[:40], after.name[:40])
+                for before, after in pairwise(found)
+            ]
+        )
+    return {
+        "span_us": statistics.median(spans),
+        "busy_us": sum(sums.values()),
+        "waits": sorted(waits[-1], reverse=True)[:6],
+        "sums_us": dict(sums),
     }
 
 

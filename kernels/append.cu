@@ -22,13 +22,12 @@ typedef u32 OrderKey;
 typedef u16 OrderKey;
 #endif
 
-// Put codes n, of a lane's 32 in a step, into their words.
+// Put codes n, of a lane's 32 in a step, into their words, which were read.
 template <int bits>
-DEVICE void replace_codes(u8* step, u32 lane, const u32* n, const u32* codes, u32 count) {
+DEVICE void replace_codes(u8* step, u32 lane, const u32 (&words)[bits], const u32* n,
+                          const u32* codes, u32 count) {
     constexpr u32 room = room_of(bits);
-    u32 words[bits];
     Tile<bits> tiles[4];
-    read_words<bits>(step, lane, words);
     selectors<bits>(words, tiles);
     for (u32 i = 0; i < count; i++) {
         u32 shift = room * (n[i] % 8);
@@ -113,7 +112,9 @@ DEVICE void lay_values(const RowOfValues& row, u32 head, const ValueState* stage
 DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& lists,
                         const Target& target, const u16* staged, const Bench& bench, u32 task) {
     u32 in_slab = target.in_slab, step = task / 4, lane = in_slab % 8 * 4 + task % 4;
-    u32 n[4], codes[4];
+    u8* to = target.words + step * step_bytes(KEY_BITS);
+    u32 n[4], codes[4], words[KEY_BITS];
+    read_words<KEY_BITS>(to, lane, words);
     KeyChannel channels[2][2];
     lane_channels(code, target.head, step, lane, channels);
     KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
@@ -130,27 +131,39 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& 
                         delta_word(found[partner].state, dense, key_word(row, at)));
         }
     }
-    replace_codes<KEY_BITS>(target.words + step * step_bytes(KEY_BITS), lane, n, codes, 4);
+    replace_codes<KEY_BITS>(to, lane, words, n, codes, 4);
 }
 
-// The two codes of a token's values that one lane of a step holds.
+// One lane of a step of a token's values, and its words as they were.
+struct ValueTask {
+    u32 step, lane, words[VALUE_BITS];
+    u8* to;
+};
+
+DEVICE ValueTask read_values(const Target& target, u32 number) {
+    ValueTask task;
+    task.step = number / 8, task.lane = number % 8 * 4 + target.in_slab % 8 / 2;
+    task.to = target.words + STEPS * step_bytes(KEY_BITS) + task.step * step_bytes(VALUE_BITS);
+    read_words<VALUE_BITS>(task.to, task.lane, task.words);
+    return task;
+}
+
+// The two codes of a token's values that a task has.
 DEVICE void append_values(const float* middles, const Decode& decode, const Lists& lists,
                           const Target& target, const ValueState* staged, const RowOfValues& value,
-                          const Bench& bench, u32 task) {
-    u32 in_slab = target.in_slab, step = task / 8, lane = task % 8 * 4 + in_slab % 8 / 2;
-    u32 n[2], codes[2];
+                          const Bench& bench, const ValueTask& task) {
+    u32 in_slab = target.in_slab, n[2], codes[2];
     KVQ_UNROLL for (u32 i = 0; i < 2; i++) {
         u32 row, at;
         n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 4 + i * 2 + in_slab % 2;
-        value_place(n[i], step, lane, row, at);
+        value_place(n[i], task.step, task.lane, row, at);
         Element found = find_value(middles, staged[at], value, bench, target.head, at);
         codes[i] = found.code;
         if (!found.is_outlier) continue;
         float dense = value_dense(decode, value.range, found.code);
         add_outlier(lists, target.list, 1, delta_word(found.state, dense, at << 8 | row << 2));
     }
-    u8* words = target.words + STEPS * step_bytes(KEY_BITS);
-    replace_codes<VALUE_BITS>(words + step * step_bytes(VALUE_BITS), lane, n, codes, 2);
+    replace_codes<VALUE_BITS>(task.to, task.lane, task.words, n, codes, 2);
 }
 
 // What compensated rounding of keys and of values works on.
@@ -216,21 +229,12 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
         if (i < (1u << VALUE_BITS) - 1) middles[VALUE_MIDDLES + i] = value_middles[i];
     }
-    u32 least = ~0u, greatest = 0;  // of this thread's items
 #if VALUE_FLOAT
     for (u32 i = thread_index(); i < BINS; i += THREADS) search.words[i] = 0;
     order_floats<THREADS>(all, channels, head, own_values, keys);
 #else
-    KVQ_UNROLL_4 for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
-        Eight eight = *(const Eight*)(all + first);
-        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
-            u32 pair = order_keys(eight.of[k]), channel = first + 2 * k;
-            u32 items[2] = {item_of(pair & 0xffff, channel), item_of(pair >> 16, channel + 1)};
-            least = smaller(least, smaller(items[0], items[1]));
-            greatest = larger(greatest, larger(items[0], items[1]));
-            eight.of[k] = pair;
-        }
-        *(Eight*)(keys + first) = eight;
+    for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
+        *(Eight*)(keys + first) = *(const Eight*)(all + first);  // states, until they are ordered
     }
 #endif
     sync_block();
@@ -246,16 +250,21 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     u64 list = ((u64)page * num_kv_heads + head) * 2 + token / 64 % 2;
     Target target{head, in_slab, list,
                   slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS))};
-    // The first two warps rank values meanwhile.
-    u32 task = thread_index() - 64;
-    if (!KEY_COMP && task < STEPS * 4) {
-        append_keys(code, decode, lists, target, staged, shop.bench[0], task);
-    }
+    u32 warp = thread_index() / 32, key_task = thread_index() - 64, number = thread_index() - 128;
+    bool has_values = number < STEPS * 8;
+    ValueTask value_task;
+    if (has_values) value_task = read_values(target, number);
     ValueCuts cuts;
 #if VALUE_FLOAT
     u32 range = find_float_range<THREADS>(keys, channels, per_tail, search.words, cuts);
-#else
-    u32 range = find_range(keys, channels, per_tail, least, greatest, search, cuts);
+#endif
+    if (!KEY_COMP && key_task < STEPS * 4) {  // while other warps have the values
+        append_keys(code, decode, lists, target, staged, shop.bench[0], key_task);
+    }
+#if !VALUE_FLOAT
+    if (warp < 2) search.found()[2 + warp] = find_tail(keys, channels, per_tail, warp, search);
+    sync_block();
+    u32 range = find_range(keys, channels, per_tail, search, cuts);
 #endif
     if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
     RowOfValues row{range, inverse_scale(range), cuts};
@@ -266,7 +275,7 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
         }
         await_copies<0>();
         sync_block();
-        u32 warp = thread_index() / 32, first = head * HEAD_DIM;
+        u32 first = head * HEAD_DIM;
         if (KEY_COMP && warp == 0) {
             u32 own = CHANNEL_LEVELS ? first : 0;
             Rounding rounding{code.middles + own * (LEVELS - 1), key_reads + own * LEVELS,
@@ -278,12 +287,12 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
             round_token<VALUE_BITS, false>(rounding, shop.bench[1]);
         }
         sync_block();
-        if (KEY_COMP && task < STEPS * 4) {
-            append_keys(code, decode, lists, target, staged, shop.bench[0], task);
+        if (KEY_COMP && key_task < STEPS * 4) {
+            append_keys(code, decode, lists, target, staged, shop.bench[0], key_task);
         }
     }
-    if (thread_index() < STEPS * 8) {
+    if (has_values) {
         append_values(middles + VALUE_MIDDLES, decode, lists, target, own_values, row, shop.bench[1],
-                      thread_index());
+                      value_task);
     }
 }

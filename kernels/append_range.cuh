@@ -4,28 +4,25 @@
 
 constexpr u32 THREADS = WARPS * 32;
 
-// What finding a token's range takes of shared memory: first the least and greatest items of
-// threads, then bins, where candidates are too many.
+// What finding a token's range takes of shared memory: candidates of both tails, or bins, where these
+// are too many; then what is found.
 struct Search {
     u32* words;  // 776
-    DEVICE u32* items(u32 tail) const {
-        return words + tail * THREADS;
-    }
     DEVICE u32* candidates(u32 tail) const {
-        return words + 2 * THREADS + tail * LISTED;
+        return words + tail * LISTED;
     }
-    DEVICE u32* found() const {
+    DEVICE u32* found() const {  // of either tail: candidates, whether they do, the cut, the next one
         return words + 768;
     }
 };
-static_assert(2 * THREADS + 2 * LISTED == 768, "what is found lies behind both uses");
 
-// A token's range and cuts of any values, by bins.
-DEVICE u32 range_by_bins(const u16* keys, u32 channels, u32 per_tail, const Search& search,
+// A token's range and cuts of any values, by bins. The states become their keys.
+DEVICE u32 range_by_bins(u16* keys, u32 channels, u32 per_tail, const Search& search,
                          Cuts& cuts) {
     u32 warp = thread_index() / 32, lane = thread_index() % 32;
     u32 *bins = search.words, *shared = search.found();  // least, tie, greatest, tie; then the rest
     sync_block();
+    for (u32 i = thread_index(); i < channels; i += THREADS) keys[i] = (u16)order_key(keys[i]);
     for (u32 i = thread_index(); i < 768; i += THREADS) bins[i] = 0;
     if (thread_index() == 0) shared[4] = 0xffff, shared[5] = 0;
     sync_block();
@@ -68,62 +65,51 @@ DEVICE u32 range_by_bins(const u16* keys, u32 channels, u32 per_tail, const Sear
     return range_of(shared[4], shared[5]);
 }
 
-// List the items up to an end of either tail; those of the upper one, and its end, are complemented.
-DEVICE void list_candidates(const u16* keys, u32 channels, const Search& search, const u32* ends,
-                            u32* listed) {
-    KVQ_ROLLED for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
-        Eight eight = *(const Eight*)(keys + first);
-        KVQ_UNROLL for (u32 k = 0; k < 8; k++) {
-            u32 item = item_of(eight.of[k / 2] >> k % 2 * 16 & 0xffff, first + k);
-            KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
-                u32 own = tail ? ~item : item;
-                if (own > ends[tail]) continue;
-                u32 at = take_shared(listed + tail, 1);
-                if (at < LISTED) search.candidates(tail)[at] = own;
-            }
+// One tail's last outlier and the item after it, found by a warp; those of the upper tail are
+// complemented. Without outliers only the least item's key is. Says whether there were few candidates.
+DEVICE bool find_tail(const u16* states, u32 channels, u32 per_tail, u32 tail, const Search& search) {
+    u32 lane = thread_index() % 32, *found = search.found() + tail, *items = search.candidates(tail);
+    u32 flip = tail ? 0x80008000u : 0, least = INFINITY2;
+    KVQ_UNROLL_4 for (u32 first = 8 * lane; first < channels; first += 256) {
+        Eight eight = *(const Eight*)(states + first);
+        KVQ_UNROLL for (u32 k = 0; k < 4; k++) least = h2_least<BF16>(least, eight.of[k] ^ flip);
+    }
+    u32 pair = order_keys(least ^ flip) ^ (tail ? ~0u : 0), key = smaller(pair & 0xffff, pair >> 16);
+    if (per_tail == 0) {
+        found[6] = least_of_warp(key) << 16;
+        return true;
+    }
+    if (per_tail > 32) return false;
+    u32 end = ranked_lane(key, per_tail), whole = key_bits(end ^ (tail ? 0xffff : 0)) * 0x10001u ^ flip;
+    found[0] = 0;
+    sync_warp();
+    KVQ_ROLLED for (u32 first = 8 * lane; first < channels; first += 1024) {
+        KVQ_ROLLED for (u32 left = candidates(states, first, channels, whole, flip); left;
+                        left &= left - 1) {
+            u32 channel = channel_of(lowest_bit(left), first), at = take_shared(found, 1);
+            u32 item = item_of(order_key(states[channel]), channel);
+            if (at < LISTED) items[at] = tail ? ~item : item;
         }
     }
+    sync_warp();
+    u32 count = found[0];
+    if (count > LISTED || count == per_tail) return false;
+    if (lane < 3 && count + lane < LISTED) items[count + lane] = ~0u;
+    sync_warp();
+    u32 cut, next;
+    rank_tail(items, count, per_tail, lane, cut, next);
+    found[4] = cut, found[6] = next;
+    return true;
 }
 
-// A token's range and cuts, found by a whole block from each thread's least and greatest item.
-DEVICE u32 find_range(const u16* keys, u32 channels, u32 per_tail, u32 least, u32 greatest,
-                      const Search& search, Cuts& cuts) {
-    u32 warp = thread_index() / 32, lane = thread_index() % 32, *found = search.found();
-    search.items(0)[thread_index()] = least, search.items(1)[thread_index()] = ~greatest;
-    if (thread_index() < 2) found[thread_index()] = 0;  // listed
-    sync_block();
-    if (warp < 2) {
-        const u32* items = search.items(warp);
-        u32 own = ~0u;
-        KVQ_UNROLL for (u32 i = 0; i < THREADS; i += 32) own = smaller(own, items[i + lane]);
-        u32 end = per_tail == 0    ? least_of_warp(own)
-                  : per_tail <= 32 ? ranked_lane(own, per_tail)
-                                   : ~0u;
-        if (lane == 0) found[2 + warp] = end;
-    }
-    sync_block();
-    u32 ends[2] = {found[2], found[3]}, listed[2] = {0, 0};
-    cuts = NO_CUTS;
-    if (per_tail == 0) return range_of(ends[0] >> 16, ~ends[1] >> 16);
-    bool few = ends[0] != ~0u && ends[1] != ~0u;
-    if (few) {
-        list_candidates(keys, channels, search, ends, found);
-        sync_block();
-        listed[0] = found[0], listed[1] = found[1];
-        few = listed[0] <= LISTED && listed[1] <= LISTED;
-        few = few && listed[0] > per_tail && listed[1] > per_tail;
-    }
-    if (few && warp < 2) {
-        u32 count = warp ? listed[1] : listed[0], cut, next, *items = search.candidates(warp);
-        if (lane < 3 && count + lane < LISTED) items[count + lane] = ~0u;
-        sync_warp();
-        rank_tail(items, count, per_tail, lane, cut, next);
-        if (lane == 0) found[4 + warp] = cut, found[6 + warp] = next;
-    }
-    sync_block();
+// A token's range and cuts, from what `find_tail` found of both tails.
+DEVICE u32 find_range(u16* states, u32 channels, u32 per_tail, const Search& search, Cuts& cuts) {
+    const u32* found = search.found();
     u32 low = found[6], high = ~found[7];
+    cuts = NO_CUTS;
+    if (per_tail == 0) return range_of(low >> 16, high >> 16);
     cuts = Cuts{found[4], ~found[5]};
-    few = few && low < cuts.high && high > cuts.low;
-    if (!few) return range_by_bins(keys, channels, per_tail, search, cuts);
+    bool few = found[2] && found[3] && low < cuts.high && high > cuts.low;
+    if (!few) return range_by_bins(states, channels, per_tail, search, cuts);
     return range_of(low >> 16, high >> 16);
 }

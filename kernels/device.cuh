@@ -108,6 +108,37 @@ DEVICE u32 no_negative_zero(u32 a) {
     }
     return d;
 }
+// The least and the greatest of two halves, or bfloat16s; and their distance, whose sign is exact.
+template <bool bfloat>
+DEVICE u32 h2_least(u32 a, u32 b) {
+    u32 d;
+    if constexpr (bfloat) {
+        asm("min.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    } else {
+        asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    }
+    return d;
+}
+template <bool bfloat>
+DEVICE u32 h2_greatest(u32 a, u32 b) {
+    u32 d;
+    if constexpr (bfloat) {
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    } else {
+        asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    }
+    return d;
+}
+template <bool bfloat>
+DEVICE u32 h2_minus(u32 a, u32 b) {
+    u32 d;
+    if constexpr (bfloat) {
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xbf80bf80), "r"(a));
+    } else {
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    }
+    return d;
+}
 DEVICE u32 h2_neg(u32 a) {
     u32 d;
     asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
@@ -168,6 +199,9 @@ DEVICE int round_to_int(float x) {
 DEVICE float greater(float a, float b) {
     return fmaxf(a, b);
 }
+DEVICE float size_of(float a) {
+    return fabsf(a);
+}
 
 // One IEEE operation each, never contracted.
 DEVICE float mul_exact(float a, float b) {
@@ -189,6 +223,13 @@ DEVICE float reciprocal_exact(float a) {
     return __fmaf_rn(near, __fmaf_rn(-a, near, 1.0f), near);
 }
 
+// (a + 1) / 2 within 0 and 1; rises with a.
+DEVICE float half_way(float a) {
+    float d;
+    asm("fma.rn.sat.f32 %0, %1, 0f3F000000, 0f3F000000;" : "=f"(d) : "f"(a));
+    return d;
+}
+
 // c += a b for a 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.
 DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -201,6 +242,15 @@ DEVICE u32 transpose8(u32 pair) {
     u32 result;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
     return result;
+}
+
+// Transposes of four 8x8 matrices of halves in shared memory; lane 8m + r says where row r of matrix m
+// lies. Element m of lane 4c + d is then column c, rows 2d and 2d + 1.
+DEVICE void load_transposed(const u16* row, u32 (&pairs)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                 : "r"((u32)__cvta_generic_to_shared(row))
+                 : "memory");
 }
 
 // Copy 16 bytes to shared memory behind the thread's back; `copies_sent` closes a group, and

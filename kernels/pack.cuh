@@ -14,36 +14,48 @@ struct Place {
     u32 tokens;  // of the slab that exist
 };
 
+DEVICE Place place_at(u32 sequence, u32 head, u32 slab, u32 tokens, const int* page_table,
+                      u32 max_pages) {
+    u32 page = page_table[sequence * max_pages + slab / 2];
+    return Place{sequence, head, slab, page, smaller(tokens - slab * 64, 64)};
+}
 DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, const int* page_table,
                         u32 max_pages) {
-    Place place;
-    place.slab = block % slabs;
-    place.head = block / slabs % num_kv_heads;
-    place.sequence = block / slabs / num_kv_heads;
-    place.tokens = smaller(tokens - place.slab * 64, 64);
-    place.page = page_table[place.sequence * max_pages + place.slab / 2];
-    return place;
+    return place_at(block / slabs / num_kv_heads, block / slabs % num_kv_heads, block % slabs, tokens,
+                    page_table, max_pages);
 }
 
 struct alignas(16) Eight {
     u32 of[4];
 };
 
-// Send for 64 tokens of one head, zeros past the end.
-DEVICE void stage(const u16* states, const Place& place, u32 num_kv_heads, u32 tokens, u16* to) {
-    const u16* from =
-        states +
-        (((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64) * HEAD_DIM;
-    constexpr u32 pieces = HEAD_DIM / 8;
-    KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
-        u32 i = thread_index() + k * STEPS * 32, token = i / pieces;
-        u16* at = to + token * ROW + i % pieces * 8;
-        if (token < place.tokens) {
-            copy16(at, from + (u64)i * 8);
+// What sends for the slabs of a stretch one after another: where a thread's pieces of 16 bytes lie.
+struct Stager {
+    const u16* from;
+    u16* to;
+    u32 token;
+};
+constexpr u32 PIECES = HEAD_DIM / 8;  // of a token
+constexpr u32 AT_ONCE = STEPS * 32 / PIECES;  // tokens
+
+DEVICE Stager stager_at(const u16* states, const Place& place, u32 num_kv_heads, u32 tokens,
+                        u16* to) {
+    u32 token = thread_index() / PIECES, piece = thread_index() % PIECES;
+    u64 row = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64 + token;
+    return Stager{states + row * HEAD_DIM + piece * 8, to + token * ROW + piece * 8, token};
+}
+
+// Send for the next 64 tokens, of which some exist; the others become zeros. `side` is 0 or 1.
+DEVICE void stage(Stager& stager, u32 side, u32 tokens) {
+    u16* to = stager.to + side * 64 * ROW;
+    KVQ_UNROLL for (u32 k = 0; k < 64; k += AT_ONCE) {
+        if (stager.token + k < tokens) {
+            copy16(to + k * ROW, stager.from + k * HEAD_DIM);
         } else {
-            *(Eight*)at = Eight{{0, 0, 0, 0}};
+            *(Eight*)(to + k * ROW) = Eight{{0, 0, 0, 0}};
         }
     }
+    stager.from += 64 * HEAD_DIM;
 }
 
 // How keys are encoded, by channel of the layer: threshold and affine, and the middles between
@@ -220,16 +232,6 @@ DEVICE Element value_element(const float* middles, u16 bits, const ValueRow& row
                    is_cut_off(bits, row, channel)};
 }
 
-// The same for all values of a token; states from `low` to `high`, ends apart, are no outliers.
-struct alignas(16) Coded {
-    float offset, inverse, low, high;
-};
-
-DEVICE Coded coded_row(u32 range, const Cuts& cuts) {
-    return Coded{h2_high(range), inverse_scale(range), state_value(key_bits(cuts.low >> 16)),
-                 state_value(key_bits(cuts.high >> 16))};
-}
-
 // Within what a half can say.
 DEVICE float clamp_half(float x) {
     return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
@@ -268,17 +270,6 @@ DEVICE void store_codes(u8* step, u32 lane, const Tile<bits> (&tiles)[4]) {
             words[2 * lane + t] = tiles[2 * t] | tiles[2 * t + 1] << 2;
         }
     }
-}
-
-// The sum over all lanes before this one, and over all lanes.
-DEVICE u32 lanes_before(u32 value, u32 lane, u32& total) {
-    u32 sum = value;
-    KVQ_UNROLL for (u32 d = 1; d < 32; d *= 2) {
-        u32 below = sum_below(sum, d);
-        if (lane >= d) sum += below;
-    }
-    total = from_lane(sum, 31);
-    return sum - value;
 }
 
 // The sum over the lanes before this one that have the same channel of values.

@@ -38,10 +38,10 @@ DEVICE u32 tie_channel(const Key* keys, u32 channels, u32 lane, u32 key, u32 lef
 
 constexpr u32 LISTED = 128;  // candidates for outliers of a tail
 
-// A warp's scratch: a token's values in order, and either candidates of both tails or bins.
+// A warp's scratch: a token's values, and either candidates of both tails or bins.
 struct Scratch {
     u32* words;  // 1024
-    u16* keys;
+    u16* states;
 };
 
 // What a token's outliers are: the cuts, and the least and the greatest item between them. `listed`
@@ -51,13 +51,32 @@ struct Found {
     u32 listed[2];
 };
 
+// The least and the greatest of what a lane has seen, by halves of a word.
+struct Extremes {
+    u32 least, greatest;
+};
+constexpr u32 INFINITY2 = BF16 ? 0x7f807f80u : 0x7c007c00u;
+constexpr Extremes NO_EXTREMES{INFINITY2, INFINITY2 | 0x80008000u};
+
+DEVICE void widen(Extremes& extremes, const Eight& eight) {
+    KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+        extremes.least = h2_least<BF16>(extremes.least, eight.of[k]);
+        extremes.greatest = h2_greatest<BF16>(extremes.greatest, eight.of[k]);
+    }
+}
+// The keys of a lane's extremes.
+DEVICE u32 least_key(const Extremes& extremes) {
+    u32 keys = order_keys(extremes.least);
+    return smaller(keys & 0xffff, keys >> 16);
+}
+DEVICE u32 greatest_key(const Extremes& extremes) {
+    u32 keys = order_keys(extremes.greatest);
+    return larger(keys & 0xffff, keys >> 16);
+}
+
 struct alignas(16) FourItems {
     u32 of[4];
 };
-struct alignas(8) Quad {
-    u32 of[2];  // four keys
-};
-
 // The `rank`-th least of a tail's candidates, which are padded to a multiple of four, and the one
 // after it; candidates of the upper tail are complemented. A lane holds some, and counts for each
 // how many are less.
@@ -89,50 +108,64 @@ DEVICE void rank_tail(const u32* items, u32 count, u32 rank, u32 lane, u32& cut,
     }
 }
 
-// The `rank`-th least of the lanes' items, if so many lanes have one: ~0 else.
-DEVICE u32 ranked_lane(u32 item, u32 rank) {
+// The `rank`-th least of the lanes' keys, equal ones counted each.
+DEVICE u32 ranked_lane(u32 key, u32 rank) {
     u32 below = 0;
-    KVQ_UNROLL for (u32 k = 0; k < 32; k++) below += from_lane(item, k) < item;
-    return least_of_warp(below == rank - 1 ? item : ~0u);
+    KVQ_UNROLL for (u32 k = 0; k < 32; k++) below += from_lane(key, k) < key;
+    return greatest_of_warp(below < rank ? key : 0);
 }
 
-// The items of four neighbouring channels.
-DEVICE void quad_items(const Quad& quad, u32 channel, u32 (&items)[4]) {
-    KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
-        items[2 * k] = quad.of[k] << 16 | (channel + 2 * k);
-        items[2 * k + 1] = (quad.of[k] & 0xffff0000u) | (channel + 2 * k + 1);
+// A bit for each of 16 words' halves, in the order of `channel_of`, that may be an outlier: those not
+// beyond the ends, which are in both halves of a word.
+template <typename Beyond>
+DEVICE u32 not_beyond(const u16* states, u32 first, u32 channels, Beyond beyond) {
+    u32 signs = 0;
+    KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+        if (first + 256 * k >= channels) {
+            signs = signs >> 4 | 0xf000f000u;
+            continue;
+        }
+        Eight eight = *(const Eight*)(states + first + 256 * k);
+        KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
+            signs = signs >> 1 | (beyond(eight.of[j]) & 0x80008000u);
+        }
     }
+    return ~signs;
+}
+// Of both tails, or of one alone where all signs are flipped that it may be the lower one.
+DEVICE u32 candidates(const u16* states, u32 first, u32 channels, const Extremes& ends) {
+    return not_beyond(states, first, channels, [&](u32 pair) {
+        return h2_minus<BF16>(ends.least, pair) & h2_minus<BF16>(pair, ends.greatest);
+    });
+}
+DEVICE u32 candidates(const u16* states, u32 first, u32 channels, u32 end, u32 flip) {
+    return not_beyond(states, first, channels,
+                      [&](u32 pair) { return h2_minus<BF16>(end, pair ^ flip); });
+}
+DEVICE u32 channel_of(u32 n, u32 first) {
+    return first + n % 16 / 4 * 256 + n % 4 * 2 + n / 16;
 }
 
 // Find a token's outliers where few elements can be some: those up to the `per_tail`-th of the
-// lanes' least items, and likewise at the other end. False where there are too many candidates, or
-// none is left between the cuts.
+// lanes' least values, and likewise at the other end. False where the ends meet, there are too many
+// candidates, or none is left between the cuts.
 DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane,
-                           u32 lane_least, u32 lane_greatest, Found& found) {
+                           const Extremes& extremes, Found& found) {
     if (per_tail > 32) return false;
-    u32 low_end = ranked_lane(lane_least, per_tail);
-    u32 high_end = ~ranked_lane(~lane_greatest, per_tail);
-    if (low_end == ~0u || high_end == 0) return false;
+    u32 low_end = ranked_lane(least_key(extremes), per_tail);
+    u32 high_end = 0xffff ^ ranked_lane(0xffff ^ greatest_key(extremes), per_tail);
+    if (low_end >= high_end) return false;
+    Extremes ends{key_bits(low_end) * 0x10001u, key_bits(high_end) * 0x10001u};
     u32* listed = scratch.words + 2 * LISTED;  // of either tail
     if (lane < 2) listed[lane] = 0;
     sync_warp();
-    KVQ_ROLLED for (u32 first = 4 * lane; first < channels; first += 8 * 128) {
-        u32 low_flags = 0, high_flags = 0;  // a bit an element
-        KVQ_UNROLL for (u32 k = 0; k < 8; k++) {
-            u32 channel = first + 128 * k, items[4];
-            if (channel >= channels) break;
-            quad_items(*(const Quad*)(scratch.keys + channel), channel, items);
-            KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
-                if (items[j] <= low_end) low_flags |= 1u << (4 * k + j);
-                if (items[j] >= high_end) high_flags |= 1u << (4 * k + j);
-            }
-        }
-        KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
-            KVQ_ROLLED for (u32 left = tail ? high_flags : low_flags; left; left &= left - 1) {
-                u32 n = lowest_bit(left), channel = first + n / 4 * 128 + n % 4;
-                u32 item = item_of(scratch.keys[channel], channel), at = take_shared(listed + tail, 1);
-                if (at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
-            }
+    KVQ_ROLLED for (u32 first = 8 * lane; first < channels; first += 1024) {
+        KVQ_ROLLED for (u32 left = candidates(scratch.states, first, channels, ends); left;
+                        left &= left - 1) {
+            u32 channel = channel_of(lowest_bit(left), first);
+            u32 key = order_key(scratch.states[channel]), item = item_of(key, channel);
+            u32 tail = key > low_end, at = take_shared(listed + tail, 1);
+            if (at < LISTED) scratch.words[tail * LISTED + at] = tail ? ~item : item;
         }
     }
     sync_warp();
@@ -152,11 +185,12 @@ DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u
 }
 
 // The cuts of any token, by two histograms a tail: of the upper bytes, then of the lower bytes
-// within a bin, and then a count of channels among equals.
+// within a bin, and then a count of channels among equals. The states become their keys.
 DEVICE Cuts rank_all(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane) {
     u32* bins = scratch.words;
-    const u16* keys = scratch.keys;
+    u16* keys = scratch.states;
     sync_warp();
+    for (u32 i = lane; i < channels; i += 32) keys[i] = (u16)order_key(keys[i]);
     KVQ_UNROLL_4 for (u32 i = lane; i < 1024; i += 32) bins[i] = 0;
     sync_warp();
     for (u32 i = lane; i < channels; i += 32) add_shared((int*)bins + (keys[i] >> 8), 1);

@@ -12,6 +12,17 @@ constexpr u32 LEVEL_ROW = KEY_BITS == 8 || VALUE_BITS == 8 ? 256 : 16;  // level
 constexpr u32 IN_ROUNDS = 0x80000000u;  // beside the quads of values' lists
 constexpr u32 HEADER = 4;               // words before the first outlier of a list in rounds
 
+// The sum over all lanes before this one, and over all lanes.
+DEVICE u32 lanes_before(u32 value, u32 lane, u32& total) {
+    u32 sum = value;
+    KVQ_UNROLL for (u32 d = 1; d < 32; d *= 2) {
+        u32 below = sum_below(sum, d);
+        if (lane >= d) sum += below;
+    }
+    total = from_lane(sum, 31);
+    return sum - value;
+}
+
 // A model's states: half, or bfloat16 with BF16.
 DEVICE float state_value(u16 bits) {
     return BF16 ? bits_to_float((u32)bits << 16) : half_to_float(bits);

@@ -75,7 +75,7 @@ class CodeTables:
 
     @property
     def value_encoder(self) -> str | None:
-        """The kernel that encodes values before `pack_slabs` does, or None."""
+        """The kernel that encodes values before `pack_values` does, or None."""
         if self.value_rounding is not None:
             return "compensate_values"
         return "code_floats" if self.turns_values else None

@@ -6,27 +6,22 @@ bit; only the order of a list's outliers differs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvqtool.arguments import Expected, check_tensors
-from kvqtool.code_tables import PLAIN, CodeTables, expect_code
-from kvqtool.codebook import send
-from kvqtool.cuda import Argument, Kernel, Launcher, Macros, run_on_gpu
+from kvqtool.code_tables import CodeTables, Rounding, expect_code
+from kvqtool.cuda import Argument, Launcher, run_on_gpu
 from kvqtool.fused import LayerTables, expect_tables
-from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
+from kvqtool.memory import PAGE_TOKENS
+from kvqtool.packing_kernels import launch_shape, pack_kernels
 from kvqtool.page_memory import QUAD, SLABS
 from kvqtool.pages import Pages, list_sizes
 from kvqtool.recover import Exceptions, no_exceptions
 from kvqtool.variant import Variant
-
-_WARPS: Final = 4  # of a block of `survey_values`
-_WRITERS: Final = {"pack_slabs": "pack", "write_lists": "lists"}
-_FLOATS: Final = ("survey_floats", "code_floats")
-_ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 
 
 @dataclass(frozen=True)
@@ -38,17 +33,14 @@ class Packed:
         counts: (pages, num_kv_heads, 2 slabs, 2 sides) int32, outliers of each list.
         exceptions: of keys and of values, counted from the first token.
         known: `counts` on the host.
+        quads: of words, that the lists take.
     """
 
     pages: Pages
     counts: Tensor
     exceptions: tuple[Exceptions, Exceptions]
     known: Tensor
-
-    @property
-    def quads(self) -> int:
-        """Quads of words that the lists take."""
-        return int(list_sizes(self.known.flatten())[1].sum())
+    quads: int
 
     def split(self, pages: int, elements: int) -> tuple[Packed, Packed]:
         """Return the first pages and the others; the words stay together.
@@ -64,7 +56,9 @@ class Packed:
             part = replace(self.pages, **picked, outlier_index=index)
             is_first = chosen.start is None
             key, value = (_within(e, elements, is_first=is_first) for e in self.exceptions)
-            parts.append(Packed(part, self.counts[chosen], (key, value), self.known[chosen]))
+            known = self.known[chosen]
+            quads = int(list_sizes(known.flatten())[1].sum())
+            parts.append(Packed(part, self.counts[chosen], (key, value), known, quads))
         return parts[0], parts[1]
 
 
@@ -120,64 +114,73 @@ class _Prompt:
 
     def packed(self) -> Packed:
         batch, heads, tokens, blocks = self.shape
-        device = self.states[0].device
-        table = torch.arange(blocks * batch, dtype=torch.int32, device=device)
+        device, count = self.states[0].device, blocks * batch
+        table = torch.arange(count, dtype=torch.int32, device=device)
         table = table.view(blocks, batch).T.contiguous()
-        ranges = torch.zeros(blocks * batch, PAGE_TOKENS, 2, dtype=torch.float16, device=device)
         width = 4 if self.code.turns_values else 2  # beside a float's cut stands its channel
         cuts = torch.empty(batch, tokens, width, dtype=torch.int32, device=device)
-        counts = torch.zeros(blocks * batch, heads, SLABS, 2, dtype=torch.int32, device=device)
-        values = [self.states[1], table, ranges, cuts, counts]
+        numbers = _Numbers(count, heads, device)
+        ranges = table.new_empty(count, PAGE_TOKENS)
+        slabs = table.new_empty(count, heads, SLABS, self.variant.slab_words)
+        if tokens % PAGE_TOKENS:  # what lies past the last token is not written
+            ranges[-batch:] = 0
+            slabs[-batch:] = 0
+        flagged = count if self.variant.outliers else 0
+        flags = table.new_empty(flagged, heads, SLABS, 2, 32 * self.variant.steps)
+        index = table.new_empty(count, heads, SLABS, 4)
         survey = "survey_floats" if self.code.turns_values else "survey_values"
-        self._launch(survey, [*values, batch, heads, tokens, blocks, self.code.per_tail])
-        slabs = counts.new_empty(blocks * batch, heads, SLABS, self.variant.slab_words)
-        slabs[-batch:] = 0  # a slab past the last token is not written
-        flagged = len(slabs) if self.variant.outliers else 0
-        flags = counts.new_empty(flagged, heads, SLABS, 2, 32 * self.variant.steps)
-        given = [*self.states, table, *self._keys, self.code.value_middles, self.tables.order]
-        coded = self._compensate(table, ranges, cuts)
-        written = [ranges, *coded, cuts, counts, flags, slabs]
-        self._launch("pack_slabs", [*given, self.turns, *written, heads, tokens, blocks])
-        known = counts.cpu()
-        index, size = _lay_out(known)
-        words = counts.new_zeros(size)
-        index = send(index, device)
-        pages = Pages(slabs, ranges, index, words, table)
-        exceptions = self._write_lists(pages, given, [ranges, *coded, flags])
-        return Packed(pages, counts, exceptions, known)
+        surveyed = [self.states[1], table, ranges, cuts, numbers.counts]
+        self._launch(survey, [*surveyed, batch, heads, tokens, blocks, self.code.per_tail])
+        key_coded = self._key_codes(table)
+        written: list[Argument] = [*key_coded, numbers.counts, flags, slabs, heads, tokens, blocks]
+        keys = [self.states[0], table, *self._keys, self.tables.order, self.turns]
+        self._launch("pack_keys", [*keys, *written])
+        self._launch("lay_out", [numbers.counts, index, numbers.quads, count * heads * SLABS])
+        numbers.send()
+        value_coded = self._value_codes(table, ranges, cuts)
+        values = [self.states[1], table, self.code.value_middles, ranges, *value_coded, cuts]
+        self._launch("pack_values", [*values, flags, slabs, heads, tokens, blocks])
+        known, quads = numbers.receive()
+        words = table.new_zeros(max(quads, 1) * QUAD)
+        halves = ranges.view(torch.float16).view(count, PAGE_TOKENS, 2)
+        pages = Pages(slabs, halves, index, words, table)
+        exceptions = self._write_lists(pages, [*key_coded, *value_coded, flags], numbers.spills)
+        return Packed(pages, numbers.counts, exceptions, known, quads)
 
-    def _compensate(self, table: Tensor, ranges: Tensor, cuts: Tensor) -> list[Tensor]:
-        """Return codes and outliers as they are stored of the sides that are encoded ahead: those
-        of keys, then those of values.
-        """
-        (key, value), code = self.states, self.code
-        keys = [key, table, *self._keys, self.tables.order, self.turns]
-        values = [value, table, ranges, cuts, code.value_middles]
-        sides = (
-            (keys, "compensate_keys" if code.key_rounding else None, code.key_rounding),
-            (values, code.value_encoder, code.value_rounding),
-        )
-        written = []
-        for read, name, rounding in sides:
-            size = 0 if name is None else key.numel()
-            coded = torch.empty(size, dtype=torch.uint8, device=key.device)
-            moved = torch.empty(size, dtype=torch.float16, device=key.device)
-            written += [coded, moved]
-            if name is not None:
-                needed = vars(rounding).values() if rounding else ()
-                self._launch(name, [*read, *needed, coded, moved, *self.shape[1:]])
-        return written
+    def _key_codes(self, table: Tensor) -> list[Tensor]:
+        """Return codes and outliers as they are stored of keys that are encoded ahead."""
+        rounding = self.code.key_rounding
+        read = [self.states[0], table, *self._keys, self.tables.order, self.turns]
+        return self._encode("compensate_keys" if rounding else None, read, rounding)
+
+    def _value_codes(self, table: Tensor, ranges: Tensor, cuts: Tensor) -> list[Tensor]:
+        """Likewise of values."""
+        read = [self.states[1], table, ranges, cuts, self.code.value_middles]
+        return self._encode(self.code.value_encoder, read, self.code.value_rounding)
+
+    def _encode(
+        self, name: str | None, read: Sequence[Argument], rounding: Rounding | None
+    ) -> list[Tensor]:
+        states = self.states[0]
+        size = 0 if name is None else states.numel()
+        coded = torch.empty(size, dtype=torch.uint8, device=states.device)
+        moved = torch.empty(size, dtype=torch.float16, device=states.device)
+        if name is not None:
+            needed = vars(rounding).values() if rounding else ()
+            self._launch(name, [*read, *needed, coded, moved, *self.shape[1:]])
+        return [coded, moved]
 
     def _write_lists(
-        self, pages: Pages, given: list[Tensor], coded: list[Tensor]
+        self, pages: Pages, coded: list[Tensor], spills: Tensor
     ) -> tuple[Exceptions, Exceptions]:
         """Write the outliers that `flags`, last of `coded`, tells of."""
         room = len(pages.outlier_words)
-        spills = pages.outlier_words.new_zeros(2)
         spilled = torch.empty(2, room, dtype=torch.int64, device=spills.device)
         if self.variant.outliers:
-            read = [*given, self.turns, self.tables.levels, self.tables.key_table, *coded]
+            given = [*self.states, pages.page_table, *self._keys, self.code.value_middles]
+            tables = [self.tables.order, self.turns, self.tables.levels, self.tables.key_table]
             written = [pages.outlier_index, pages.outlier_words, spills, spilled]
+            read = [*given, *tables, pages.ranges, *coded]
             self._launch("write_lists", [*read, *written, room, *self.shape])
         return _exceptions(spills, spilled)
 
@@ -186,9 +189,35 @@ class _Prompt:
         code = self.code
         return [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
 
-    def _launch(self, name: str, arguments: list[Argument]) -> None:
+    def _launch(self, name: str, arguments: Sequence[Argument]) -> None:
         kernel = pack_kernels(self.variant, self.code.macros)[name]
-        self.run(kernel, _grid(name, self.states, self.variant), arguments)
+        self.run(kernel, launch_shape(name, self.states, self.variant), arguments)
+
+
+class _Numbers:
+    """What kernels count, in one tensor of zeros: outliers of each list, quads of words, and how
+    many outliers of either side are spilled.
+    """
+
+    def __init__(self, pages: int, heads: int, device: torch.device) -> None:
+        size = pages * heads * SLABS * 2
+        self._all = torch.zeros(size + 4, dtype=torch.int32, device=device)
+        self.counts = self._all[:size].view(pages, heads, SLABS, 2)
+        self.quads, self.spills = self._all[size : size + 1], self._all[size + 1 : size + 3]
+
+    def send(self) -> None:
+        """Begin to copy them to the host."""
+        self._known = self._all.to("cpu", non_blocking=True)
+        device = self._all.device
+        is_gpu = device.type == "cuda"
+        self._sent = torch.cuda.current_stream(device).record_event() if is_gpu else None
+
+    def receive(self) -> tuple[Tensor, int]:
+        """Return counts and quads on the host, as they were when sent; waits for these only."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        known = self._known[: self.counts.numel()].view(self.counts.shape)
+        return known, int(self._known[self.counts.numel()])
 
 
 def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions]:
@@ -223,51 +252,3 @@ def _expect_prompt(
         ("values", states[1], torch.float32 if code.turns_values else variant.states, shape),
         ("turns", turns, torch.float32, (batch, tokens, variant.head_dim // 2, 2)),
     ]
-
-
-def _lay_out(counts: Tensor) -> tuple[Tensor, int]:
-    """Return the index of lists of so many outliers, and the words they take; counts and index lie
-    on the host, which is faster at little things.
-    """
-    _, quads, in_rounds = list_sizes(counts.flatten())
-    first = quads.cumsum(0) - quads
-    sizes = quads - (in_rounds.long() << 31)  # bit 31 of an int32
-    index = torch.stack([first, sizes], dim=1).to(torch.int32).view(*counts.shape[:3], 4)
-    return index, max(int(quads.sum()), 1) * QUAD
-
-
-def _grid(name: str, states: tuple[Tensor, Tensor], variant: Variant) -> tuple[int, int, int]:
-    """Return a launch's shape: a warp a token of all heads; or a block a slab, with room for its
-    keys, values and what its tokens have, or for counts; or for what compensated rounding works on.
-    """
-    batch, heads, tokens, head_dim = states[0].shape
-    each = SLAB_TOKENS * 8 * states[1].element_size()  # a token's range and cuts
-    slabs, threads = batch * heads * -(-tokens // SLAB_TOKENS), 32 * variant.steps
-    if name == "survey_values":
-        shared = _WARPS * (2 * heads * head_dim + 4096)
-        return -(-batch * tokens // _WARPS), 32 * _WARPS, shared
-    if name == "survey_floats":
-        return -(-batch * tokens // _WARPS), 32 * _WARPS, 4 * _WARPS * heads * head_dim
-    if name == "code_floats":
-        return slabs, SLAB_TOKENS, each
-    if name.startswith("compensate"):
-        shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + each
-        return slabs, SLAB_TOKENS, shared
-    if name == "write_lists":
-        return slabs, threads, 4 * (head_dim + variant.steps + 4)
-    staged, coded = 2 * SLAB_TOKENS * (head_dim + 8) * 2, SLAB_TOKENS * 16
-    return slabs, threads, staged + coded + 4 * variant.middles
-
-
-def pack_kernels(variant: Variant, code: Macros = PLAIN) -> dict[str, Kernel]:
-    """Return the functions that pack a prompt for a variant and `CodeTables.macros`, of
-    kernels/pack.cu, compensate.cu and floats.cu.
-    """
-    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)), ("WARPS", _WARPS))
-    is_key, is_value, is_float = (value for _, value in code)
-    ahead = (("KEY_COMP", is_key), ("VALUE_COMP", is_value | is_float))
-    survey = Kernel("pack", "survey_values", (*macros, *PLAIN[:2]))
-    rounding = {n: Kernel("compensate", n, (*macros, code[2])) for n in _ROUNDINGS}
-    floats = {name: Kernel("floats", name, macros) for name in _FLOATS}
-    writers = {n: Kernel(file, n, (*macros, *ahead)) for n, file in _WRITERS.items()}
-    return {"survey_values": survey} | rounding | floats | writers

@@ -19,7 +19,7 @@ from kvqtool.fused import LayerTables
 from kvqtool.hadamard import rotate_heads, turn
 from kvqtool.packing import Packed
 from kvqtool.page_memory import HEADER
-from kvqtool.pages import Pages, PageSide, build_pages
+from kvqtool.pages import Pages, PageSide, build_pages, list_sizes
 from kvqtool.recover import count_outliers, find_exceptions
 from kvqtool.rope import Rotation
 from kvqtool.side import QuantSpec
@@ -29,7 +29,9 @@ from kvqtool.variant import Variant, variant_of
 
 @dataclass(frozen=True)
 class PackCase:
-    """A spec and shapes; `tied` makes values of few distinct numbers, zeros of both signs too."""
+    """A spec and shapes; `tied` makes values of few distinct numbers, zeros of both signs too, and
+    `crowded` three levels that are nearly one.
+    """
 
     spec: str = "nuq3-1%"
     tokens: int = 130
@@ -39,6 +41,7 @@ class PackCase:
     layout: str = "half"
     tied: bool = False
     bfloat16: bool = False
+    crowded: bool = False
 
 
 CASES = (
@@ -54,6 +57,7 @@ CASES = (
     PackCase("nuq4-1%-postrope", batch=2),
     PackCase("nuq4-5%/nuq2-1%", batch=3, tokens=66),
     PackCase(tied=True),
+    PackCase("nuq4-1%/nuq3-1%", tokens=66, crowded=True),
     PackCase(bfloat16=True, tied=True),
     PackCase(head_dim=64, num_kv_heads=3, layout="interleaved"),
     PackCase(head_dim=96, tokens=33),
@@ -115,6 +119,8 @@ def build_pack(case: PackCase) -> BuiltPack:
     flat = [part.reshape(case.tokens * case.batch, -1) for part in rows]
     heads = case.num_kv_heads
     books = book_of(spec.key, flat[0], heads), book_of(spec.value, flat[1], heads)
+    if case.crowded:
+        books = crowd(books[0]), crowd(books[1])
     encoded = encode(flat[0], books[0], spec.key), encode(flat[1], books[1], spec.value)
     sides, tables = sides_and_tables(spec, encoded, books, order, inv_freq)
     variant = variant_of(spec, case.head_dim, 1, bfloat16=case.bfloat16)
@@ -129,6 +135,13 @@ def book_of(spec: QuantSpec, states: Tensor, heads: int) -> Codebook:
     if spec.moment_match:
         book = replace(book, decode_levels=as_half(book.levels * 1.1))
     return with_feedback(book, spec, heads, states.shape[1] // heads)
+
+
+def crowd(book: Codebook) -> Codebook:
+    """Return a codebook whose levels 3 to 5 are nearly one: a table of cells does not tell them."""
+    levels = book.levels.clone()
+    levels[..., 3:5] = levels[..., 5:6] - torch.tensor([0.0004, 0.0002])
+    return replace(book, levels=levels, decode_levels=as_half(levels))
 
 
 def with_feedback(book: Codebook, spec: QuantSpec, heads: int, width: int) -> Codebook:
@@ -150,7 +163,8 @@ def _expected(sides: tuple[PageSide, PageSide], batch: int) -> Packed:
     pages = build_pages(*sides, batch)
     counts = count_outliers(sides, batch)
     key, value = (find_exceptions(pages, counts, side, batch) for side in sides)
-    return Packed(pages, counts, (key, value), counts)
+    quads = int(list_sizes(counts.flatten())[1].sum())
+    return Packed(pages, counts, (key, value), counts, quads)
 
 
 def same_packed(found: Packed, expected: Packed) -> None:
@@ -159,6 +173,8 @@ def same_packed(found: Packed, expected: Packed) -> None:
     """
     same_pages(found.pages, expected.pages)
     assert torch.equal(found.counts, expected.counts)
+    assert torch.equal(found.known, expected.known)
+    assert found.quads == expected.quads
     for left, right in zip(found.exceptions, expected.exceptions, strict=True):
         assert torch.equal(left.place, right.place)
         assert torch.equal(left.value.view(torch.int16), right.value.view(torch.int16))

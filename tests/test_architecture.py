@@ -69,6 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "arguments",
         "fused",
         "code_tables",
+        "packing_kernels",
         "packing",
         "appending",
         "reading",

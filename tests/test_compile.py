@@ -10,7 +10,7 @@ from shim.build import mostly_slow
 from kvqtool.appending import append_kernel
 from kvqtool.cuda import Kernel
 from kvqtool.matvec import Part, matvec_kernel
-from kvqtool.packing import pack_kernels
+from kvqtool.packing_kernels import pack_kernels
 from kvqtool.reading import dequantize_kernel
 from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant, variant_of
@@ -58,9 +58,11 @@ def test_attention_compiles_elsewhere(variant: Variant, architecture: str) -> No
 @pytest.mark.parametrize("architecture", mostly_slow(["sm_90"], ["sm_90", *OTHERS]))
 @pytest.mark.parametrize("variant", (VARIANTS[0], VARIANTS[11], VARIANTS[16]), ids=str)
 def test_kernels_around_pages_compile_without_spills(variant: Variant, architecture: str) -> None:
-    kernels = [pack_kernels(variant)["pack_slabs"], append_kernel(variant)]  # all of pack.cu
+    plain = pack_kernels(variant)
+    kernels = [plain["pack_keys"], append_kernel(variant)]  # all of pack.cu
+    kernels += [plain[name] for name in ("survey_values", "lay_out", "write_lists")]
     for code in (COMP, TURNED):
-        kernels += [pack_kernels(variant, code)["pack_slabs"], append_kernel(variant, code)]
+        kernels += [pack_kernels(variant, code)["pack_keys"], append_kernel(variant, code)]
         kernels += [pack_kernels(variant, code)["compensate_keys"]]  # all of compensate.cu
     kernels += [pack_kernels(variant)["code_floats"]]  # all of floats.cu
     kernels += [dequantize_kernel(variant, dtype) for dtype in (torch.half, torch.bfloat16)]
@@ -83,7 +85,7 @@ def test_products_compile_without_spills(variant: Variant, part: Part) -> None:
 def test_pages_of_16_bits_do_not_compile_to_kernels_for_codes(source: str) -> None:
     variant = Variant(128, 16, 16, False, False, False, 1)
     kernels = {
-        "pack": pack_kernels(variant)["pack_slabs"],
+        "pack": pack_kernels(variant)["pack_keys"],
         "dequantize": dequantize_kernel(variant, torch.half),
     }
     with pytest.raises(AssertionError, match="16-bit pages hold states"):

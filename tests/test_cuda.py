@@ -14,7 +14,18 @@ from kvqtool.errors import InputError, RunError
 from kvqtool.variant import Variant
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("append", "attend", "compensate", "dequantize", "floats", "lists", "matvec", "pack")
+SOURCES = (
+    "append",
+    "attend",
+    "compensate",
+    "dequantize",
+    "floats",
+    "layout",
+    "lists",
+    "matvec",
+    "pack",
+    "survey",
+)
 
 
 def test_a_checkout_reads_its_own_sources() -> None:
@@ -52,8 +63,8 @@ def test_a_missing_cupy_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch
 def test_an_unknown_head_size_or_width_is_refused() -> None:
     with pytest.raises(InputError, match="not 80"):
         Variant(80, 4, 4, False, True, True, 1)
-    with pytest.raises(InputError, match="not 8"):
-        Variant(128, 8, 4, False, True, True, 1)
+    with pytest.raises(InputError, match="not 5"):
+        Variant(128, 5, 4, False, True, True, 1)
 
 
 @pytest.mark.parametrize(("needed", "refused"), [(166_000, True), (160_000, False)])

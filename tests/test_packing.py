@@ -19,6 +19,7 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not install
 QUICK = (
     PackCase("nuq4-5%/nuq2-1%", batch=3, tokens=66),
     PackCase(bfloat16=True, tied=True),
+    PackCase("nuq4-1%/nuq3-1%", tokens=66, crowded=True),
     PackCase("nuq3-1%-pc-comp/nuq3-1%-comp", tokens=70, batch=2),
     PackCase("nuq4-1%/nuq2-5%-vrot-comp", head_dim=96, tokens=66, tied=True),
 )

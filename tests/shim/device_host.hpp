@@ -225,6 +225,16 @@ inline float h2_low(u32 pair) {
 inline float h2_high(u32 pair) {
     return shim::half_value((u16)(pair >> 16));
 }
+inline float bits_to_float(u32 bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline u32 float_to_bits(float value) {
+    u32 bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
 inline u32 h2_pack(double low, double high) {
     return shim::half_bits(low) | (u32)shim::half_bits(high) << 16;
 }
@@ -239,21 +249,39 @@ template <bool bfloat>
 inline u32 no_negative_zero(u32 a) {
     return ((a & 0xffff) == 0x8000 ? 0 : a & 0xffff) | (a >> 16 == 0x8000 ? 0 : a >> 16) << 16;
 }
+template <bool bfloat>
+inline float h2_part(u32 pair, u32 upper) {
+    u32 bits = pair >> 16 * upper & 0xffff;
+    return bfloat ? bits_to_float(bits << 16) : shim::half_value((u16)bits);
+}
+template <bool bfloat>
+inline u32 h2_pick(u32 a, u32 b, bool is_less) {  // of two, by half, the less or the greater one
+    u32 result = 0;
+    for (u32 upper = 0; upper < 2; upper++) {
+        bool first = (h2_part<bfloat>(a, upper) < h2_part<bfloat>(b, upper)) == is_less;
+        result |= (first ? a : b) & 0xffffu << 16 * upper;
+    }
+    return result;
+}
+template <bool bfloat>
+inline u32 h2_least(u32 a, u32 b) {
+    return h2_pick<bfloat>(a, b, true);
+}
+template <bool bfloat>
+inline u32 h2_greatest(u32 a, u32 b) {
+    return h2_pick<bfloat>(a, b, false);
+}
+template <bool bfloat>
+inline u32 h2_minus(u32 a, u32 b) {  // not rounded to bfloat16: only its sign is looked at
+    float low = h2_part<bfloat>(a, 0) - h2_part<bfloat>(b, 0);
+    float high = h2_part<bfloat>(a, 1) - h2_part<bfloat>(b, 1);
+    return float_to_bits(low) >> 16 | (float_to_bits(high) & 0xffff0000u);
+}
 inline u32 h2_neg(u32 a) {
     return a ^ 0x80008000u;
 }
 inline u32 h2_from(float low, float high) {
     return h2_pack(low, high);
-}
-inline float bits_to_float(u32 bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-inline u32 float_to_bits(float value) {
-    u32 bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
 }
 inline float exp2_fast(float x) {
     return std::exp2(x);
@@ -270,6 +298,9 @@ inline void sine_cosine(float turns, float& sine, float& cosine) {
 }
 inline float greater(float a, float b) {
     return a > b ? a : b;
+}
+inline float size_of(float a) {
+    return std::fabs(a);
 }
 inline int round_to_int(float x) {
     return (int)std::lrint(x);
@@ -302,6 +333,18 @@ inline u32 transpose8(u32 pair) {
         return all[row * 4 + column / 2] >> 16 * (column % 2) & 0xffff;
     };
     return element(2 * q, r) | element(2 * q + 1, r) << 16;
+}
+inline float half_way(float a) {
+    float middle = std::fmaf(a, 0.5f, 0.5f);
+    return middle > 0.0f ? middle < 1.0f ? middle : 1.0f : 0.0f;
+}
+inline void load_transposed(const u16* row, u32 (&pairs)[4]) {
+    const u16** rows = shim::gather(row);
+    u32 column = shim::lane() / 4, first = shim::lane() % 4 * 2;
+    for (u32 m = 0; m < 4; m++) {
+        const u16** of = rows + 8 * m + first;
+        pairs[m] = of[0][column] | (u32)of[1][column] << 16;
+    }
 }
 inline void copy16(void* shared, const void* global) {
     if ((u64)shared % 16 || (u64)global % 16) {

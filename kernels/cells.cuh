@@ -1,0 +1,46 @@
+// Codes from a table of cells, which takes half the instructions of a search. See pack.cu.
+#pragma once
+#include "pack.cuh"
+
+// [-1, 1] is cut into CELLS. A byte each says how many middles lie before the cell; where no cell
+// has two, one comparison finds the rest.
+constexpr u32 CELLS = 256;
+struct Cells {
+    float* middles;  // one more than there are, 16 at least: the others are infinite
+    u8* before;      // CELLS
+    u32* crowded;    // whether a cell has two middles
+
+    DEVICE static u32 cell_of(float u) {
+        return float_to_bits(fma_exact(half_way(u), CELLS - 1, 8388608.0f)) & (CELLS - 1);
+    }
+    // Add the index of the nearest level to nibble n of two words that are summed up later.
+    DEVICE void add_nearest(u32 (&words)[2], u32 n, float u) const {
+        u32 at = before[cell_of(u)];
+        words[0] += at << 4 * n;
+        words[1] += middles[at] < u ? 1u << 4 * n : 0;
+    }
+};
+
+// Lay cells out, 16-byte aligned; whole blocks do, and meet. There are none for codes of 8 bits.
+template <int bits, u32 threads>
+DEVICE Cells make_cells(u8* memory, const float* middles) {
+    constexpr u32 count = (1u << bits) - 1, room = count < 16 ? 16 : count + 1;
+    Cells cells{(float*)memory, memory + 4 * room, (u32*)(memory + 4 * room + CELLS)};
+    for (u32 i = thread_index(); i < room; i += threads) {
+        cells.middles[i] = i < count ? middles[i] : bits_to_float(0x7f800000);
+    }
+    if (thread_index() == 0) *cells.crowded = bits == 8;
+    sync_block();
+    if constexpr (bits == 8) return cells;
+    for (u32 i = thread_index(); i < CELLS; i += threads) {
+        u32 before = 0, here = 0;
+        KVQ_UNROLL for (u32 k = 0; k < count; k++) {
+            u32 cell = Cells::cell_of(cells.middles[k]);
+            before += cell < i, here += cell == i;
+        }
+        cells.before[i] = (u8)before;
+        if (here > 1) *cells.crowded = 1;
+    }
+    sync_block();
+    return cells;
+}

@@ -1,0 +1,65 @@
+"""The kernels that pack a prompt: which there are, and in what shape each is launched."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch import Tensor
+
+from kvqtool.code_tables import PLAIN
+from kvqtool.cuda import Kernel, Macros
+from kvqtool.memory import SLAB_TOKENS
+from kvqtool.variant import Variant
+
+_WARPS: Final = 4  # of a block of `survey_values`
+_STRETCH: Final = 4  # slabs of a block of `pack_keys` and `pack_values`
+_WRITERS: Final = {"pack_keys": "pack", "pack_values": "pack", "write_lists": "lists"}
+_FLOATS: Final = ("survey_floats", "code_floats")
+_ROUNDINGS: Final = ("compensate_keys", "compensate_values")
+
+
+def launch_shape(
+    name: str, states: tuple[Tensor, Tensor], variant: Variant
+) -> tuple[int, int, int]:
+    """Return a launch's shape: a warp a token of all heads; or a block a slab, with room for its
+    keys, values and what its tokens have, or for counts; or for what compensated rounding works on.
+    """
+    batch, heads, tokens, head_dim = states[0].shape
+    each = SLAB_TOKENS * 8 * states[1].element_size()  # a token's range and cuts
+    slabs, threads = batch * heads * -(-tokens // SLAB_TOKENS), 32 * variant.steps
+    if name == "lay_out":
+        return 1, 1024, 128
+    if name == "survey_values":
+        shared = _WARPS * (2 * heads * head_dim + 4096)
+        return -(-batch * tokens // _WARPS), 32 * _WARPS, shared
+    if name == "survey_floats":
+        return -(-batch * tokens // _WARPS), 32 * _WARPS, 4 * _WARPS * heads * head_dim
+    if name == "code_floats":
+        return slabs, SLAB_TOKENS, each
+    if name.startswith("compensate"):
+        shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + each
+        return slabs, SLAB_TOKENS, shared
+    if name == "write_lists":
+        return slabs, threads, 4 * (head_dim + variant.steps + 4)
+    stretches = batch * heads * -(-tokens // (SLAB_TOKENS * _STRETCH))
+    is_key = name == "pack_keys"
+    rows = 0 if is_key else 16 * 2 * SLAB_TOKENS
+    levels = max(16, 1 << (variant.key_bits if is_key else variant.value_bits))
+    staged, cells = 2 * SLAB_TOKENS * (head_dim + 8) * 2, 4 * levels + 256 + 16
+    return stretches, threads, staged + rows + cells
+
+
+def pack_kernels(variant: Variant, code: Macros = PLAIN) -> dict[str, Kernel]:
+    """Return the functions that pack a prompt for a variant and `CodeTables.macros`, of
+    kernels/survey.cu, floats.cu, compensate.cu, pack.cu, layout.cu and lists.cu.
+    """
+    macros = (*variant.code_macros, ("BF16", int(variant.bfloat16)))
+    macros = (*macros, ("WARPS", _WARPS), ("STRETCH", _STRETCH))
+    is_key, is_value, is_float = (value for _, value in code)
+    ahead = (("KEY_COMP", is_key), ("VALUE_COMP", is_value | is_float))
+    plain = {"survey_values": Kernel("survey", "survey_values", macros)}
+    plain["lay_out"] = Kernel("layout", "lay_out", macros)
+    rounding = {n: Kernel("compensate", n, (*macros, code[2])) for n in _ROUNDINGS}
+    floats = {name: Kernel("floats", name, macros) for name in _FLOATS}
+    writers = {n: Kernel(file, n, (*macros, *ahead)) for n, file in _WRITERS.items()}
+    return plain | rounding | floats | writers
