@@ -150,18 +150,20 @@ def test_every_tensor_of_the_page_is_counted() -> None:
     assert named["key.pages.slabs"][0].shape[0] == 1
 
 
+@pytest.mark.parametrize("spec", mostly_slow(("nuq3-1%-sink1",), ("nuq3-1%-sink1", "kvq3")))
 def test_a_model_generates_with_open_pages(
-    calibrated: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+    calibrated: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, spec: str
 ) -> None:
     loaded = load_model("builtin", device="cpu", dtype="float16")
-    bundle = calibrated("nuq3-1%-sink1")
+    bundle = calibrated(spec)
     ids = text_ids(loaded, 1, 121)
     expected = greedy(loaded, bundle, ids, "fused", 12)
     monkeypatch.setattr("kvqtool.cache.PageWriter", lambda *given: PageWriter(*given, run_on_cpu))
     found = greedy(loaded, bundle, ids, "fused", 12, expected.tokens)
     stores = found.cache.stores
     assert all("open" in store.tensors for store in stores)
-    assert same_choices(found, expected, first=0.05) <= 1
+    # One other code moves all that follow it where rounding is compensated; float32 is 0.32 away.
+    assert same_choices(found, expected, first=0.25 if spec == "kvq3" else 0.05) <= 1
     assert_same(
         {n: t for n, t in found.canonical.items() if n.startswith("0.")},
         {n: t for n, t in expected.canonical.items() if n.startswith("0.")},
