@@ -178,10 +178,9 @@ def main() -> None:
     }
     table = Table(head, options.output, [], {})
     context = multiprocessing.get_context("spawn")
+    keeping = nullcontext(options.bundles) if options.bundles else tempfile.TemporaryDirectory()
     with (
-        nullcontext(options.bundles)
-        if options.bundles
-        else tempfile.TemporaryDirectory() as folder,
+        keeping as folder,
         ThreadPoolExecutor(1)
         if options.jobs == 1
         else ProcessPoolExecutor(options.jobs, mp_context=context) as pool,
