@@ -29,6 +29,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -37,6 +38,7 @@ from typing import Any
 
 import torch
 from bench_quality import commit, machine
+from qaq_options import ALLOCATED, FAMILIES, FIXED, STEPWISE, options_of
 from qaq_table import Table
 from qaq_tuning import Tuner, around, note, protocol_of, tune
 
@@ -48,24 +50,6 @@ from kvqtool.files import check_output
 from kvqtool.models import LoadedModel, load_model
 from kvqtool.perplexity import evaluate
 from kvqtool.spec import parse_spec
-
-FIXED = {
-    "fixed": ("nuq4-1%-sink1", "nuq3-1%-sink1", "nuq2-1%-sink1"),
-    "presets": ("kvq4", "kvq3", "kvq2"),
-}
-ALLOCATED = "kvq3@{:g}"
-STEPWISE = ("qaq token", "qaq shadow")  # decoded token by token: for short windows, when asked for
-FAMILIES = {
-    "qaq": "qaq-1%",
-    "qaq released": "qaq-released-1%",
-    "qaq head": "qaq-head-1%",
-    "qaq token": "qaq-token-1%",
-    "qaq shadow": "qaq-shadow-1%",
-    "qaq over nuq": "qaq-nuq-1%-sink1",
-    "released over nuq": "qaq-nuq-released-1%-sink1",
-    "qaq over nuq, window 64": "qaq-nuq-w64-1%-sink1",
-    "qaq over kvq": "qaq-nuq-1%-sink1-pc-comp/qaq-nuq-1%-sink1-comp",
-}
 
 
 @dataclass(frozen=True)
@@ -85,6 +69,7 @@ class Setting:
     targets: tuple[float, ...]
     ratios: tuple[tuple[str, float, float], ...]
     climb: tuple[str, ...]
+    known: tuple[str, ...]
     folder: str
 
 
@@ -119,14 +104,14 @@ def make(setting: Setting, name: str, texts: tuple[str, ...]) -> list[str]:
     specs = [parse_spec(text) for text in texts]
     bundles = calibrate(loaded, learned, specs, seed=setting.seed)
     calibrated = time.perf_counter()
-    if name in FAMILIES:
+    if name in FAMILIES and name not in setting.known:
         some = slice(0, setting.tuning_windows)
         part = replace(learned, ids=learned.ids[some], scored_from=learned.scored_from[some])
         bundles = tune(_tuner(setting, name, part), name, bundles[0], list(setting.targets))
     paths = []
     for number, bundle in enumerate(bundles):
         path = Path(setting.folder) / f"{name.replace(' ', '-')}-{number}.safetensors"
-        save_bundle(bundle, path)
+        save_bundle(bundle, path, force=True)
         paths.append(str(path))
     tuned = time.perf_counter() - calibrated
     note(f"made {name}: calibrated in {calibrated - started:.0f} s, tuned in {tuned:.0f} s")
@@ -174,7 +159,7 @@ def answer(setting: Setting, path: str) -> dict[str, Any]:
 
 def main() -> None:
     """Calibrate, tune, evaluate, print and save."""
-    options = _options()
+    options = options_of(__doc__)
     if options.output:
         check_output(options.output, options.force)
     targets = tuple(float(each) for each in options.targets.split(","))
@@ -182,7 +167,8 @@ def main() -> None:
     groups |= {name: (text,) for name, text in FAMILIES.items()}
     slow = ("allocated", *FAMILIES)  # to make; they go first where nothing else is asked for
     all_at_once = [name for name in groups if name not in STEPWISE]
-    names = options.family or sorted(all_at_once, key=lambda name: name not in slow)
+    everything = [] if options.scheme else sorted(all_at_once, key=lambda name: name not in slow)
+    names = options.family or everything
     head = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
@@ -192,14 +178,15 @@ def main() -> None:
     }
     table = Table(head, options.output, [], {})
     context = multiprocessing.get_context("spawn")
+    keeping = nullcontext(options.bundles) if options.bundles else tempfile.TemporaryDirectory()
     with (
-        tempfile.TemporaryDirectory() as folder,
+        keeping as folder,
         ThreadPoolExecutor(1)
         if options.jobs == 1
         else ProcessPoolExecutor(options.jobs, mp_context=context) as pool,
     ):
         setting = _setting(options, targets, folder)
-        chosen = {name: groups[name] for name in names}
+        chosen = {name: groups[name] for name in names} | _known(options)
         _run(pool, setting, chosen, options.dataset, table, options.jobs)
     table.show()
 
@@ -249,49 +236,15 @@ def _setting(options: argparse.Namespace, targets: tuple[float, ...], folder: st
     given = {name: getattr(options, name) for name in (*shared, *more)}
     known = (text.split("=") for text in options.ratio)
     ratios = tuple((name, float(ratio), float(start)) for name, ratio, start in known)
-    climb = tuple(options.climb)
-    return Setting(**given, targets=targets, ratios=ratios, climb=climb, folder=folder)
+    few = {"climb": tuple(options.climb), "known": tuple(_known(options)), "folder": str(folder)}
+    return Setting(**given, **few, targets=targets, ratios=ratios)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="builtin, a folder or a hub id")
-    parser.add_argument("--calibration", help="calibration text; the built-in one by default")
-    parser.add_argument(
-        "--dataset",
-        action="append",
-        help="evaluation text; repeatable; the built-in one",
-    )
-    parser.add_argument("--choices", help="questions, as benchmarks/make_choices.py writes them")
-    parser.add_argument(
-        "--targets", default="3.3,4.3,2.75,2.33", help="effective bits, tuned first"
-    )
-    parser.add_argument(
-        "--family", action="append", choices=sorted({*FIXED, "allocated", *FAMILIES})
-    )
-    parser.add_argument(
-        "--ratio",
-        action="append",
-        default=[],
-        help="FAMILY=RATIO=START: seek the keys' tolerance from START on, and no ratio; repeatable",
-    )
-    parser.add_argument(
-        "--climb", action="append", default=[], help="FAMILY: seek its ratio too, from RATIO on"
-    )
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--tuning-windows", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--windows", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--commit", help="for checkouts without git")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--force", action="store_true")
-    return parser.parse_args()
+def _known(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, spec in (text.split("=") for text in options.scheme):
+        found[name] = (*found.get(name, ()), spec)
+    return found
 
 
 if __name__ == "__main__":
