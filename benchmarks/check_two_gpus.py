@@ -36,9 +36,9 @@ LIMIT: Final = 150  # seconds for one command
 # are means over windows that were batched otherwise; float16 logits of heads summed apart.
 LEVELS, SCORES = 1e-3, 1e-4
 BOUNDS: Final = {"float32": 1e-4, "float16": 0.02}
-# Later calls attend to codes, of which one may fall the other side of a middle; scales in pages are
-# float16.
-IN_CALLS, PAGES = 0.02, 0.02
+# Scales in pages are float16. States of a shared sequence differ in their last bits, so codes of later
+# ones may fall the other side of a middle: no further from exact logits than one process is.
+PAGES, FURTHER = 0.02, 1.1
 WORKER: Final = Path(__file__).with_name("split_worker.py")
 CONTEXT_WORKER: Final = Path(__file__).with_name("context_worker.py")
 
@@ -210,13 +210,18 @@ def _context(checks: Checks) -> None:
         at = ("--dtype", dtype, "--device", "cuda" if checks.gpus else "cpu")
         checks.run([*checks.torchrun(), str(CONTEXT_WORKER), str(report), *at])
         found = json.loads(report.read_text(encoding="utf-8"))
-        apart = ", ".join(f"{name} {error:.1e}" for name, error in found["errors"].items())
-        said = (
-            f"{found['packed']} tokens, logits apart by {apart}, bits alike everywhere "
-            f"{found['same_bits']}, codes {found['same_codes']}, read by {found['kernel']}"
+        apart = "; ".join(
+            f"{name}: logits apart by {e['apart']:.1e}, from exact ones by {e['shared']:.2e}, "
+            f"{e['alone']:.2e} alone"
+            for name, e in found["errors"].items()
         )
-        at_once, in_calls = found["errors"].values()
-        is_near = at_once <= BOUNDS[dtype] and in_calls <= IN_CALLS
+        said = (
+            f"{found['packed']} tokens; {apart}; bits alike everywhere {found['same_bits']}, "
+            f"codes {found['same_codes']}, read by {found['kernel']}"
+        )
+        is_near = all(
+            max(e["apart"], e["shared"] / FURTHER) < e["alone"] for e in found["errors"].values()
+        )
         is_read_alike = found["kernel"] == found["alone"]
         return is_near and is_read_alike and found["same_bits"] and found["same_codes"], said
 

@@ -46,11 +46,14 @@ def main() -> None:
     bundle = shared_bundle(loaded, ranks, options.report.with_suffix(".safetensors"))
     text = load_text(None, part="evaluation").text[:20_000]
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, : PROMPT + STEPS].to(place)
+    with torch.no_grad():
+        exact = loaded.model(ids).logits[:, PROMPT - 1 :].float()
     report: dict[str, Any] = {"errors": {}}
     for name, call in (("one call", PROMPT), (f"calls of {CALL}", CALL)):
         alone, whole = run(loaded, bundle, ids, call, ranks, is_shared=False)
         shared, share = run(loaded, bundle, ids, call, ranks, is_shared=True)
-        report["errors"][name] = far(shared, alone)
+        errors = {"apart": far(shared, alone), "alone": far(alone, exact)}
+        report["errors"][name] = errors | {"shared": far(shared, exact)}
         everywhere = ranks.gather(shared)
         report["same_bits"] = bool((everywhere == shared).all()) and report.get("same_bits", True)
         if call == PROMPT:
@@ -76,8 +79,8 @@ def shared_bundle(loaded: LoadedModel, ranks: Ranks, path: Path) -> Bundle:
 def run(
     loaded: LoadedModel, bundle: Bundle, ids: Tensor, call: int, ranks: Ranks, *, is_shared: bool
 ) -> tuple[Tensor, KvqCache]:
-    """Read a prompt in calls of so many tokens, and then token by token; return float32 logits
-    (1, STEPS + 1, vocabulary) and this process's own cache, all of the sequence or a share.
+    """Read a prompt in calls of so many tokens, and then token by token; return float32 logits (1,
+    STEPS + 1, vocabulary) and this process's own cache, all of the sequence or a share.
     """
     with attach(loaded.model, bundle, seam=loaded.seam, read_path="fused") as session:
         own = session.new_cache(bundle)

@@ -67,10 +67,14 @@ def test_a_model_reads_a_prompt_in_parts(builtin: LoadedModel) -> None:
     windows = calibration_windows(text, builtin.tokenizer, samples=2, seq_len=160, seed=0)
     (bundle,) = calibrate(builtin, windows, [parse_spec("kvq3")])
     loaded = load_model("builtin", device="cuda", dtype="float16")
-    ids, logits = text_ids(loaded, 2, 700).cuda(), []
+    ids, errors = text_ids(loaded, 4, 700), []
+    with torch.no_grad():
+        exact = builtin.model(ids).logits[:, -1]
     for read_path in ("fused", "materialise"):
         attached = attach(loaded.model, bundle, seam=loaded.seam, read_path=read_path)
         with torch.no_grad(), attached as session:
             cache = session.new_cache(bundle)
-            logits.append(read_prompt(loaded.model, ids, cache, 300))
-    assert (logits[0] - logits[1]).square().mean().sqrt() < 0.2
+            logits = read_prompt(loaded.model, ids.cuda(), cache, 300)
+        errors.append(float((logits.cpu() - exact).square().mean().sqrt()))
+    # Codes of later tokens fall the other side of a middle here and there: neither is the nearer.
+    assert errors[0] < 1.4 * errors[1], errors
