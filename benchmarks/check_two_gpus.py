@@ -36,8 +36,8 @@ LIMIT: Final = 150  # seconds for one command
 # are means over windows that were batched otherwise; float16 logits of heads summed apart.
 LEVELS, SCORES = 1e-3, 1e-4
 BOUNDS: Final = {"float32": 1e-4, "float16": 0.02}
-# Scales in pages are float16. States of a shared sequence differ in their last bits, so codes of later
-# ones may fall the other side of a middle: no further from exact logits than one process is.
+# Scales in pages are float16. States of a shared sequence differ in their last bits, and some codes
+# may fall the other side of a middle: no further from exact logits than one process is.
 PAGES, FURTHER = 0.02, 1.1
 WORKER: Final = Path(__file__).with_name("split_worker.py")
 CONTEXT_WORKER: Final = Path(__file__).with_name("context_worker.py")
