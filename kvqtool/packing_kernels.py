@@ -45,7 +45,7 @@ def launch_shape(
     is_key = name == "pack_keys"
     rows = 0 if is_key else 16 * 2 * SLAB_TOKENS
     levels = max(16, 1 << (variant.key_bits if is_key else variant.value_bits))
-    staged, cells = 2 * SLAB_TOKENS * (head_dim + 8) * 2, 4 * levels + 256 + 16
+    staged, cells = 2 * SLAB_TOKENS * (head_dim + 8) * 2, 4 * levels + 256 + 16 + 64
     return stretches, threads, staged + rows + cells
 
 
