@@ -79,8 +79,8 @@ DEVICE bool find_tail(const u16* states, u32 channels, u32 per_tail, u32 tail, c
         found[6] = least_of_warp(key) << 16;
         return true;
     }
-    if (per_tail > 32) return false;
-    u32 end = ranked_lane(key, per_tail), whole = key_bits(end ^ (tail ? 0xffff : 0)) * 0x10001u ^ flip;
+    if (per_tail > 31) return false;
+    u32 end = ranked_lane(key, per_tail + 1), whole = key_bits(end ^ (tail ? 0xffff : 0)) * 0x10001u ^ flip;
     found[0] = 0;
     sync_warp();
     KVQ_ROLLED for (u32 first = 8 * lane; first < channels; first += 1024) {
@@ -93,7 +93,7 @@ DEVICE bool find_tail(const u16* states, u32 channels, u32 per_tail, u32 tail, c
     }
     sync_warp();
     u32 count = found[0];
-    if (count > LISTED || count == per_tail) return false;
+    if (count > LISTED) return false;
     if (lane < 3 && count + lane < LISTED) items[count + lane] = ~0u;
     sync_warp();
     u32 cut, next;
