@@ -118,30 +118,21 @@ DEVICE u32 ranked_lane(u32 key, u32 rank) {
 
 // A bit for each of 16 words' halves, in the order of `channel_of`, that may be an outlier: those not
 // beyond the ends, which are in both halves of a word.
-template <typename Beyond>
-DEVICE u32 not_beyond(const u16* states, u32 first, u32 channels, Beyond beyond) {
-    u32 signs = 0;
+DEVICE u32 candidates(const u16* states, u32 first, u32 channels, const Extremes& ends) {
+    u32 between = 0;
     KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
         if (first + 256 * k >= channels) {
-            signs = signs >> 4 | 0xf000f000u;
+            between = between >> 4 | 0xf000f000u;
             continue;
         }
         Eight eight = *(const Eight*)(states + first + 256 * k);
         KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
-            signs = signs >> 1 | (beyond(eight.of[j]) & 0x80008000u);
+            u32 above = h2_minus<BF16>(ends.least, eight.of[j]);
+            u32 below = h2_minus<BF16>(eight.of[j], ends.greatest);
+            between = between >> 1 | (above & below & 0x80008000u);
         }
     }
-    return ~signs;
-}
-// Of both tails, or of one alone where all signs are flipped that it may be the lower one.
-DEVICE u32 candidates(const u16* states, u32 first, u32 channels, const Extremes& ends) {
-    return not_beyond(states, first, channels, [&](u32 pair) {
-        return h2_minus<BF16>(ends.least, pair) & h2_minus<BF16>(pair, ends.greatest);
-    });
-}
-DEVICE u32 candidates(const u16* states, u32 first, u32 channels, u32 end, u32 flip) {
-    return not_beyond(states, first, channels,
-                      [&](u32 pair) { return h2_minus<BF16>(end, pair ^ flip); });
+    return ~between;
 }
 DEVICE u32 channel_of(u32 n, u32 first) {
     return first + n % 16 / 4 * 256 + n % 4 * 2 + n / 16;
