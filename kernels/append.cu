@@ -63,11 +63,11 @@ struct Target {
 };
 
 // A token's keys at a place and its partner, as they are stored.
-DEVICE void find_keys(const KeyCode& code, const KeyChannel (&channels)[2], const u16* staged,
-                      const Bench& bench, u32 at, Element (&found)[2]) {
-    if constexpr (!KEY_COMP) return key_pair(channels, staged, turn_at(code, 0, at), found);
+DEVICE void find_keys(const KeyChannel (&channels)[2], const u16* staged, const Bench& bench,
+                      const Turn& turn, Element (&found)[2]) {
+    if constexpr (!KEY_COMP) return key_pair(channels, staged, turn, found);
     float states[2];
-    key_states(channels, staged, turn_at(code, 0, at), states);
+    key_states(channels, staged, turn, states);
     KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
         const KeyChannel& channel = channels[k];
         u8 coded = bench.coded[channel.channel];
@@ -108,22 +108,35 @@ DEVICE void lay_values(const RowOfValues& row, u32 head, const ValueState* stage
     }
 }
 
-// The four codes of a token's keys that one lane of a step holds.
-DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& lists,
-                        const Target& target, const u16* staged, const Bench& bench, u32 task) {
-    u32 in_slab = target.in_slab, step = task / 4, lane = in_slab % 8 * 4 + task % 4;
-    u8* to = target.words + step * step_bytes(KEY_BITS);
-    u32 n[4], codes[4], words[KEY_BITS];
-    read_words<KEY_BITS>(to, lane, words);
+// One lane of a step of a token's keys, what encodes them, and its words as they were.
+struct KeyTask {
+    u32 step, lane, words[KEY_BITS];
+    u8* to;
     KeyChannel channels[2][2];
-    lane_channels(code, target.head, step, lane, channels);
+    Turns turns;
+};
+
+DEVICE KeyTask read_keys(const KeyCode& code, const Target& target, u32 number) {
+    KeyTask task;
+    task.step = number / 4, task.lane = target.in_slab % 8 * 4 + number % 4;
+    task.to = target.words + task.step * step_bytes(KEY_BITS);
+    lane_channels(code, target.head, task.step, task.lane, task.channels);
+    task.turns = turns_at(code, 0, 8 * task.step + number % 4 * 2);
+    read_words<KEY_BITS>(task.to, task.lane, task.words);
+    return task;
+}
+
+// The four codes of a token's keys that a task has.
+DEVICE void append_keys(const Decode& decode, const Lists& lists, const Target& target,
+                        const u16* staged, const Bench& bench, const KeyTask& task) {
+    u32 in_slab = target.in_slab, n[4], codes[4];
     KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
         Element found[2];
-        find_keys(code, channels[e], staged, bench, 8 * step + lane % 4 * 2 + e, found);
+        find_keys(task.channels[e], staged, bench, task.turns.of[e], found);
         KVQ_UNROLL for (u32 partner = 0; partner < 2; partner++) {
             u32 row, at, i = 2 * partner + e;
             n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 2 + 4 * partner + e;
-            key_place(n[i], step, lane, row, at);
+            key_place(n[i], task.step, task.lane, row, at);
             codes[i] = found[partner].code;
             if (!found[partner].is_outlier) continue;
             float dense = key_dense(decode, target.head, at, codes[i]);
@@ -131,7 +144,7 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Lists& 
                         delta_word(found[partner].state, dense, key_word(row, at)));
         }
     }
-    replace_codes<KEY_BITS>(to, lane, words, n, codes, 4);
+    replace_codes<KEY_BITS>(task.to, task.lane, task.words, n, codes, 4);
 }
 
 // One lane of a step of a token's values, and its words as they were.
@@ -233,9 +246,13 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     for (u32 i = thread_index(); i < BINS; i += THREADS) search.words[i] = 0;
     order_floats<THREADS>(all, channels, head, own_values, keys);
 #else
+    Extremes extremes = NO_EXTREMES;  // of this thread
     for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
-        *(Eight*)(keys + first) = *(const Eight*)(all + first);  // states, until they are ordered
+        Eight eight = *(const Eight*)(all + first);
+        widen(extremes, eight);
+        *(Eight*)(keys + first) = eight;  // states, until they are ordered
     }
+    begin_search(search, extremes);
 #endif
     sync_block();
     KeyCode code{lower,
@@ -250,22 +267,21 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     u64 list = ((u64)page * num_kv_heads + head) * 2 + token / 64 % 2;
     Target target{head, in_slab, list,
                   slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS))};
-    u32 warp = thread_index() / 32, key_task = thread_index() - 64, number = thread_index() - 128;
-    bool has_values = number < STEPS * 8;
+    u32 key_number = thread_index() - 64, value_number = thread_index() - 128;
+    bool has_keys = key_number < STEPS * 4, has_values = value_number < STEPS * 8;
+    KeyTask key_task;  // read before the range is looked for
     ValueTask value_task;
-    if (has_values) value_task = read_values(target, number);
+    if (has_keys) key_task = read_keys(code, target, key_number);
+    if (has_values) value_task = read_values(target, value_number);
     ValueCuts cuts;
 #if VALUE_FLOAT
     u32 range = find_float_range<THREADS>(keys, channels, per_tail, search.words, cuts);
-#endif
-    if (!KEY_COMP && key_task < STEPS * 4) {  // while other warps have the values
-        append_keys(code, decode, lists, target, staged, shop.bench[0], key_task);
-    }
-#if !VALUE_FLOAT
-    if (warp < 2) search.found()[2 + warp] = find_tail(keys, channels, per_tail, warp, search);
-    sync_block();
+#else
     u32 range = find_range(keys, channels, per_tail, search, cuts);
 #endif
+    if (!KEY_COMP && has_keys) {  // while other warps have the values
+        append_keys(decode, lists, target, staged, shop.bench[0], key_task);
+    }
     if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
     RowOfValues row{range, inverse_scale(range), cuts};
     if constexpr (KEY_COMP || VALUE_COMP) {
@@ -275,7 +291,7 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
         }
         await_copies<0>();
         sync_block();
-        u32 first = head * HEAD_DIM;
+        u32 warp = thread_index() / 32, first = head * HEAD_DIM;
         if (KEY_COMP && warp == 0) {
             u32 own = CHANNEL_LEVELS ? first : 0;
             Rounding rounding{code.middles + own * (LEVELS - 1), key_reads + own * LEVELS,
@@ -287,8 +303,8 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
             round_token<VALUE_BITS, false>(rounding, shop.bench[1]);
         }
         sync_block();
-        if (KEY_COMP && key_task < STEPS * 4) {
-            append_keys(code, decode, lists, target, staged, shop.bench[0], key_task);
+        if (KEY_COMP && has_keys) {
+            append_keys(decode, lists, target, staged, shop.bench[0], key_task);
         }
     }
     if (has_values) {

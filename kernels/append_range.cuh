@@ -4,17 +4,22 @@
 
 constexpr u32 THREADS = WARPS * 32;
 
-// What finding a token's range takes of shared memory: candidates of both tails, or bins, where these
-// are too many; then what is found.
+// What finding a token's range takes of shared memory: the threads' least and greatest keys, then
+// candidates, or bins, where these are too many; then what is found. Those of the upper tail are
+// complemented.
 struct Search {
     u32* words;  // 776
-    DEVICE u32* candidates(u32 tail) const {
-        return words + tail * LISTED;
+    DEVICE u32* keys(u32 tail) const {
+        return words + tail * THREADS;
     }
-    DEVICE u32* found() const {  // of either tail: candidates, whether they do, the cut, the next one
+    DEVICE u32* candidates(u32 tail) const {
+        return words + 2 * THREADS + tail * LISTED;
+    }
+    DEVICE u32* found() const {  // of either tail: candidates, the end, the cut, the next item
         return words + 768;
     }
 };
+static_assert(2 * THREADS + 2 * LISTED == 768, "what is found lies behind both uses");
 
 // A token's range and cuts of any values, by bins. The states become their keys.
 DEVICE u32 range_by_bins(u16* keys, u32 channels, u32 per_tail, const Search& search,
@@ -65,51 +70,65 @@ DEVICE u32 range_by_bins(u16* keys, u32 channels, u32 per_tail, const Search& se
     return range_of(shared[4], shared[5]);
 }
 
-// One tail's last outlier and the item after it, found by a warp; those of the upper tail are
-// complemented. Without outliers only the least item's key is. Says whether there were few candidates.
-DEVICE bool find_tail(const u16* states, u32 channels, u32 per_tail, u32 tail, const Search& search) {
-    u32 lane = thread_index() % 32, *found = search.found() + tail, *items = search.candidates(tail);
-    u32 flip = tail ? 0x80008000u : 0, least = INFINITY2;
-    KVQ_UNROLL_4 for (u32 first = 8 * lane; first < channels; first += 256) {
-        Eight eight = *(const Eight*)(states + first);
-        KVQ_UNROLL for (u32 k = 0; k < 4; k++) least = h2_least<BF16>(least, eight.of[k] ^ flip);
-    }
-    u32 pair = order_keys(least ^ flip) ^ (tail ? ~0u : 0), key = smaller(pair & 0xffff, pair >> 16);
-    if (per_tail == 0) {
-        found[6] = least_of_warp(key) << 16;
-        return true;
-    }
-    if (per_tail > 32) return false;
-    u32 end = ranked_lane(key, per_tail), whole = key_bits(end ^ (tail ? 0xffff : 0)) * 0x10001u ^ flip;
-    found[0] = 0;
-    sync_warp();
-    KVQ_ROLLED for (u32 first = 8 * lane; first < channels; first += 1024) {
-        KVQ_ROLLED for (u32 left = candidates(states, first, channels, whole, flip); left;
-                        left &= left - 1) {
-            u32 channel = channel_of(lowest_bit(left), first), at = take_shared(found, 1);
-            u32 item = item_of(order_key(states[channel]), channel);
-            if (at < LISTED) items[at] = tail ? ~item : item;
-        }
-    }
-    sync_warp();
-    u32 count = found[0];
-    if (count > LISTED || count == per_tail) return false;
-    if (lane < 3 && count + lane < LISTED) items[count + lane] = ~0u;
-    sync_warp();
-    u32 cut, next;
-    rank_tail(items, count, per_tail, lane, cut, next);
-    found[4] = cut, found[6] = next;
-    return true;
+// Put down what a thread has seen; the block meets before `find_range`.
+DEVICE void begin_search(const Search& search, const Extremes& extremes) {
+    search.keys(0)[thread_index()] = least_key(extremes);
+    search.keys(1)[thread_index()] = 0xffff ^ greatest_key(extremes);
+    if (thread_index() < 2) search.found()[thread_index()] = 0;
 }
 
-// A token's range and cuts, from what `find_tail` found of both tails.
+// List a thread's own elements that are not between the ends, of keys.
+DEVICE void list_candidates(const u16* states, u32 channels, const Search& search, const u32* ends) {
+    Extremes of{key_bits(ends[0]) * 0x10001u, key_bits(0xffff ^ ends[1]) * 0x10001u};
+    KVQ_ROLLED for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
+        Eight eight = *(const Eight*)(states + first);
+        u32 between = 0;  // of element 2j + e in bit j + 16 e
+        KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
+            u32 above = h2_minus<BF16>(of.least, eight.of[j]);
+            between |= (above & h2_minus<BF16>(eight.of[j], of.greatest) & 0x80008000u) >> (15 - j);
+        }
+        KVQ_ROLLED for (u32 left = ~between & 0x000f000fu; left; left &= left - 1) {
+            u32 n = lowest_bit(left), channel = first + n % 16 * 2 + n / 16;
+            u32 key = order_key(states[channel]), tail = key > ends[0];
+            u32 at = take_shared(search.found() + tail, 1), item = item_of(key, channel);
+            if (at < LISTED) search.candidates(tail)[at] = tail ? ~item : item;
+        }
+    }
+}
+
+// A token's range and cuts, found by a whole block.
 DEVICE u32 find_range(u16* states, u32 channels, u32 per_tail, const Search& search, Cuts& cuts) {
-    const u32* found = search.found();
-    u32 low = found[6], high = ~found[7];
+    u32 warp = thread_index() / 32, lane = thread_index() % 32, *found = search.found();
+    if (warp < 2) {
+        const u32* keys = search.keys(warp);
+        u32 own = ~0u;
+        KVQ_UNROLL for (u32 i = 0; i < THREADS; i += 32) own = smaller(own, keys[i + lane]);
+        u32 end = per_tail == 0    ? least_of_warp(own)
+                  : per_tail <= 31 ? ranked_lane(own, per_tail + 1)
+                                   : 0xffff;
+        found[2 + warp] = end;
+    }
+    sync_block();
+    u32 ends[2] = {found[2], found[3]};
     cuts = NO_CUTS;
-    if (per_tail == 0) return range_of(low >> 16, high >> 16);
+    if (per_tail == 0) return range_of(ends[0], 0xffff ^ ends[1]);
+    bool few = ends[0] < (0xffff ^ ends[1]);
+    if (few) {
+        list_candidates(states, channels, search, ends);
+        sync_block();
+        few = found[0] <= LISTED && found[1] <= LISTED;
+    }
+    if (few && warp < 2) {
+        u32 count = found[warp], cut, next, *items = search.candidates(warp);
+        if (lane < 3 && count + lane < LISTED) items[count + lane] = ~0u;
+        sync_warp();
+        rank_tail(items, count, per_tail, lane, cut, next);
+        found[4 + warp] = cut, found[6 + warp] = next;
+    }
+    sync_block();
+    u32 low = found[6], high = ~found[7];
     cuts = Cuts{found[4], ~found[5]};
-    bool few = found[2] && found[3] && low < cuts.high && high > cuts.low;
+    few = few && low < cuts.high && high > cuts.low;
     if (!few) return range_by_bins(states, channels, per_tail, search, cuts);
     return range_of(low >> 16, high >> 16);
 }

@@ -26,20 +26,23 @@ template <int bits, u32 threads>
 DEVICE Cells make_cells(u8* memory, const float* middles) {
     constexpr u32 count = (1u << bits) - 1, room = count < 16 ? 16 : count + 1;
     Cells cells{(float*)memory, memory + 4 * room, (u32*)(memory + 4 * room + CELLS)};
+    u32* cells_of = cells.crowded + 4;  // 16, of the middles
     for (u32 i = thread_index(); i < room; i += threads) {
         cells.middles[i] = i < count ? middles[i] : bits_to_float(0x7f800000);
+        if (bits < 8) cells_of[i] = i < count ? Cells::cell_of(middles[i]) : ~0u;
     }
     if (thread_index() == 0) *cells.crowded = bits == 8;
     sync_block();
     if constexpr (bits == 8) return cells;
+    if (thread_index() + 1 < count && cells_of[thread_index()] == cells_of[thread_index() + 1]) {
+        *cells.crowded = 1;
+    }
     for (u32 i = thread_index(); i < CELLS; i += threads) {
-        u32 before = 0, here = 0;
-        KVQ_UNROLL for (u32 k = 0; k < count; k++) {
-            u32 cell = Cells::cell_of(cells.middles[k]);
-            before += cell < i, here += cell == i;
+        u32 before = 0;
+        KVQ_UNROLL for (u32 step = 8; step; step /= 2) {
+            if (cells_of[before + step - 1] < i) before += step;
         }
         cells.before[i] = (u8)before;
-        if (here > 1) *cells.crowded = 1;
     }
     sync_block();
     return cells;

@@ -2,7 +2,7 @@
 #include "unpack.cuh"
 
 constexpr u32 THREADS = 1024;
-constexpr u32 EACH = 4;  // slabs of a thread at a time
+constexpr u32 EACH = 8;  // slabs of a thread at a time
 
 // The lists of a slab as `index` says: where they begin, and their quads.
 struct alignas(16) Entry {
@@ -21,15 +21,11 @@ DEVICE u32 value_quads(const Count& count) {
 
 // The sum over all threads before this one, and over all. `sums` are of warps.
 DEVICE u32 threads_before(u32 value, u32* sums, u32& total) {
-    u32 lane = thread_index() % 32, warp = thread_index() / 32, all, before = 0;
+    u32 lane = thread_index() % 32, warp = thread_index() / 32, all;
     u32 within = lanes_before(value, lane, all);
     if (lane == 0) sums[warp] = all;
     sync_block();
-    total = 0;
-    KVQ_UNROLL_4 for (u32 w = 0; w < THREADS / 32; w++) {
-        if (w == warp) before = total;
-        total += sums[w];
-    }
+    u32 before = from_lane(lanes_before(sums[lane], lane, total), warp);
     sync_block();
     return before + within;
 }

@@ -11,8 +11,8 @@ survey_values(const u16* value, const int* page_table, u32* ranges, Cuts* cuts, 
     u32 lane = thread_index() % 32, warp = thread_index() / 32, channels = num_kv_heads * HEAD_DIM;
     u32 number = block_index() * WARPS + warp, sequence = number / tokens, token = number % tokens;
     if (number >= batch * tokens) return;
-    u32* words = (u32*)(shared_memory() + warp * (channels * 2 + 4096));
-    Scratch scratch{words, (u16*)(words + 1024)};
+    u32* words = (u32*)(shared_memory() + warp * (channels * 2 + SCRATCH_WORDS * 4));
+    Scratch scratch{words, (u16*)(words + SCRATCH_WORDS)};
     Extremes extremes = NO_EXTREMES;  // of this lane
     const u16* row = value + ((u64)sequence * num_kv_heads * tokens + token) * HEAD_DIM;
     const u64 stride = (u64)tokens * HEAD_DIM;  // from a head to the next

@@ -39,8 +39,9 @@ DEVICE u32 tie_channel(const Key* keys, u32 channels, u32 lane, u32 key, u32 lef
 constexpr u32 LISTED = 128;  // candidates for outliers of a tail
 
 // A warp's scratch: a token's values, and either candidates of both tails or bins.
+constexpr u32 SCRATCH_WORDS = 2 * LISTED + 8;
 struct Scratch {
-    u32* words;  // 1024
+    u32* words;
     u16* states;
 };
 
@@ -117,43 +118,34 @@ DEVICE u32 ranked_lane(u32 key, u32 rank) {
 
 // A bit for each of 16 words' halves, in the order of `channel_of`, that may be an outlier: those not
 // beyond the ends, which are in both halves of a word.
-template <typename Beyond>
-DEVICE u32 not_beyond(const u16* states, u32 first, u32 channels, Beyond beyond) {
-    u32 signs = 0;
+DEVICE u32 candidates(const u16* states, u32 first, u32 channels, const Extremes& ends) {
+    u32 between = 0;
     KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
         if (first + 256 * k >= channels) {
-            signs = signs >> 4 | 0xf000f000u;
+            between = between >> 4 | 0xf000f000u;
             continue;
         }
         Eight eight = *(const Eight*)(states + first + 256 * k);
         KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
-            signs = signs >> 1 | (beyond(eight.of[j]) & 0x80008000u);
+            u32 above = h2_minus<BF16>(ends.least, eight.of[j]);
+            u32 below = h2_minus<BF16>(eight.of[j], ends.greatest);
+            between = between >> 1 | (above & below & 0x80008000u);
         }
     }
-    return ~signs;
-}
-// Of both tails, or of one alone where all signs are flipped that it may be the lower one.
-DEVICE u32 candidates(const u16* states, u32 first, u32 channels, const Extremes& ends) {
-    return not_beyond(states, first, channels, [&](u32 pair) {
-        return h2_minus<BF16>(ends.least, pair) & h2_minus<BF16>(pair, ends.greatest);
-    });
-}
-DEVICE u32 candidates(const u16* states, u32 first, u32 channels, u32 end, u32 flip) {
-    return not_beyond(states, first, channels,
-                      [&](u32 pair) { return h2_minus<BF16>(end, pair ^ flip); });
+    return ~between;
 }
 DEVICE u32 channel_of(u32 n, u32 first) {
     return first + n % 16 / 4 * 256 + n % 4 * 2 + n / 16;
 }
 
-// Find a token's outliers where few elements can be some: those up to the `per_tail`-th of the
-// lanes' least values, and likewise at the other end. False where the ends meet, there are too many
+// Find a token's outliers where few elements can be some: those up to the one after the `per_tail`-th
+// of the lanes' least values, and likewise at the other end. False where the ends meet, there are too many
 // candidates, or none is left between the cuts.
 DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane,
                            const Extremes& extremes, Found& found) {
-    if (per_tail > 32) return false;
-    u32 low_end = ranked_lane(least_key(extremes), per_tail);
-    u32 high_end = 0xffff ^ ranked_lane(0xffff ^ greatest_key(extremes), per_tail);
+    if (per_tail > 31) return false;
+    u32 low_end = ranked_lane(least_key(extremes), per_tail + 1);
+    u32 high_end = 0xffff ^ ranked_lane(0xffff ^ greatest_key(extremes), per_tail + 1);
     if (low_end >= high_end) return false;
     Extremes ends{key_bits(low_end) * 0x10001u, key_bits(high_end) * 0x10001u};
     u32* listed = scratch.words + 2 * LISTED;  // of either tail
@@ -171,7 +163,6 @@ DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u
     sync_warp();
     KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) found.listed[tail] = listed[tail];
     if (found.listed[0] > LISTED || found.listed[1] > LISTED) return false;
-    if (found.listed[0] == per_tail || found.listed[1] == per_tail) return false;
     KVQ_UNROLL for (u32 tail = 0; tail < 2; tail++) {
         u32 at = found.listed[tail] + lane;  // pad to whole quads
         if (lane < 3 && at < LISTED) scratch.words[tail * LISTED + at] = ~0u;
@@ -184,27 +175,33 @@ DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u
     return next_low < ~high && ~next_high > low;
 }
 
+// How many of a token's elements there are in each of 256 bins. `bin` of a key may be none of them.
+template <typename Bin>
+DEVICE void fill_bins(const Scratch& scratch, u32 channels, u32 lane, Bin bin) {
+    sync_warp();
+    for (u32 i = lane; i < 256; i += 32) scratch.words[i] = 0;
+    sync_warp();
+    for (u32 i = lane; i < channels; i += 32) {
+        u32 at = bin(scratch.states[i]);
+        if (at < 256) add_shared((int*)scratch.words + at, 1);
+    }
+    sync_warp();
+}
+
 // The cuts of any token, by two histograms a tail: of the upper bytes, then of the lower bytes
 // within a bin, and then a count of channels among equals. The states become their keys.
 DEVICE Cuts rank_all(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane) {
-    u32* bins = scratch.words;
     u16* keys = scratch.states;
     sync_warp();
     for (u32 i = lane; i < channels; i += 32) keys[i] = (u16)order_key(keys[i]);
-    KVQ_UNROLL_4 for (u32 i = lane; i < 1024; i += 32) bins[i] = 0;
-    sync_warp();
-    for (u32 i = lane; i < channels; i += 32) add_shared((int*)bins + (keys[i] >> 8), 1);
-    sync_warp();
+    fill_bins(scratch, channels, lane, [](u32 key) { return key >> 8; });
     u32 low_left = per_tail, high_left = per_tail;
-    u32 low_bin = rank_bin<false>(bins, lane, low_left);
-    u32 high_bin = rank_bin<true>(bins, lane, high_left);
-    for (u32 i = lane; i < channels; i += 32) {
-        if (keys[i] >> 8 == low_bin) add_shared((int*)bins + 512 + (keys[i] & 255), 1);
-        if (keys[i] >> 8 == high_bin) add_shared((int*)bins + 768 + (keys[i] & 255), 1);
-    }
-    sync_warp();
-    u32 low = low_bin << 8 | rank_bin<false>(bins + 512, lane, low_left);
-    u32 high = high_bin << 8 | rank_bin<true>(bins + 768, lane, high_left);
+    u32 low = rank_bin<false>(scratch.words, lane, low_left);
+    u32 high = rank_bin<true>(scratch.words, lane, high_left);
+    fill_bins(scratch, channels, lane, [&](u32 key) { return key ^ low << 8; });
+    low = low << 8 | rank_bin<false>(scratch.words, lane, low_left);
+    fill_bins(scratch, channels, lane, [&](u32 key) { return key ^ high << 8; });
+    high = high << 8 | rank_bin<true>(scratch.words, lane, high_left);
     return Cuts{item_of(low, tie_channel<false>(keys, channels, lane, low, low_left)),
                 item_of(high, tie_channel<true>(keys, channels, lane, high, high_left))};
 }

@@ -121,16 +121,17 @@ class _Prompt:
         cuts = torch.empty(batch, tokens, width, dtype=torch.int32, device=device)
         numbers = _Numbers(count, heads, device)
         ranges = table.new_empty(count, PAGE_TOKENS)
-        slabs = table.new_empty(count, heads, SLABS, self.variant.slab_words)
         if tokens % PAGE_TOKENS:  # what lies past the last token is not written
             ranges[-batch:] = 0
+        survey = "survey_floats" if self.code.turns_values else "survey_values"
+        surveyed = [self.states[1], table, ranges, cuts, numbers.counts]
+        self._launch(survey, [*surveyed, batch, heads, tokens, blocks, self.code.per_tail])
+        slabs = table.new_empty(count, heads, SLABS, self.variant.slab_words)
+        if tokens % PAGE_TOKENS:
             slabs[-batch:] = 0
         flagged = count if self.variant.outliers else 0
         flags = table.new_empty(flagged, heads, SLABS, 2, 32 * self.variant.steps)
         index = table.new_empty(count, heads, SLABS, 4)
-        survey = "survey_floats" if self.code.turns_values else "survey_values"
-        surveyed = [self.states[1], table, ranges, cuts, numbers.counts]
-        self._launch(survey, [*surveyed, batch, heads, tokens, blocks, self.code.per_tail])
         key_coded = self._key_codes(table)
         written: list[Argument] = [*key_coded, numbers.counts, flags, slabs, heads, tokens, blocks]
         keys = [self.states[0], table, *self._keys, self.tables.order, self.turns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final
 
 from torch import Tensor
@@ -14,6 +15,10 @@ from kvqtool.variant import Variant
 _WARPS: Final = 4  # of a block of `survey_values`
 _STRETCH: Final = 4  # slabs of a block of `pack_keys` and `pack_values`
 _WRITERS: Final = {"pack_keys": "pack", "pack_values": "pack", "write_lists": "lists"}
+# What kernels are not specialised for that know no codes: one compilation does for all schemes.
+_ANY_CODES: Final[Macros] = (
+    *(("KEY_BITS", 4), ("VALUE_BITS", 4), ("CHANNEL_LEVELS", 0), ("ROTATED", 0), ("OUTLIERS", 1)),
+)
 _FLOATS: Final = ("survey_floats", "code_floats")
 _ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 
@@ -30,7 +35,7 @@ def launch_shape(
     if name == "lay_out":
         return 1, 1024, 128
     if name == "survey_values":
-        shared = _WARPS * (2 * heads * head_dim + 4096)
+        shared = _WARPS * (2 * heads * head_dim + 4 * (2 * 128 + 8))
         return -(-batch * tokens // _WARPS), 32 * _WARPS, shared
     if name == "survey_floats":
         return -(-batch * tokens // _WARPS), 32 * _WARPS, 4 * _WARPS * heads * head_dim
@@ -45,10 +50,11 @@ def launch_shape(
     is_key = name == "pack_keys"
     rows = 0 if is_key else 16 * 2 * SLAB_TOKENS
     levels = max(16, 1 << (variant.key_bits if is_key else variant.value_bits))
-    staged, cells = 2 * SLAB_TOKENS * (head_dim + 8) * 2, 4 * levels + 256 + 16
+    staged, cells = 2 * SLAB_TOKENS * (head_dim + 8) * 2, 4 * levels + 256 + 16 + 64
     return stretches, threads, staged + rows + cells
 
 
+@cache
 def pack_kernels(variant: Variant, code: Macros = PLAIN) -> dict[str, Kernel]:
     """Return the functions that pack a prompt for a variant and `CodeTables.macros`, of
     kernels/survey.cu, floats.cu, compensate.cu, pack.cu, layout.cu and lists.cu.
@@ -57,8 +63,9 @@ def pack_kernels(variant: Variant, code: Macros = PLAIN) -> dict[str, Kernel]:
     macros = (*macros, ("WARPS", _WARPS), ("STRETCH", _STRETCH))
     is_key, is_value, is_float = (value for _, value in code)
     ahead = (("KEY_COMP", is_key), ("VALUE_COMP", is_value | is_float))
-    plain = {"survey_values": Kernel("survey", "survey_values", macros)}
-    plain["lay_out"] = Kernel("layout", "lay_out", macros)
+    states = tuple((k, v) for k, v in macros if k in ("HEAD_DIM", "BF16", "WARPS"))
+    plain = {"survey_values": Kernel("survey", "survey_values", (*states, *_ANY_CODES))}
+    plain["lay_out"] = Kernel("layout", "lay_out", (("HEAD_DIM", 128), ("BF16", 0), *_ANY_CODES))
     rounding = {n: Kernel("compensate", n, (*macros, code[2])) for n in _ROUNDINGS}
     floats = {name: Kernel("floats", name, macros) for name in _FLOATS}
     writers = {n: Kernel(file, n, (*macros, *ahead)) for n, file in _WRITERS.items()}

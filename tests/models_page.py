@@ -12,10 +12,16 @@ import sys
 from pathlib import Path
 from typing import Final
 
+import transformers
 from families import FAMILIES, check
 from wide_families import SPEC, read
 
-PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
+_ROOT: Final = Path(__file__).parents[1]
+PAGE: Final = _ROOT / "docs" / "models.md"
+# Whether this is the transformers of constraints.txt, with which the page is written.
+IS_PINNED: Final = (
+    f"transformers=={transformers.__version__}\n" in (_ROOT / "constraints.txt").read_text()
+)
 # Greatest differences that are called none: logits; divergences at 8 bits and between read paths.
 _EXACT, _CLOSE, _ALIKE = "1e-4", "0.01", "1e-5"
 _INTRO: Final = f"""\
@@ -41,21 +47,36 @@ tests/gpu runs these models through the kernels themselves, in float16 and bfloa
 
 def page() -> str:
     """Return docs/models.md."""
-    return _INTRO + "".join(_row(family) for family in FAMILIES)
+    return _INTRO + "".join(checked(family) + read_by(family) for family in FAMILIES)
 
 
-def _row(family: str) -> str:
+def checked(family: str) -> str:
+    """Return the first cells of a family's row, or all where it is refused."""
     verdict = check(family)
     if verdict.refusal:
         return f"| {family} | refused: {verdict.refusal} | | | | | |\n"
-    reading = read(family)
-    assert verdict.logits_error is not None and verdict.kld is not None and reading is not None
+    assert verdict.logits_error is not None and verdict.kld is not None
     layers = "; ".join(dict.fromkeys(verdict.layers))
     same = "equal" if verdict.tokens_are_equal else "differ"
     figures = [_below(verdict.logits_error, _EXACT), same, _below(verdict.kld, _CLOSE)]
+    return f"| {family} | {layers} | {' | '.join(figures)} | "
+
+
+def read_by(family: str) -> str:
+    """Return the others."""
+    reading = read(family)
+    if reading is None:
+        return ""
     paths = "; ".join(dict.fromkeys(path for path in reading.paths if path != "stock"))
-    figures += [paths, _below(reading.kld, _ALIKE) if reading.is_fused else ""]
-    return f"| {family} | {layers} | {' | '.join(figures)} |\n"
+    return f"{paths} | {_below(reading.kld, _ALIKE) if reading.is_fused else ''} |\n"
+
+
+def written_rows() -> dict[str, str]:
+    """Return the rows of docs/models.md as they stand there, by family."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert text.startswith(_INTRO), "the text above the table is stale"
+    rows = text[len(_INTRO) :].splitlines(keepends=True)
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
 
 
 def _below(found: float, bound: str) -> str:

@@ -118,7 +118,9 @@ def test_the_ci_pipeline_runs_and_its_gate_closes(
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "largest context: " in done.stdout
-    closed = shell(script.replace("kvqtool ppl", ": ppl"), **TINY, GPU_MEMORY="10MB")
+    for done_before in ("calibrate", "ppl"):
+        script = script.replace(f"kvqtool {done_before}", f": {done_before}")
+    closed = shell(script, **TINY, GPU_MEMORY="10MB")
     assert closed.returncode == 1
     assert closed.stderr.startswith("gate not met: total_bytes")
     kept = json.loads((tmp_path / "work" / "plan.json").read_text())

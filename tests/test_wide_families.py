@@ -4,6 +4,7 @@ layers are read how.
 
 import pytest
 from families import FAMILIES, IS_OLD
+from models_page import IS_PINNED, read_by, written_rows
 from wide_families import read
 
 ALIKE = 1e-5  # nats between read paths; they differ by the rounding of angles and tables to fp16
@@ -24,7 +25,10 @@ OTHERWISE = {
     "gemma3n": ["fused"] * 2 + ([] if IS_OLD else ["stock"] * 2),
 }
 REFUSED = ("deepseek_v2", "deepseek_v3")
-every_family = pytest.mark.parametrize("family", [f for f in FAMILIES if f not in REFUSED])
+# By family, as in test_families.py.
+every_family = pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f not in REFUSED], scope="module"
+)
 
 
 @every_family
@@ -59,3 +63,9 @@ def test_a_layer_for_kernels_is_read_by_nothing_else(family: str) -> None:
         if row["read_path"] == "fused":
             calls = row["read_calls"]
             assert calls["fused"] and not calls["dequantize"] and not calls["materialise"]
+
+
+@pytest.mark.skipif(not IS_PINNED, reason="docs/models.md is of another transformers")
+@every_family
+def test_the_models_page_says_how_it_is_read(family: str) -> None:
+    assert written_rows()[family].endswith(read_by(family))

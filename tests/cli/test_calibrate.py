@@ -15,14 +15,17 @@ Run = Callable[..., Result]
 SMALL = ("--samples", 2, "--seq-len", 64)
 
 
-def test_stdout_is_the_path_alone(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "b.safetensors"
+def test_stdout_is_the_path_alone_and_the_bytes_are_the_same_again(
+    run: Run, tmp_path: Path, bundle: Path
+) -> None:
+    path = tmp_path / "again.safetensors"
     done = run("calibrate", "builtin", *SMALL, "-o", path)
     assert done.exit_code == 0
     assert done.stdout == f"{path}\n"
     assert "model builtin on cpu, float32" in done.stderr
     assert "calibrating kvq3 on 2 windows of 64 from builtin:calibration" in done.stderr
     assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == bundle.read_bytes()
 
 
 def test_json_says_what_was_written(run: Run, tmp_path: Path) -> None:
@@ -34,12 +37,6 @@ def test_json_says_what_was_written(run: Run, tmp_path: Path) -> None:
     assert said["result"]["path"] == str(path)
     assert said["result"]["file_bytes"] == path.stat().st_size > said["result"]["bundle_bytes"] > 0
     assert said["result"]["provenance"]["samples"] == 2
-
-
-def test_the_same_command_writes_the_same_bytes(run: Run, tmp_path: Path, bundle: Path) -> None:
-    path = tmp_path / "again.safetensors"
-    assert run("calibrate", "builtin", *SMALL, "-o", path).exit_code == 0
-    assert path.read_bytes() == bundle.read_bytes()
 
 
 def test_windows_are_capped_to_the_context_and_it_is_said(run: Run, tmp_path: Path) -> None:
@@ -63,7 +60,7 @@ def test_a_spec_without_codebooks_needs_no_text(run: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ((), "no budget was asked for, nothing was measured"),
+        (("--spec", "nuq2-1%"), "no budget was asked for, nothing was measured"),
         (("--target-bits", 3.2), "chosen: 3."),
         (("--spec", "nuq2-nofisher"), "calibrated without gradients"),
     ],

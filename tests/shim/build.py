@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -17,21 +18,24 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from kvqtool.cuda import Argument, Kernel, source_text
+from kvqtool.cuda import Argument, Kernel, Macros, source_text
 
 FOLDER = Path(__file__).parent
 HAS_COMPILER = shutil.which("g++") is not None
 _CHECKED = "KVQTOOL_SHIM_CHECKED"  # set where every access is checked
-_MAIN = '#include <type_traits>\n#include <utility>\n#include "launch.hpp"\nLAUNCHER({name})\n'
+_MAIN = '#include <type_traits>\n#include <utility>\n#include "launch.hpp"\n'
+_FUNCTION = re.compile(r"^KERNEL\(.*\)\n(\w+)\(", re.MULTILINE)
 
 
 @cache
-def _library(kernel: Kernel) -> ctypes.CDLL:
-    text = source_text(kernel.source) + _MAIN.format(name=kernel.function)
+def _library(source: str, macros: Macros) -> ctypes.CDLL:
+    """Return all functions of a source, compiled at once."""
+    text = source_text(source)
+    text += _MAIN + "".join(f"LAUNCHER({name})\n" for name in _FUNCTION.findall(text))
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-DKVQ_HOST", "-ffp-contract=off"]
     if _CHECKED in os.environ:
         options += ["-fsanitize=address", "-g1"]
-    options += [f"-D{key}={value}" for key, value in kernel.macros]
+    options += [f"-D{key}={value}" for key, value in macros]
     headers = "".join(p.read_text(encoding="utf-8") for p in sorted(FOLDER.glob("*.hpp")))
     digest = hashlib.sha256("\0".join([text, headers, *options]).encode()).hexdigest()[:20]
     built = Path(tempfile.gettempdir()) / f"kvqtool-shim-{digest}.so"
@@ -54,7 +58,7 @@ def run_on_cpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[
             slots[i] = argument
         else:
             slots[i] = struct.unpack("<I", struct.pack("<f", argument))[0]
-    getattr(_library(kernel), f"launch_{kernel.function}")(*shape, slots)
+    getattr(_library(kernel.source, kernel.macros), f"launch_{kernel.function}")(*shape, slots)
 
 
 def run_checked(*arguments: str) -> subprocess.CompletedProcess[str]:
