@@ -27,6 +27,9 @@ _SHARES: Final = {"key": (0, 1), "value": (0, 1, 2)}
 # A budget of bits counts so many times the key outliers that calibration aims at: thresholds from
 # an encyclopedia leave 1.4 times as many on novels, 1.53 times in a single window.
 OUTLIER_MARGIN: Final = 1.6
+# Text of another kind has keys beyond the ranges of the calibration text; without outliers they are
+# clipped. So the predicted loss of such keys counts so many times, where the scheme has outliers.
+BARE_KEYS: Final = 2.0
 # The widest codebooks that predictions are computed for: every bit beyond quarters the loss.
 _FITTED_BITS: Final = 4
 FITTED: Final = 1 << _FITTED_BITS
@@ -142,9 +145,15 @@ def options(ground: Ground, fitter: Fitter, positions: int) -> dict[Place, list[
     for (place, quant), by_levels in zip(jobs, losses, strict=True):
         for bits in METHOD_BITS[quant.method]:
             form = replace(quant, bits=bits)
-            loss = loss_of(by_levels, bits, positions)
+            loss = loss_of(by_levels, bits, positions) * _risk(ground.scheme, form, place[1])
             found[place].append(Option(form, ground.side_bytes(form, place), loss))
     return {place: _worthwhile(each) for place, each in found.items()}
+
+
+def _risk(scheme: KvSpec, quant: QuantSpec, side: str) -> float:
+    """Return how many times a predicted loss counts, for text of another kind."""
+    is_bare = side == "key" and scheme.key.outlier_fraction and not quant.outlier_fraction
+    return BARE_KEYS if is_bare else 1.0
 
 
 def loss_of(errors: Sequence[float], bits: int, positions: int) -> float:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvqtool.allocate import Ground, Option, Place, Specs, allocate, options, variants
+from kvqtool import allocate as allocate_module
+from kvqtool.allocate import FITTED, Ground, Option, Place, Specs, allocate, options, variants
 from kvqtool.attach import attach
 from kvqtool.bundle import Bundle, load_bundle, save_bundle
 from kvqtool.calibrate import MIXED_AT, calibrate, ground_of, observe
@@ -169,6 +170,21 @@ class TestOptions:
             assert len(row) > 2
             assert all(slope < 0 for slope in slopes)
             assert slopes == sorted(slopes)
+
+    def test_keys_without_outliers_count_twice_where_outliers_may_be_had(
+        self, builtin: LoadedModel, windows: Windows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(allocate_module, "_worthwhile", list)
+        scheme = parse_spec("nuq3-1%-sink1-pc")
+        fitter = observe(builtin, windows, variants(scheme))
+        ground, positions = ground_of(builtin, scheme, 8192), windows.ids.numel()
+        for (index, side), row in options(ground, fitter, positions).items():
+            for option in row:
+                place = scheme.with_side(side, option.quant), side, index
+                errors = fitter.predict([place], FITTED)[0]
+                plain = allocate_module.loss_of(errors, option.quant.bits, positions)
+                is_bare = side == "key" and not option.quant.outlier_fraction
+                assert option.loss == pytest.approx(plain * (2 if is_bare else 1))
 
     @pytest.mark.parametrize("spec", ("nuq3-sink1-pc", "nuq3-sink1-pc-comp/nuq3-sink1-comp"))
     def test_predictions_are_near_what_is_measured(
