@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Final
 
 from kvqtool.errors import InputError
@@ -106,7 +107,8 @@ def count_dtype(channels: int) -> str:
 
 def outliers_per_tail(spec: QuantSpec, channels: int) -> int:
     """Return how many outliers a per-token side keeps at each end: ceil(f / 2 * C), exactly."""
-    return math.ceil(Fraction(str(spec.outlier_fraction)) / 2 * channels)
+    top, bottom = _exact_share(spec.outlier_fraction)
+    return -(-top * channels // (2 * bottom))
 
 
 def groups_per_token(spec: QuantSpec, channels: int) -> int:
@@ -292,8 +294,13 @@ def _outliers(spec: QuantSpec, channels: int, rows: int, *, bound: bool) -> int:
     if not spec.per_channel:
         return 2 * outliers_per_tail(spec, channels) * rows
     limit = channels if spec.outlier_cap is None else min(spec.outlier_cap, channels)
-    return (
-        limit * rows
-        if bound
-        else min(limit * rows, math.ceil(Fraction(str(spec.outlier_fraction)) * channels * rows))
-    )
+    if bound:
+        return limit * rows
+    top, bottom = _exact_share(spec.outlier_fraction)
+    return min(limit * rows, -(-top * channels * rows // bottom))
+
+
+@cache
+def _exact_share(fraction: float) -> tuple[int, int]:
+    """Return the numerator and denominator of a share as it is written, 0.01 for one percent."""
+    return Fraction(str(fraction)).as_integer_ratio()

