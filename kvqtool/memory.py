@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cache
 from typing import Final
 
 from kvqtool.errors import InputError
-from kvqtool.side import EXACT, NORMED, WIDTHS, QuantSpec, rows_by_width
+from kvqtool.side import EXACT, NORMED, WIDTHS, QuantSpec, exact_share, rows_by_width
 from kvqtool.spec import KvSpec
 
 PAGE_TOKENS: Final = 128
@@ -107,7 +105,7 @@ def count_dtype(channels: int) -> str:
 
 def outliers_per_tail(spec: QuantSpec, channels: int) -> int:
     """Return how many outliers a per-token side keeps at each end: ceil(f / 2 * C), exactly."""
-    top, bottom = _exact_share(spec.outlier_fraction)
+    top, bottom = exact_share(spec.outlier_fraction)
     return -(-top * channels // (2 * bottom))
 
 
@@ -296,11 +294,5 @@ def _outliers(spec: QuantSpec, channels: int, rows: int, *, bound: bool) -> int:
     limit = channels if spec.outlier_cap is None else min(spec.outlier_cap, channels)
     if bound:
         return limit * rows
-    top, bottom = _exact_share(spec.outlier_fraction)
+    top, bottom = exact_share(spec.outlier_fraction)
     return min(limit * rows, -(-top * channels * rows // bottom))
-
-
-@cache
-def _exact_share(fraction: float) -> tuple[int, int]:
-    """Return the numerator and denominator of a share as it is written, 0.01 for one percent."""
-    return Fraction(str(fraction)).as_integer_ratio()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
 from typing import Final
 
 from kvqtool.errors import SpecError
@@ -210,3 +212,9 @@ class QuantSpec:
     def needs_gradients(self) -> bool:
         """Whether calibration has to run the backward pass (Fisher information)."""
         return self.compensated or (self.fits_levels and self.weighting != "none")
+
+
+@cache
+def exact_share(fraction: float) -> tuple[int, int]:
+    """Return the numerator and denominator of a share as it is written: 1 and 100 of 0.01."""
+    return Fraction(str(fraction)).as_integer_ratio()
