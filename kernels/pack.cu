@@ -14,8 +14,8 @@
 // `spilled` (2, room) of keys and of values, how many in `spills` (2): outliers that adding delta and
 //           code does not give back, (token * batch + sequence) * channels + channel above the half
 // `key_coded`, `key_moved` and those of values: from compensate.cu, with KEY_COMP and VALUE_COMP
-// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS, STRETCH; beside
-// `survey_values` also KEY_COMP and VALUE_COMP: codes are there already.
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS, STRETCH, and
+// KEY_COMP and VALUE_COMP: codes are there already. survey.cu and layout.cu know none of the last two.
 #include "cells.cuh"
 #include "pack_given.cuh"
 

@@ -26,8 +26,9 @@ _ROUNDINGS: Final = ("compensate_keys", "compensate_values")
 def launch_shape(
     name: str, states: tuple[Tensor, Tensor], variant: Variant
 ) -> tuple[int, int, int]:
-    """Return a launch's shape: a warp a token of all heads; or a block a slab, with room for its
-    keys, values and what its tokens have, or for counts; or for what compensated rounding works on.
+    """Return a launch's blocks, threads and bytes of shared memory: a warp a token of all heads;
+    one block for all lists; a block a slab, with room for counts or for what compensated rounding
+    works on; or a block some slabs, with room for two, what their tokens have, and cells.
     """
     batch, heads, tokens, head_dim = states[0].shape
     each = SLAB_TOKENS * 8 * states[1].element_size()  # a token's range and cuts
