@@ -28,7 +28,7 @@ from kvqtool.fused import (
 from kvqtool.memory import outliers_per_tail
 from kvqtool.pages import Pages
 from kvqtool.reading import dequantize
-from kvqtool.slabs import angle_table, frequency_table
+from kvqtool.turning import angle_table, coefficient_table, frequency_table
 from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant, groups_of, variant_of
 
@@ -102,10 +102,16 @@ def fp8_levels(bits: int) -> Tensor:
     return torch.cat([numbers, numbers[-1:].expand((1 << bits) - len(numbers))])
 
 
+def llama_inv_freq() -> Tensor:
+    """Return radians a token of Llama 3's rotation, whichever heads a shape has."""
+    return 500_000.0 ** (-torch.arange(HEAD_DIM // 2, dtype=torch.float64) / (HEAD_DIM // 2))
+
+
 def packed_variant(shape: Shape, text: str, given: str = "") -> Variant:
     """Return the kernel of a spec; `given` sets fields of it, as in most_warps=12,value_table=0."""
     group = groups_of(shape.num_heads, shape.num_kv_heads)
-    variant = variant_of(parse_spec(text), HEAD_DIM, group)
+    spec = parse_spec(text)
+    variant = variant_of(spec, HEAD_DIM, group, llama_inv_freq() if spec.key.pre_rope else None)
     fields = dict(part.split("=") for part in given.split(",") if part)
     kinds = {name: type(getattr(variant, name)) for name in fields}
     return replace(variant, **{name: kinds[name](int(value)) for name, value in fields.items()})
@@ -124,8 +130,8 @@ def contender(
     name: str, shape: Shape, variant: Variant, pages: Pages, levels_of: Levels = normalfloat_levels
 ) -> Contender:
     """Wrap pages with everything else a launch reads: one sink, random tables."""
-    steps, half = HEAD_DIM // 16, HEAD_DIM // 2
-    inv_freq = 500_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    steps = HEAD_DIM // 16
+    inv_freq = llama_inv_freq()
     if variant.channel_levels:
         table = torch.randn(shape.num_kv_heads, HEAD_DIM, 1 << variant.key_bits)
     else:
@@ -137,6 +143,7 @@ def contender(
     tables = LayerTables(
         table.half().cuda(), levels.half().cuda(),
         angle_table(inv_freq).cuda(), frequency_table(inv_freq).cuda(),
+        coefficient_table(inv_freq).cuda(),
         torch.arange(HEAD_DIM, dtype=torch.int16).cuda(), HEAD_DIM**-0.5,
     )  # fmt: skip
     state = torch.zeros(shape.batch, 8, dtype=torch.int32, device="cuda")

@@ -19,8 +19,9 @@
 // `key_table`        scales and offsets (num_kv_heads, STEPS, 4) x 4 half2, or with CHANNEL_LEVELS
 //                    levels (num_kv_heads, HEAD_DIM, 2^bits)
 // `levels`           (2, LEVEL_ROW) half: levels of keys, of values
-// `angles`           half2 cosines and sines of positions 0 to 127 in fragment order
+// `angles`           half2 cosines and sines of a page's places, from its middle, in fragment order
 // `frequencies`      (HEAD_DIM / 2) turns per token, times 2^64
+// `coefficients`     (HEAD_DIM / 4, 8) half2: of each two pairs of channels, T_m of attend_terms.cuh
 // `order`            (HEAD_DIM) channel of a head that stands at each place of a packed key
 // exact tokens       (batch, num_kv_heads, capacity, HEAD_DIM) keys after RoPE, and values
 // `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
@@ -30,7 +31,8 @@
 KERNEL(THREADS)
 attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const u32* outlier_index,
        const u32* outlier_words, const int* page_table, const int* state, const u16* key_table,
-       const u16* levels, const u32* angles, const u64* frequencies, const u16* order,
+       const u16* levels, const u32* angles, const u64* frequencies, const u32* coefficients,
+       const u16* order,
        const u16* sink_key, const u16* sink_value, const u16* window_key, const u16* window_value,
        float* partials, u32* counters, float* log_sums, u32 batch, u32 group_heads,
        u32 num_kv_heads, u32 max_pages, u32 sink_capacity, u32 window_capacity, float scale,
@@ -47,6 +49,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 num_kv_heads,
                 max_pages,
                 frequencies,
+                coefficients,
                 order,
                 Exact{sink_key, sink_value, sink_capacity},
                 Exact{window_key, window_value, window_capacity}};
@@ -64,7 +67,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     const float* shared_query = (const float*)(shared + QUERY_AT);
     float* join = (float*)(shared + JOIN_AT);
     Warp warp;
-    set_up(warp, levels, shared, number, lane);
+    set_up(warp, levels, cache, shared, number, lane);
 
     Stream stream;
     stream.corner = corner, stream.lane = warp.lane, stream.parity = 0;
@@ -82,11 +85,13 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
         if (!ready) fill_tables(level, levels, shared);
+        if (!ready) fill_places(shared + PLACES_AT);
         ready = true;
         clear_results(warp);
         await_copies<DEPTH - 1>();  // what was sent for before the slabs
         sync_block();
         arrange_query(segment, shared, scale);
+        fold_offsets(shared + HEAD_AT);
         sync_block();
         if (begins < ends) {
             attend_units(warp, cache, segment, stream, shared_query, begins, ends, cap);

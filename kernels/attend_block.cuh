@@ -53,14 +53,14 @@ DEVICE void fill_tables(u32 level, const u16* levels, u8* shared) {
         u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4)) << 16;
         if (is_value ? VALUE_SINGLES : KEY_SINGLES)
             pair = levels[(is_value ? LEVEL_ROW : 0) + code] * 0x10001u;
-        *(Zeros*)(shared + 16 * i) = Zeros{{pair, pair, pair, pair}};
+        *(Quad*)(shared + 16 * i) = Quad{{pair, pair, pair, pair}};
     }
     if constexpr (VALUE_QUADS) {
         KVQ_UNROLL_4 for (u32 i = thread_index(); i < 65536 / 16; i += THREADS) {
             u32 code = i / 16;  // two lanes' copies at once
             u32 first = from_lane(level, 16 + (code & 3)) | from_lane(level, 16 + (code >> 4 & 3)) << 16;
             u32 second = from_lane(level, 16 + (code >> 2 & 3)) | from_lane(level, 16 + (code >> 6)) << 16;
-            *(Zeros*)(shared + ROW_BYTES + 16 * i) = Zeros{{first, second, first, second}};
+            *(Quad*)(shared + ROW_BYTES + 16 * i) = Quad{{first, second, first, second}};
         }
     }
 }

@@ -2,7 +2,6 @@
 #pragma once
 #include "attend_outliers.cuh"
 
-constexpr u32 THREADS = WARPS * 32;
 constexpr u32 SLAB = KEY_SLAB + VALUE_SLAB;
 constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS >= 8 ? 1 : 2);
 constexpr u32 VALUE_CHUNK = step_bytes(VALUE_BITS) * (VALUE_BITS >= 8 ? 1 : 2);
@@ -17,12 +16,15 @@ constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
 constexpr u32 SIDES = AHEAD || DEPTH - 1 <= CHUNKS - KEY_CHUNKS ? 1 : 2;
 constexpr u32 PARTIAL = HEAD_DIM + 2;
 // Shared memory: tables, the query, what warps hand to each other, then each warp's corner.
-constexpr u32 HEAD_AT = LUT_BYTES + ANGLE_BYTES, QUERY_AT = HEAD_AT + HEAD_TABLE;
+constexpr u32 PLACES_AT = LUT_BYTES + ANGLE_BYTES, HEAD_AT = PLACES_AT + PLACE_BYTES;
+constexpr u32 QUERY_AT = HEAD_AT + HEAD_TABLE;
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
 constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
 constexpr u32 CORNER_SIDE = AHEAD ? 0 : DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
-              CORNER_SPARSE = CORNER_QUERY + STEPS * QUERY_STEP;
+              CORNER_TERMS = CORNER_QUERY + STEPS * QUERY_STEP,
+              CORNER_WEIGHTS = CORNER_TERMS + (STEPS - TURNED) * TERM_STEP,
+              CORNER_SPARSE = CORNER_WEIGHTS + (GROUP < 4 ? GROUP * 128 : 0);
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
 constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
 constexpr u32 RAW_AT = CORNER_AT + CORNER_QUERY;  // where the first warp's query will be
@@ -38,6 +40,7 @@ struct Cache {
     const int *page_table, *state;
     u32 batch, group_heads, num_kv_heads, max_pages;  // group_heads: query heads of a KV head
     const u64* frequencies;
+    const u32* coefficients;
     const u16* order;
     Exact sinks, window;
 };

@@ -33,25 +33,21 @@ DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 fir
     }
 }
 
-struct alignas(16) Zeros {
-    u32 of[4];
-};
-
 // Nothing is in the sparse scores.
 DEVICE void clear_sparse(const Warp& warp) {
     constexpr u32 pieces = SPARSE_ROW * GROUP / 4;
     KVQ_UNROLL for (u32 i = 0; i < pieces; i += 32) {
         if (i + 32 <= pieces || i + warp.lane < pieces)
-            ((Zeros*)warp.sparse)[i + warp.lane] = Zeros{{0, 0, 0, 0}};
+            ((Quad*)warp.sparse)[i + warp.lane] = Quad{{0, 0, 0, 0}};
     }
 }
 
-// Begin a lane's scores with what outliers add to them.
-DEVICE void sparse_scores(const Warp& warp, float (&score)[4][4]) {
-    const int* at = (const int*)warp.sparse + warp.head * SPARSE_ROW + warp.row;
-    KVQ_UNROLL for (int i = 0; i < 8; i++) {
+// Add to a lane's scores what outliers add to them.
+DEVICE void sparse_scores(const Warp& warp, float (&score)[MINE][LANE_HEADS]) {
+    const int* at = (const int*)warp.sparse + warp.head * SPARSE_ROW + 8 * mine_at(warp.column, 0) + warp.row;
+    KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-            score[i / 2][2 * (i & 1) + j] = (float)at[j * SPARSE_ROW + 8 * i] * (1.0f / SPARSE_ONE);
+            score[i][j] += (float)at[j * SPARSE_ROW + 8 * i] * (1.0f / SPARSE_ONE);
         }
     }
 }

@@ -2,16 +2,16 @@
 //
 // Macros: HEAD_DIM, KEY_BITS, VALUE_BITS (2, 3, 4, 8; 16 stands for fp16 states), CHANNEL_LEVELS (a
 // codebook per key channel), VALUE_TABLE (2- and 3-bit values are looked up in shared memory),
-// ROTATED (keys were stored before RoPE), OUTLIERS, GROUP (query heads of a KV head, 1 2 4 8),
-// SOFTCAP.
+// ROTATED (keys were stored before RoPE), TURNED (steps whose keys are turned token by token),
+// OUTLIERS, GROUP (query heads of a KV head, 1 2 4 8), SOFTCAP.
 //
-// Tokens are rows of the score fragments, query heads their columns: lane 4r + c holds tokens r and
-// r + 8 of each tile for columns 2c and 2c + 1. Up to four heads have two columns each, which say the
-// same, so that a lane has one head to soften; eight have one each. Scores are base-2 logarithms. A
-// value token's scale goes into its weight, so weights are kept relative to the greatest
-// score + log2(scale).
+// Tokens are rows of the score fragments: lane 4r + c holds tokens r and r + 8 of each tile for columns
+// 2c and 2c + 1. Columns are query heads, and of up to four heads the terms of each (attend_terms.cuh);
+// turned keys add to a head's first term. Up to four heads have one to a lane to soften, and lanes
+// that have the same one share its tokens. Scores are base-2 logarithms. A value token's scale goes into
+// its weight, so weights are kept relative to the greatest score + log2(scale).
 #pragma once
-#include "unpack.cuh"
+#include "attend_terms.cuh"
 
 constexpr u32 KEY_SLAB = STEPS * step_bytes(KEY_BITS), VALUE_SLAB = STEPS * step_bytes(VALUE_BITS);
 // Which codes are looked up in shared memory: pairs, or single ones of 8 bits, in the halves of a row of
@@ -36,7 +36,6 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                                              : STEPS * 128;
 constexpr float FAR_BELOW = -1e30f;
 constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
-constexpr int LANE_HEADS = GROUP == 8 ? 2 : 1;  // heads of a lane
 constexpr u32 QUERY_STEP = GROUP * 32 + (GROUP > 1 ? 32 : 0);  // bytes, padded against conflicts
 constexpr u32 SPARSE_ROW =
     GROUP == 1 ? 64 : 68;               // sparse scores of a head, padded against conflicts
@@ -50,6 +49,10 @@ struct Warp {
     const u64* frequencies;
     const u16* order;
     u8* query;      // of each step (GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
+    u8* terms;      // of each step from TURNED on (8 columns, 4) x 8 bytes, likewise
+    u8* weights;    // of up to two heads the tokens' weights as half, in the order of fragments
+    const float* places;
+    const u32* coefficients;
     float* sparse;  // outliers' share of the scores, then the tokens' weights, (64, GROUP)
     float* mix;     // (HEAD_DIM, GROUP): outliers' share of the output
     ByteTable<KEY_BITS == 3 ? 3 : 2> key_levels;
@@ -58,11 +61,7 @@ struct Warp {
     float greatest[LANE_HEADS], sum[LANE_HEADS], offset[LANE_HEADS];
 };
 
-// The head that a column of the fragments stands for, and the first one of a lane.
-DEVICE u32 column_head(u32 column) {
-    return GROUP == 8 ? column : column / 2 % GROUP;
-}
-// Whether a lane's heads are its own, not another lane's once more.
+// Whether a lane is the first of those that have its heads.
 DEVICE bool has_heads(const Warp& warp) {
     return GROUP >= 4 || warp.column < GROUP;
 }
@@ -75,7 +74,15 @@ DEVICE u32 query_at(u32 step, u32 head, u32 column) {
 DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
     const u32* at = (const u32*)(warp.query + query_at(step, column_head(warp.row), warp.column));
     u32 first = at[0], second = at[1];
-    b0 = pick_bytes(first, second, 0x5410), b1 = pick_bytes(first, second, 0x7632);
+    bool is_first = column_term(warp.row) == 0;
+    b0 = is_first ? pick_bytes(first, second, 0x5410) : 0;
+    b1 = is_first ? pick_bytes(first, second, 0x7632) : 0;
+}
+
+// A term's query for a lane's column of a step that is not turned.
+DEVICE void term_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
+    const u32* at = (const u32*)(warp.terms + term_at(step, warp.row, warp.column));
+    b0 = at[0], b1 = at[1];
 }
 
 // Levels of one tile's codes: channels 8 step + 2 column + {0, 1} of tokens r and r + 8, then their
@@ -111,15 +118,30 @@ DEVICE void key_levels(const Warp& warp, u32 step, Tile<KEY_BITS> tile, u32 (&k)
     }
 }
 
-// Scores of a step's 16 channels, added to those of the steps before.
+// Scores of a step's 16 channels, added to those of the steps before; of a step that is not turned,
+// what the channels' offsets add to all tokens goes to `offset`.
 DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u32 first_tile,
-                     float (&score)[4][4]) {
+                     float (&score)[4][4], float (&offset)[4]) {
     Tile<KEY_BITS> tiles[4];
     u32 affine[4] = {0, 0, 0, 0}, b0, b1;
     if constexpr (KEY_BITS != 16) selectors<KEY_BITS>(words, tiles);
-    if constexpr (KEY_BITS != 16 && !CHANNEL_LEVELS) {
+    if constexpr (HAS_AFFINE) {
         const u32* at = (const u32*)(warp.head_table + (step * 4 + warp.column) * 16);
         KVQ_UNROLL for (int i = 0; i < 4; i++) affine[i] = at[i];
+    }
+    if (HAS_TERMS && step >= TURNED) {
+        term_fragment(warp, step, b0, b1);
+        if constexpr (HAS_AFFINE) {
+            u32 ratio[4] = {affine[1], affine[1], affine[3], affine[3]};
+            mma(offset, ratio, b0, b1);
+        }
+        KVQ_UNROLL for (int t = 0; t < 4; t++) {
+            u32 k[4];
+            if constexpr (KEY_BITS != 16) key_levels(warp, step, tiles[t], k);
+            KVQ_UNROLL for (int i = 0; i < 4 && KEY_BITS == 16; i++) k[i] = words[(4 * t + i) % KEY_BITS];
+            mma(score[t], k, b0, b1);
+        }
+        return;
     }
     query_fragment(warp, step, b0, b1);
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
@@ -128,7 +150,7 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
             KVQ_UNROLL for (int i = 0; i < 4; i++) k[i] = words[(4 * t + i) % KEY_BITS];
         } else {
             key_levels(warp, step, tiles[t], k);
-            if constexpr (!CHANNEL_LEVELS) {
+            if constexpr (HAS_AFFINE) {
                 KVQ_UNROLL for (int a = 0; a < 4; a++) {
                     k[a] = h2_fma(k[a], affine[a & 2], affine[(a & 2) + 1]);
                 }
@@ -148,10 +170,6 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
         mma(score[t], k, b0, b1);
     }
 }
-
-struct alignas(8) Pair {
-    u32 of[2];
-};
 
 // Add p V of 16 channels for the slab's 64 tokens; `weights` are the tokens' fragments.
 DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS],
@@ -211,29 +229,31 @@ DEVICE void rescale(Warp& warp, const float (&factor)[LANE_HEADS]) {
 // From scores to the weights of the 64 tokens as fragments for `value_step`; keeps the softmax's
 // running sums. `ranges` are the tokens' (scale, offset) as half2, or null for exact values. Tokens
 // outside [first, last) weigh nothing.
-DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 first, u32 last,
+DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* ranges, u32 first, u32 last,
                    u32 (&weights)[4][2]) {
+    constexpr u32 lanes_apart = GROUP < 4 ? GROUP : 4;  // least between lanes with one head
+    const u32 begin = 8 * mine_at(warp.column, 0) + warp.row;
     if (first != 0 || last != 64) {
-        KVQ_UNROLL for (int i = 0; i < 16; i++) {
-            u32 token = 16 * (i / 4) + i % 4 / 2 * 8 + warp.row;
-            if (token < first || token >= last) score[i / 4][i % 4] = FAR_BELOW;
+        KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
+            KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
+                u32 token = begin + 8 * i;
+                if (token < first || token >= last) score[i][j] = FAR_BELOW;
+            }
         }
     }
-    float highest[LANE_HEADS], shift[8];
+    float highest[LANE_HEADS], shift[MINE];
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) highest[j] = FAR_BELOW;
-    KVQ_UNROLL for (int i = 0; i < 8; i++) {
-        u32 token = 8 * i + warp.row;
-        shift[i] = ranges ? log2_fast(greater(h2_low(ranges[token]), 5.9604645e-8f)) : 0.0f;
+    KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
+        shift[i] = ranges ? log2_fast(greater(h2_low(ranges[begin + 8 * i]), 5.9604645e-8f)) : 0.0f;
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-            float& s = score[i / 2][2 * (i & 1) + j];
-            s += shift[i];
-            highest[j] = greater(highest[j], s);
+            score[i][j] += shift[i];
+            highest[j] = greater(highest[j], score[i][j]);
         }
     }
     float factor[LANE_HEADS];
     bool grew = false;
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-        KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
+        KVQ_UNROLL for (u32 mask = lanes_apart; mask < 32; mask *= 2) {
             highest[j] = greater(highest[j], exchange(highest[j], mask));
         }
         grew |= highest[j] > warp.greatest[j] + LAZY;
@@ -246,20 +266,30 @@ DEVICE void soften(Warp& warp, float (&score)[4][4], const u32* ranges, u32 firs
         }
         rescale(warp, factor);
     }
-    KVQ_UNROLL for (int i = 0; i < 8; i++) {
-        u32 token = 8 * i + warp.row;
+    KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
+        u32 token = begin + 8 * i;
         float inverse = ranges ? exp2_fast(-shift[i]) : 1.0f;
         float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[LANE_HEADS], p[LANE_HEADS];
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-            weight[j] = exp2_fast(score[i / 2][2 * (i & 1) + j] - warp.greatest[j]);
+            weight[j] = exp2_fast(score[i][j] - warp.greatest[j]);
             p[j] = weight[j] * inverse;
             warp.sum[j] += p[j];
             warp.offset[j] += p[j] * zero;
         }
-        if (OUTLIERS && has_heads(warp)) {
+        if constexpr (OUTLIERS) {
             float* at = warp.sparse + token * GROUP + warp.head;
             KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) at[j] = p[j];
         }
-        weights[i / 2][i & 1] = transpose8(h2_from(weight[0], weight[LANE_HEADS - 1]));
+        if constexpr (GROUP >= 4) {
+            weights[i / 2][i & 1] = transpose8(h2_from(weight[0], weight[LANE_HEADS - 1]));
+        } else {
+            u16* at = (u16*)(warp.weights + warp.head * 128) + warp.row / 2 * 16 + warp.row % 2;
+            at[2 * mine_at(warp.column, i)] = float_to_half(weight[0]);
+        }
+    }
+    if constexpr (GROUP < 4) {
+        sync_warp();
+        const u32* at = (const u32*)(warp.weights + column_head(warp.row) * 128 + warp.column * 32);
+        KVQ_UNROLL for (int i = 0; i < 8; i++) weights[i / 2][i & 1] = at[i];
     }
 }

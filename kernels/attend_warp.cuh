@@ -17,32 +17,65 @@ struct Far {
     }
 };
 
+// The middle of a page, from which its places are counted.
+constexpr int MIDDLE = 64;
+
+// Write the terms of the heads' query for two neighbouring channels, in half2s, and for their partners.
+DEVICE void write_terms(const Warp& warp, u32 step, u32 column, const u32 (&low)[GROUP],
+                        const u32 (&high)[GROUP]) {
+    Quad scale{{0x3c003c00, 0, 0x3c003c00, 0}};
+    if constexpr (HAS_AFFINE) scale = *(const Quad*)(warp.head_table + (step * 4 + column) * 16);
+    u8* to = warp.terms + (step - TURNED) * TERM_STEP + column * 8;
+    KVQ_UNROLL for (u32 m = 0; m < TERMS; m++) {
+        u32 factor = warp.coefficients[(step * 4 + column) * 8 + m];
+        u32 first = h2_mul(factor, scale.of[0]), second = h2_mul(factor, scale.of[2]);
+        KVQ_UNROLL for (u32 h = 0; h < GROUP; h++) {
+            // Odd terms are a quarter turn further.
+            Pair term{{h2_mul(m % 2 ? high[h] : low[h], first),
+                       h2_mul(m % 2 ? h2_neg(low[h]) : high[h], second)}};
+            *(Pair*)(to + (column_of(h, m) ^ step % 8) * 32) = term;
+        }
+    }
+}
+
 // Write the query as fragments, turned back by `position` tokens, so that keys need turning by
-// their place in the page only.
+// their place in the page only; with `terms` also what steps that are not turned are multiplied with.
+template <bool terms>
 DEVICE void turn_query(const Warp& warp, const float* query, int position) {
     sync_warp();
-    KVQ_UNROLL for (u32 k = 0; k < HEAD_DIM / 2; k += 32) {
-        u32 i = warp.lane + k;
-        if (HEAD_DIM % 64 && i >= HEAD_DIM / 2) break;
-        float sine = 0.0f, cosine = 1.0f;
+    KVQ_UNROLL for (u32 k = 0; k < HEAD_DIM / 2; k += 64) {
+        u32 i = 2 * warp.lane + k, step = i / 8, column = i % 8 / 2;
+        if (HEAD_DIM % 128 && i >= HEAD_DIM / 2) break;
+        float sine[2] = {0.0f, 0.0f}, cosine[2] = {1.0f, 1.0f};
         if (ROTATED && position) {
-            u64 phase = warp.frequencies[i] * (u64)(long long)position;
-            sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine, cosine);
+            KVQ_UNROLL for (int e = 0; e < 2; e++) {
+                u64 phase = warp.frequencies[i + e] * (u64)(long long)position;
+                sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine[e], cosine[e]);
+            }
         }
+        u32 low[GROUP], high[GROUP];
         KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
-            float low = query[h * HEAD_DIM + i], high = query[h * HEAD_DIM + i + HEAD_DIM / 2];
-            u32* at = (u32*)(warp.query + query_at(i / 8, h, i % 8 / 2)) + i % 2;
-            *at = h2_from(low * cosine + high * sine, high * cosine - low * sine);
+            Couple x = *(const Couple*)(query + h * HEAD_DIM + i);
+            Couple y = *(const Couple*)(query + h * HEAD_DIM + i + HEAD_DIM / 2);
+            low[h] = h2_from(x.first * cosine[0] + y.first * sine[0], x.second * cosine[1] + y.second * sine[1]);
+            high[h] = h2_from(y.first * cosine[0] - x.first * sine[0], y.second * cosine[1] - x.second * sine[1]);
+            *(Pair*)(warp.query + query_at(step, h, column)) =
+                Pair{{pick_bytes(low[h], high[h], 0x5410), pick_bytes(low[h], high[h], 0x7632)}};
+        }
+        if constexpr (HAS_TERMS && terms) {
+            if (step >= TURNED) write_terms(warp, step, column, low, high);
         }
     }
     sync_warp();
 }
 
-DEVICE void cap_scores(float (&score)[4][4], float cap) {
+DEVICE void cap_scores(float (&score)[MINE][LANE_HEADS], float cap) {
     if constexpr (SOFTCAP) {
-        KVQ_UNROLL for (int i = 0; i < 16; i++) {
-            float& s = score[i / 4][i % 4];  // cap tanh(s / cap), in base-2 units throughout
-            s = cap * (1.0f - 2.0f * inverse_fast(1.0f + exp2_fast(s * 2.8853901f / cap)));
+        KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
+            KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
+                float& s = score[i][j];  // cap tanh(s / cap), in base-2 units throughout
+                s = cap * (1.0f - 2.0f * inverse_fast(1.0f + exp2_fast(s * 2.8853901f / cap)));
+            }
         }
     }
 }
@@ -52,7 +85,7 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 firs
     const Slab& slab = stream.slab;
     u32 number = stream.number;
     const u8* side = side_of(stream, stream.parity);
-    float score[4][4] = {};
+    float product[4][4] = {}, offset[4] = {}, score[MINE][LANE_HEADS];
     if constexpr (AHEAD) {
         await_copies<0>();
         sync_warp();
@@ -70,17 +103,20 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 firs
         } else {
             key_outliers(warp, Far{listed, outliers_at(cache, slab, 0)}, count, number % 2 * 4);
         }
-        sync_warp();
-        sparse_scores(warp, score);
     }
     KVQ_UNROLL for (u32 step = 0; step < STEPS; step++) {
         u32 words[KEY_BITS];
         take_keys(cache, stream, step, words);
-        key_step(warp, words, step, number % 2 * 4, score);
+        key_step(warp, words, step, number % 2 * 4, product, offset);
+    }
+    gather_scores(warp.row, warp.column, warp.places, product, offset, number % 2, score);
+    if constexpr (OUTLIERS) {
+        sync_warp();
+        sparse_scores(warp, score);
+        sync_warp();  // scores are read, weights take their place
     }
     cap_scores(score, cap);
     u32 weights[4][2];
-    if constexpr (OUTLIERS) sync_warp();  // scores are read, weights take their place
     soften(warp, score, VALUE_BITS == 16 ? nullptr : (const u32*)side, first, last, weights);
     if constexpr (OUTLIERS) {
         sync_warp();
@@ -116,7 +152,7 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
         return token < tokens ? state_value(states[(u64)token * HEAD_DIM + channel]) : 0.0f;
     };
     // Register arrays are turned by one tile a round, so that the loops over tiles stay short code.
-    float score[4][4] = {};
+    float product[4][4] = {}, offset[4] = {}, score[MINE][LANE_HEADS];
     KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
         float tile[4] = {};
         if (16 * t < tokens) {
@@ -133,9 +169,10 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
             }
         }
         KVQ_UNROLL for (int i = 0; i < 16; i++) {
-            score[i / 4][i % 4] = i < 12 ? score[(i + 4) / 4 % 4][i % 4] : tile[i % 4];
+            product[i / 4][i % 4] = i < 12 ? product[(i + 4) / 4 % 4][i % 4] : tile[i % 4];
         }
     }
+    gather_scores(warp.row, warp.column, warp.places, product, offset, 0, score);
     cap_scores(score, cap);
     u32 weights[4][2];
     soften(warp, score, nullptr, 0, tokens, weights);
@@ -163,7 +200,7 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
             u32 number = stream.number, before = number * 64;
             if (number / 2 != turned_page && (ROTATED || turned_page == ~0u)) {
                 turned_page = number / 2;
-                turn_query(warp, query, state[3] + (int)turned_page * 128);
+                turn_query<true>(warp, query, state[3] + (int)turned_page * 128 + MIDDLE);
             }
             packed_slab(warp, cache, stream, seen > before ? seen - before : 0,
                         smaller(packed - before, 64), cap);
@@ -173,7 +210,7 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
         }
     }
     if (last <= segment.slabs) return;
-    turn_query(warp, query, 0);
+    turn_query<false>(warp, query, 0);
     for (u32 unit = first > segment.slabs ? first : segment.slabs; unit < last; unit++) {
         u32 number = unit - segment.slabs;
         bool is_sink = number < segment.sink_units;
@@ -189,7 +226,7 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
 DEVICE void leave_result(Warp& warp, float* join) {
     sync_warp();
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-        KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) {
+        KVQ_UNROLL for (u32 mask = GROUP < 4 ? GROUP : 4; mask < 32; mask *= 2) {
             warp.sum[j] += exchange(warp.sum[j], mask);
             warp.offset[j] += exchange(warp.offset[j], mask);
         }
@@ -208,18 +245,25 @@ DEVICE void leave_result(Warp& warp, float* join) {
 }
 
 // Tell a warp who it is and where its corner and the tables lie.
-DEVICE void set_up(Warp& warp, const u16* levels, u8* shared, u32 number, u32 lane) {
+DEVICE void set_up(Warp& warp, const u16* levels, const Cache& cache, u8* shared, u32 number, u32 lane) {
     u8* corner = shared + CORNER_AT + number * CORNER;
     warp.lane = lane, warp.row = lane / 4, warp.column = lane % 4;
     warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
     warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
     warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
     warp.order = (const u16*)(shared + ORDER_AT);
-    warp.query = corner + CORNER_QUERY;
+    warp.query = corner + CORNER_QUERY, warp.terms = corner + CORNER_TERMS;
+    warp.weights = corner + CORNER_WEIGHTS, warp.places = (const float*)(shared + PLACES_AT);
+    warp.coefficients = cache.coefficients;
     warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
-    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) warp.key_levels.load(levels);
-    if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS)
-        warp.value_levels.load(levels + LEVEL_ROW);
+    // 0, but the compiler does not know: what all lanes know alike it would keep once and fetch for every use.
+    u32 apart = lane * (cache.max_pages >> 31);
+    if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) {
+        warp.key_levels.load(levels + apart);
+    }
+    if constexpr (VALUE_BITS < 4 && !VALUE_PAIRS && !VALUE_QUADS) {
+        warp.value_levels.load(levels + LEVEL_ROW + apart);
+    }
 }
 
 // Nothing is accumulated.

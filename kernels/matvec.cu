@@ -52,8 +52,9 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
         return;
     }
     Warp warp;
-    set_up(warp, tables.levels, shared, number, lane);
+    set_up(warp, tables.levels, cache, shared, number, lane);
     fill_tables(level, tables.levels, shared);
+    fill_places(shared + PLACES_AT);
     u32 unit = cut.whole ? 0 : unit_of(cut, block_index());
     u32 end = cut.whole ? 1 : unit_of(cut, block_index() + 1);
     while (unit < end) {
@@ -72,6 +73,7 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
         await_copies<0>();
         sync_block();
         if (is_key) arrange_query(segment, shared, 1.0f);
+        if (is_key) fold_offsets(shared + HEAD_AT);
         sync_block();
         read(warp, part);
         unit += cut.whole ? 1 : count;
@@ -82,12 +84,12 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
 #define CACHE_PARAMETERS                                                                           \
     const u8 *slabs, const u32 *ranges, const u32 *outlier_index, const u32 *outlier_words,        \
         const int *page_table, const int *state, const u16 *key_table, const u16 *levels,          \
-        const u32 *angles, const u64 *frequencies, const u16 *order, u32 batch, u32 group_heads,   \
+        const u32 *angles, const u64 *frequencies, const u32 *coefficients, const u16 *order, u32 batch, u32 group_heads,   \
         u32 num_kv_heads, u32 max_pages
 #define CACHE                                                                                      \
     Cache {                                                                                        \
         slabs, ranges, outlier_index, outlier_words, page_table, state, batch, group_heads,        \
-            num_kv_heads, max_pages, frequencies, order, Exact{nullptr, nullptr, 0},               \
+            num_kv_heads, max_pages, frequencies, coefficients, order, Exact{nullptr, nullptr, 0},               \
             Exact{nullptr, nullptr, 0}                                                             \
     }
 
@@ -104,26 +106,28 @@ score_keys(const u16* query, float* scores, CACHE_PARAMETERS) {
             u32 words[STEPS][KEY_BITS];
             KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++)
                 load_words<KEY_BITS>(slab.words + step * step_bytes(KEY_BITS), warp.lane, words[step]);
-            turn_query(warp, shared_query, own[3] + (int)(number / 2 * 128));
-            float score[4][4] = {};
+            turn_query<true>(warp, shared_query, own[3] + (int)(number / 2 * 128) + MIDDLE);
+            float product[4][4] = {}, offset[4] = {}, score[MINE][LANE_HEADS];
             if constexpr (SPARSE) {
                 clear_sparse(warp);
                 sync_warp();
                 There list{outlier_words + (u64)slab.lists[0] * 4};
                 key_outliers(warp, list, slab.lists[1] * 4, number % 2 * 4);
+            }
+            KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++)
+                key_step(warp, words[step], step, number % 2 * 4, product, offset);
+            gather_scores(warp.row, warp.column, warp.places, product, offset, number % 2, score);
+            if constexpr (SPARSE) {
                 sync_warp();
                 sparse_scores(warp, score);
             }
-            KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++)
-                key_step(warp, words[step], step, number % 2 * 4, score);
             float* out = scores + ((u64)segment.sequence * group_heads * num_kv_heads +
-                                   segment.first_head) * capacity + number * 64 + warp.row;
-            KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
+                                   segment.first_head) * capacity;
+            KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
                 KVQ_UNROLL for (u32 j = 0; j < LANE_HEADS; j++) {
-                    u32 token = number * 64 + 8 * i + warp.row, head = warp.head + j;
+                    u32 token = number * 64 + 8 * mine_at(warp.column, i) + warp.row, head = warp.head + j;
                     bool is_there = token >= (u32)own[4] && token < (u32)own[0];
-                    if (is_there && has_heads(warp) && head < segment.heads)
-                        out[(u64)head * capacity + 8 * i] = score[i / 2][i % 2 * 2 + j];
+                    if (is_there && head < segment.heads) out[(u64)head * capacity + token] = score[i][j];
                 }
             }
         }

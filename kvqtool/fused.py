@@ -28,8 +28,9 @@ class LayerTables:
     Args:
         key_table: `pages.key_table`.
         levels: `pages.level_table`.
-        angles: `slabs.angle_table`.
-        frequencies: `slabs.frequency_table`.
+        angles: `turning.angle_table`.
+        frequencies: `turning.frequency_table`.
+        coefficients: `turning.coefficient_table`.
         order: (head_dim,) int16, the channel at each place of a key.
         scale: factor on scores, with what the model's rotation scales keys by.
         softcap: cap of the scores, or None.
@@ -39,6 +40,7 @@ class LayerTables:
     levels: Tensor
     angles: Tensor
     frequencies: Tensor
+    coefficients: Tensor
     order: Tensor
     scale: float
     softcap: float | None = None
@@ -113,7 +115,7 @@ def attend_arguments(
     return [
         *(query, out, pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words),
         *(pages.page_table, context.state, tables.key_table, tables.levels, tables.angles),
-        *(tables.frequencies, tables.order, exact.sink_key, exact.sink_value),
+        *(tables.frequencies, tables.coefficients, tables.order, exact.sink_key, exact.sink_value),
         *(exact.window_key, exact.window_value, workspace.partials, workspace.counters),
         workspace.log_sums,
         *(batch, num_heads // heads, heads, pages.page_table.shape[1]),
@@ -164,6 +166,7 @@ def expect_tables(tables: LayerTables, variant: Variant, heads: int) -> list[Exp
         ("levels", tables.levels, half, (2, variant.level_row)),
         ("angles", tables.angles, half, (8, steps, 32, 2, 2, 2)),
         ("frequencies", tables.frequencies, torch.int64, (variant.head_dim // 2,)),
+        ("coefficients", tables.coefficients, half, (variant.head_dim // 4, 8, 2)),
         ("order", tables.order, torch.int16, (variant.head_dim,)),
     ]
 

@@ -135,7 +135,7 @@ def _arguments(context: PackedContext, tables: LayerTables, group_heads: int) ->
     return [
         *(pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words, pages.page_table),
         *(context.state, tables.key_table, tables.levels, tables.angles, tables.frequencies),
-        *(tables.order, len(context.state), group_heads, pages.slabs.shape[1]),
+        *(tables.coefficients, tables.order, len(context.state), group_heads, pages.slabs.shape[1]),
         pages.page_table.shape[1],
     ]
 

@@ -40,11 +40,12 @@ def call_attend(
     pages, exact = context.pages, context.exact
     read = [pages.slabs, pages.ranges, pages.outlier_index, pages.outlier_words, pages.page_table]
     read += [exact.sink_key, exact.sink_value, exact.window_key, exact.window_value, context.state]
-    read += [tables.key_table, tables.levels, tables.angles, tables.frequencies, tables.order]
+    read += [tables.key_table, tables.levels, tables.angles, tables.frequencies]
+    read += [tables.coefficients, tables.order]
     flags = variant.channel_levels, variant.rotated, variant.outliers
     numbers = [variant.head_dim, variant.key_bits, variant.value_bits, *(int(f) for f in flags)]
     numbers += [variant.group, int(variant.softcap), int(variant.bfloat16)]
-    numbers += [variant.most_warps, int(variant.value_table), int(variant.ahead)]
+    numbers += [variant.most_warps, int(variant.value_table), int(variant.ahead), variant.turned]
     numbers.append(workspace.blocks)
     reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
     written = [workspace.partials, workspace.counters, workspace.log_sums]
@@ -97,7 +98,7 @@ def _arguments(
     """Put the flat arguments of the operation together again."""
     context = PackedContext(Pages(*read[:5]), ExactTokens(*read[5:9]), read[9])
     cap = reals[1] if len(reals) > 1 else None
-    tables = LayerTables(read[10], read[11], read[12], read[13], read[14], reals[0], cap)
+    tables = LayerTables(*read[10:16], reals[0], cap)
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
     flags = bool(levels), bool(rotated), bool(outliers)
     most_warps, value_table, ahead = numbers[9], numbers[10] > 0, numbers[11] > 0
@@ -112,5 +113,6 @@ def _arguments(
             most_warps,
             value_table,
             ahead,
+            numbers[12],
         ),
     )

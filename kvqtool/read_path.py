@@ -4,7 +4,7 @@ others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -162,8 +162,9 @@ def layer_variant(
     """
     group = groups_of(place.num_heads, layer.geometry.num_kv_heads)
     is_bfloat16 = place.dtype == torch.bfloat16
-    variant = variant_of(spec, layer.geometry.key_dim, group, softcap=softcap, bfloat16=is_bfloat16)
-    return replace(variant, rotated=layer.rotation is not None and spec.key.pre_rope)
+    inv_freq = page_form(layer, spec).inv_freq
+    head_dim = layer.geometry.key_dim
+    return variant_of(spec, head_dim, group, inv_freq, softcap=softcap, bfloat16=is_bfloat16)
 
 
 def page_form(layer: LayerSeam, spec: KvSpec) -> PageForm:

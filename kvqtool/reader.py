@@ -22,9 +22,12 @@ from kvqtool.reading import attend_reference, decode_pages, dequantize
 from kvqtool.rows import Pair, cut, join
 from kvqtool.scratch import pages_at_once
 from kvqtool.seam import LayerSeam
-from kvqtool.slabs import angle_table, frequency_table
 from kvqtool.spec import KvSpec
+from kvqtool.turning import angle_table, coefficient_table, frequency_table
 from kvqtool.variant import Variant
+
+
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -33,7 +36,7 @@ class SharedTables:
     their results.
     """
 
-    angles: dict[tuple[int, torch.device], Pair] = field(default_factory=dict)
+    angles: dict[tuple[int, torch.device], Triple] = field(default_factory=dict)
     workspaces: dict[tuple[object, ...], Workspace] = field(default_factory=dict)
 
     @property
@@ -206,17 +209,18 @@ class PageReader:
             PageSide({}, books[0], self._spec.key, geometry.num_kv_heads, len(order), order),
             PageSide({}, books[1], self._spec.value, geometry.num_kv_heads, len(order), None),
         )
-        turns, frequencies = self._angles_on(device)
+        turns, frequencies, factors = self._angles_on(device)
         return LayerTables(
             key_table(books[0], self._spec.key, order, geometry.num_kv_heads),
             level_table(*sides),
             turns,
             frequencies,
+            factors,
             send(order.to(torch.int16), device),
             1.0,
         )
 
-    def _angles_on(self, device: torch.device) -> Pair:
+    def _angles_on(self, device: torch.device) -> Triple:
         is_rotated = self._form.inv_freq is not None
         group = self._layer.group if is_rotated else -len(self._form.order)
         key = group, device
@@ -224,8 +228,9 @@ class PageReader:
             inv_freq = self._form.inv_freq
             if inv_freq is None:
                 inv_freq = torch.zeros(len(self._form.order) // 2, dtype=torch.float64)
-            made = angle_table(inv_freq), frequency_table(inv_freq)
-            self._shared.angles[key] = made[0].to(device), made[1].to(device)
+            turns, frequencies = angle_table(inv_freq), frequency_table(inv_freq)
+            made = turns, frequencies, coefficient_table(inv_freq)
+            self._shared.angles[key] = made[0].to(device), made[1].to(device), made[2].to(device)
         return self._shared.angles[key]
 
     def _workspace(self, variant: Variant, query: Tensor) -> Workspace:

@@ -12,14 +12,12 @@ A key's place is its channel in an order that puts partners of a rotation head_d
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from kvqtool.memory import PAGE_TOKENS, SLAB_TOKENS
+from kvqtool.memory import SLAB_TOKENS
 
 _TILES: Final = 4
 _TOP: Final = 0x11111111
@@ -105,31 +103,6 @@ def unpack_slabs(words: Tensor, bits: int, head_dim: int, *, is_key: bool) -> Te
         (1 << bits) - 1
     )
     return codes
-
-
-def angle_table(inv_freq: Tensor) -> Tensor:
-    """Return cosines and sines of the positions in a page, in the order of key fragments.
-
-    Args:
-        inv_freq: (head_dim / 2,) radians a token of each pair, float64; 0 where nothing turns.
-
-    Returns:
-        (8 tiles, steps, 32 lanes, rows r and r + 8, cosine and sine, 2 places) float16.
-    """
-    phase = torch.arange(PAGE_TOKENS, dtype=torch.float64)[:, None] * inv_freq.cpu().double()
-    turns = torch.stack([phase.cos(), phase.sin()], dim=-1).half()
-    # (tile, r + 8, r, step, column, half, which) -> (tile, step, r, column, r + 8, which, half)
-    split = turns.view(PAGE_TOKENS // 16, 2, 8, len(inv_freq) // 8, 4, 2, 2)
-    return split.permute(0, 3, 2, 4, 1, 6, 5).flatten(2, 3).contiguous()
-
-
-def frequency_table(inv_freq: Tensor) -> Tensor:
-    """Return turns a token times 2**64, whole turns dropped, as bits of (head_dim / 2,) int64.
-
-    A position times this number, modulo 2**64, is its phase to 2**-64 of a turn a token.
-    """
-    turns = [round(Fraction(f) / Fraction(math.tau) * 2**64) for f in inv_freq.double().tolist()]
-    return torch.tensor([(turn + 2**63) % 2**64 - 2**63 for turn in turns], dtype=torch.int64)
 
 
 def _tiles(words: Tensor, bits: int, head_dim: int) -> Tensor:

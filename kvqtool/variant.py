@@ -7,12 +7,14 @@ from functools import cached_property
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from kvqtool.cuda import Macros
 from kvqtool.errors import InputError
 from kvqtool.memory import SLAB_TOKENS
 from kvqtool.pages import folds_levels
 from kvqtool.spec import KvSpec
+from kvqtool.turning import turned_steps
 
 SHARED_LIMIT: Final = 232_448  # what a block may have on compute capability 9.0
 # With up to 12 warps a thread has 168 registers, with up to 16 it has 128.
@@ -37,6 +39,8 @@ class Variant:
         most_warps: warps of a block where shared memory has room for them.
         value_table: values of 2 and 3 bits are looked up in shared memory, not in registers.
         ahead: a warp reads codes a step ahead into registers, not through a ring in shared memory.
+        turned: tensor-core steps whose keys are turned token by token; -1 for all, 0 where nothing
+            turns (`turning.turned_steps`).
     """
 
     head_dim: int
@@ -51,6 +55,7 @@ class Variant:
     most_warps: int = MOST_WARPS
     value_table: bool = True
     ahead: bool = False
+    turned: int = -1
 
     def __post_init__(self) -> None:
         if self.head_dim not in (64, 96, 128, 256):
@@ -130,6 +135,7 @@ class Variant:
             ("SHARED_BYTES", self.shared_bytes),
             ("VALUE_TABLE", int(self.value_table)),
             ("AHEAD", int(self.ahead)),
+            ("TURNED", self.turned % (self.steps + 1)),
         )
 
     @cached_property
@@ -145,6 +151,11 @@ class Variant:
         return key, value
 
     @property
+    def _slow_steps(self) -> int:
+        """Steps whose keys are not turned."""
+        return self.steps - self.turned % (self.steps + 1)
+
+    @property
     def _common_bytes(self) -> int:
         has_rows = self.value_bits in (4, 8) or (self.value_bits == 3 and self.value_table)
         has_rows |= self.key_bits in (4, 8) and not self.channel_levels
@@ -158,7 +169,8 @@ class Variant:
             head = self.head_dim * {2: 8, 3: 256, 4: 512}[self.key_bits]
         query = self.group * self.head_dim * 4
         order = 6 * self.head_dim  # and frequencies
-        return lut + angles + head + query + self.most_warps * self.group * 12 + order
+        places = 4096 if self._slow_steps and self.group < 4 else 0
+        return lut + angles + head + query + self.most_warps * self.group * 12 + order + places
 
     @property
     def _corner_bytes(self) -> int:
@@ -167,6 +179,7 @@ class Variant:
         mix = self.head_dim * self.group * (2 + 4) + (32 * self.steps if self.group > 1 else 0)
         if self.outliers:
             mix += 256 if self.group == 1 else 272 * self.group
+        mix += 256 * self._slow_steps + (128 * self.group if self.group < 4 else 0)
         sides = 1 if self.depth - 1 <= self._chunks[1] else 2
         if self.ahead:
             return side + mix
@@ -174,9 +187,15 @@ class Variant:
 
 
 def variant_of(
-    spec: KvSpec, head_dim: int, group: int, *, softcap: bool = False, bfloat16: bool = False
+    spec: KvSpec,
+    head_dim: int,
+    group: int,
+    inv_freq: Tensor | None = None,
+    *,
+    softcap: bool = False,
+    bfloat16: bool = False,
 ) -> Variant:
-    """Return the variant of a scheme, with the settings that were fastest where they were tried
+    """Return the variant of a scheme and of a rotation's radians a token, (head_dim / 2,), with the settings that were fastest where they were tried
     (docs/kernels.md): tables for values where they cost no warp, and registers rather than a few
     warps more.
     """
@@ -185,12 +204,13 @@ def variant_of(
         spec.key.bits,
         spec.value.bits,
         folds_levels(spec.key),
-        spec.key.pre_rope,
+        inv_freq is not None,
         bool(spec.key.outlier_fraction or spec.value.outlier_fraction),
         group,
         softcap,
         bfloat16,
         ahead=group > 1 and spec.key.bits < 4,
+        turned=0 if inv_freq is None else turned_steps(inv_freq, group, spec.key.bits),
     )
     plain = replace(variant, value_table=False)
     chosen = variant if variant.warps == plain.warps else plain

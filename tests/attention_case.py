@@ -14,7 +14,7 @@ from kvqtool.codec import channel_affine, decode, encode
 from kvqtool.fused import ExactTokens, LayerTables, PackedContext
 from kvqtool.pages import PageSide, build_pages, key_table, level_table
 from kvqtool.side import QuantSpec
-from kvqtool.slabs import angle_table, frequency_table
+from kvqtool.turning import angle_table, coefficient_table, frequency_table
 from kvqtool.spec import KvSpec, parse_spec
 from kvqtool.variant import Variant, groups_of, variant_of
 
@@ -36,6 +36,7 @@ class Case:
     seed: int = 0
     device: str = "cpu"
     bfloat16: bool = False
+    theta: float = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def build(case: Case) -> Built:
         decode(part, book, side, channels).double().view(shape).permute(1, 2, 0, 3)
         for part, book, side in zip(rows, books, (spec.key, spec.value), strict=True)
     )
-    inv_freq = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    inv_freq = radians(case.head_dim, case.theta)
     if spec.key.pre_rope:
         phase = (case.position + torch.arange(tokens, dtype=torch.float64))[:, None] * inv_freq
         cos, sin = phase.cos(), phase.sin()
@@ -114,9 +115,17 @@ def variant_of_case(case: Case) -> Variant:
     """Return the kernel a case is for."""
     group = groups_of(case.num_kv_heads * case.group, case.num_kv_heads)
     softcap = case.softcap is not None
+    spec = parse_spec(case.spec)
+    inv_freq = radians(case.head_dim, case.theta) if spec.key.pre_rope else None
     return variant_of(
-        parse_spec(case.spec), case.head_dim, group, softcap=softcap, bfloat16=case.bfloat16
+        spec, case.head_dim, group, inv_freq, softcap=softcap, bfloat16=case.bfloat16
     )
+
+
+def radians(head_dim: int, theta: float = 10_000.0) -> Tensor:
+    """Return a rotation's radians a token, (head_dim / 2,) float64."""
+    half = head_dim // 2
+    return theta ** (-torch.arange(half, dtype=torch.float64) / half)
 
 
 def sides_and_tables(
@@ -137,6 +146,7 @@ def sides_and_tables(
         level_table(*sides),
         angle_table(inv_freq),
         frequency_table(inv_freq),
+        coefficient_table(inv_freq),
         order.to(torch.int16),
         1.0,
     )

@@ -123,7 +123,8 @@ def build_pack(case: PackCase) -> BuiltPack:
         books = crowd(books[0]), crowd(books[1])
     encoded = encode(flat[0], books[0], spec.key), encode(flat[1], books[1], spec.value)
     sides, tables = sides_and_tables(spec, encoded, books, order, inv_freq)
-    variant = variant_of(spec, case.head_dim, 1, bfloat16=case.bfloat16)
+    own = inv_freq if spec.key.pre_rope else None
+    variant = variant_of(spec, case.head_dim, 1, own, bfloat16=case.bfloat16)
     code = code_tables(spec, books, case.num_kv_heads * case.head_dim)
     turns = torch.stack([cos, sin], dim=-1).expand(case.batch, -1, -1, -1).contiguous()
     return BuiltPack((key, value), turns, code, tables, variant, _expected(sides, case.batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_case import radians
 from nvrtc import HAS_NVRTC, compile_source, resources
 from shim.build import mostly_slow
 
@@ -18,13 +19,14 @@ from kvqtool.variant import Variant, variant_of
 pytestmark = pytest.mark.skipif(not HAS_NVRTC, reason="NVRTC is not installed")
 SPECS = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4-1%-pc", "nuq3-1%-pc", "nuq4")
 EIGHT = ("nuq8-1%", "nuq3-1%/nuq8-1%")
+LLAMA = radians(128, 500_000.0)
 VARIANTS = (
-    *(variant_of(parse_spec(spec), 128, group) for spec in SPECS for group in (1, 4)),
-    *(variant_of(parse_spec("nuq3-1%"), head_dim, 1) for head_dim in (64, 96, 256)),
-    variant_of(parse_spec("nuq4-1%/nuq2-1%"), 128, 8, softcap=True),
+    *(variant_of(parse_spec(spec), 128, group, LLAMA) for spec in SPECS for group in (1, 4)),
+    *(variant_of(parse_spec("nuq3-1%"), d, 1, radians(d)) for d in (64, 96, 256)),
+    variant_of(parse_spec("nuq4-1%/nuq2-1%"), 128, 8, LLAMA, softcap=True),
     variant_of(parse_spec("nuq4-postrope"), 128, 1, bfloat16=True),
     Variant(128, 16, 16, False, False, False, 4),
-    *(variant_of(parse_spec(spec), 128, group) for spec in EIGHT for group in (1, 4)),
+    *(variant_of(parse_spec(spec), 128, group, LLAMA) for spec in EIGHT for group in (1, 4)),
 )
 # Bytes spilled at most, by NVRTC 13.0, in the order of VARIANTS. With 16 warps a thread has 128
 # registers and the compiler keeps some values of 2 and 4 bits in memory: it was faster all the

@@ -13,8 +13,6 @@ from kvqtool.memory import LayerGeometry
 from kvqtool.page_memory import HEADER, page_buffers
 from kvqtool.pages import lay_out_lists
 from kvqtool.slabs import (
-    angle_table,
-    frequency_table,
     pack_slabs,
     slab_order,
     unpack_slabs,
@@ -47,25 +45,6 @@ def test_partners_of_a_rotation_lie_in_one_lane() -> None:
     _, place = slab_order(128, is_key=True)
     codes = place.unflatten(-1, (2, 2, 2))  # register = 2 partner + row
     assert torch.equal(codes[..., 1, :, :], codes[..., 0, :, :] + 64)
-
-
-def test_phases_are_exact_at_any_position() -> None:
-    inv_freq = 500_000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
-    position = 10_000_019
-    turns = (frequency_table(inv_freq) * position).double() / 2.0**64
-    whole = [math.fmod(position * f / math.tau, 1.0) for f in inv_freq.tolist()]
-    difference = turns - torch.tensor(whole, dtype=torch.float64)
-    assert (difference - difference.round()).abs().max() < 1e-8
-
-
-def test_angles_lie_in_fragment_order() -> None:
-    inv_freq = 10_000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
-    table = angle_table(inv_freq)
-    tile, step, row, column, upper, half = 5, 3, 6, 2, 1, 1
-    angle = (16 * tile + 8 * upper + row) * inv_freq[8 * step + 2 * column + half]
-    cosine, sine = table[tile, step, 4 * row + column, upper, :, half].tolist()
-    assert cosine == pytest.approx(math.cos(angle), abs=1e-3)
-    assert sine == pytest.approx(math.sin(angle), abs=1e-3)
 
 
 @pytest.mark.parametrize("spec", ["nuq4-1%", "nuq3-1%/nuq2", "int4"])
