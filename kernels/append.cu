@@ -23,12 +23,12 @@ typedef u16 OrderKey;
 #endif
 
 // Put codes n, of a lane's 32 in a step, into their words, which were read.
-template <int bits>
+template <int bits, bool is_key>
 DEVICE void replace_codes(u8* step, u32 lane, const u32 (&words)[bits], const u32* n,
                           const u32* codes, u32 count) {
     constexpr u32 room = room_of(bits);
     Tile<bits> tiles[4];
-    selectors<bits>(words, tiles);
+    selectors<bits, is_key>(words, tiles);
     for (u32 i = 0; i < count; i++) {
         u32 shift = room * (n[i] % 8);
         Tile<bits> code = (Tile<bits>)codes[i] << shift, mask = (Tile<bits>)((1u << room) - 1) << shift;
@@ -36,7 +36,7 @@ DEVICE void replace_codes(u8* step, u32 lane, const u32 (&words)[bits], const u3
             if (n[i] / 8 == t) tiles[t] = (tiles[t] & ~mask) | code;
         }
     }
-    store_codes<bits>(step, lane, tiles);
+    store_codes<bits, is_key>(step, lane, tiles);
 }
 
 struct Lists {
@@ -144,7 +144,7 @@ DEVICE void append_keys(const Decode& decode, const Lists& lists, const Target& 
                         delta_word(found[partner].state, dense, key_word(row, at)));
         }
     }
-    replace_codes<KEY_BITS>(task.to, task.lane, task.words, n, codes, 4);
+    replace_codes<KEY_BITS, true>(task.to, task.lane, task.words, n, codes, 4);
 }
 
 // One lane of a step of a token's values, and its words as they were.
@@ -176,7 +176,7 @@ DEVICE void append_values(const float* middles, const Decode& decode, const List
         float dense = value_dense(decode, value.range, found.code);
         add_outlier(lists, target.list, 1, delta_word(found.state, dense, at << 8 | row << 2));
     }
-    replace_codes<VALUE_BITS>(task.to, task.lane, task.words, n, codes, 2);
+    replace_codes<VALUE_BITS, false>(task.to, task.lane, task.words, n, codes, 2);
 }
 
 // What compensated rounding of keys and of values works on.

@@ -18,7 +18,9 @@ DEVICE void send_bytes(u8* to, const void* from, u32 first) {
 
 // Send for what is only copied: angles of a page's places, frequencies and the order of channels.
 DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
-    send_bytes<ANGLE_BYTES>(shared + LUT_BYTES, tables.angles, 0);
+    KVQ_UNROLL for (u32 tile = 0; tile < 8; tile++)  // of the steps that are turned
+        send_bytes<ANGLE_BYTES / 8>(shared + LUT_BYTES + tile * (ANGLE_BYTES / 8),
+                                    tables.angles + tile * STEPS * 128, tile * TURNED * 32 % THREADS);
     send_bytes<HEAD_DIM * 4>(shared + FREQUENCIES_AT, cache.frequencies, 0);
     send_bytes<HEAD_DIM * 2>(shared + ORDER_AT, cache.order, 128 % THREADS);
 }

@@ -2,23 +2,29 @@
 #pragma once
 #include "attend_slab.cuh"
 
+// The query of all heads for a channel and its partner, half2s.
+struct alignas(GROUP < 4 ? 4 * GROUP : 16) Queries {
+    u32 of[GROUP];
+};
+
 // A key's outlier: delta * (rotated query) is added to its token's score.
 DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
     KeyWhere where = key_where(word);
     float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
     if constexpr (ROTATED) {
-        const u32* turn = (const u32*)(warp.angles + first_tile * STEPS * 512 + (word & 0xfff8));
-        u32 pair = pick_bytes(turn[0], turn[1], where.odd ? 0x7632 : 0x5410);
-        float cosine = h2_low(pair), sine = h2_high(pair);
+        u32 pair = where.step * 8 + where.column * 2 + where.odd;
+        u32 phase = ((const u32*)warp.frequencies)[2 * pair + 1] * (where.token + 16 * first_tile - MIDDLE);
+        float sine, cosine;
+        sine_cosine((float)(int)phase * 2.3283064365386963e-10f, sine, cosine);
         u = delta * (where.upper ? -sine : cosine);
         v = delta * (where.upper ? cosine : sine);
     } else if (where.upper) {
         u = 0.0f, v = delta;
     }
-    const u8* query = warp.query + query_at(where.step, 0, where.column) + 4 * where.odd;
+    Queries query = *(const Queries*)(warp.query + query_at(where.step, where.column, where.odd));
     int* score = (int*)warp.sparse + where.token;
     KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
-        u32 pair = *(const u32*)(query + 32 * h);
+        u32 pair = query.of[h];
         add_shared(score + h * SPARSE_ROW, round_to_int(u * h2_low(pair) + v * h2_high(pair)));
     }
 }

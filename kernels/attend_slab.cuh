@@ -27,7 +27,7 @@ constexpr bool HAS_ROWS = KEY_PAIRS || KEY_SINGLES || VALUE_PAIRS || VALUE_SINGL
 constexpr u32 ROWS = KEY_BITS == 4 || VALUE_BITS == 4 || LEVEL_ROW == 256 ? 256 : 128;
 constexpr u32 ROW_BYTES = HAS_ROWS ? ROWS * LUT_STRIDE : 0;
 constexpr u32 LUT_BYTES = ROW_BYTES + (VALUE_QUADS ? 65536 : 0);
-constexpr u32 ANGLE_BYTES = ROTATED ? 8 * STEPS * 512 : 0;
+constexpr u32 ANGLE_BYTES = ROTATED ? 8 * TURNED * 512 : 0;
 // What a KV head's keys need beside their codes: scales and offsets, or levels, in fragment order.
 constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                            : !CHANNEL_LEVELS ? STEPS * 64
@@ -48,8 +48,8 @@ struct Warp {
     const u8 *lut, *angles, *head_table;
     const u64* frequencies;
     const u16* order;
-    u8* query;      // of each step (GROUP, 4) x 8 bytes: channels i, i + 1 and their partners
-    u8* terms;      // of each step from TURNED on (8 columns, 4) x 8 bytes, likewise
+    u8* query;      // of each step 4 columns' channels i, i + 1, of each all heads, beside its partner
+    u8* terms;      // of each step from TURNED on (8 columns, 4) x 8 bytes: i, i + 1 and their partners
     u8* weights;    // of up to two heads the tokens' weights as half, in the order of fragments
     const float* places;
     const u32* coefficients;
@@ -66,14 +66,14 @@ DEVICE bool has_heads(const Warp& warp) {
     return GROUP >= 4 || warp.column < GROUP;
 }
 
-// Where a head's query for a lane's column of a step lies.
-DEVICE u32 query_at(u32 step, u32 head, u32 column) {
-    return step * QUERY_STEP + (head * 4 + column) * 8;
+// Where the heads' query for a channel of a lane's column of a step lies.
+DEVICE u32 query_at(u32 step, u32 column, u32 odd) {
+    return step * QUERY_STEP + (column * 2 + odd) * GROUP * 4;
 }
 
 DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
-    const u32* at = (const u32*)(warp.query + query_at(step, column_head(warp.row), warp.column));
-    u32 first = at[0], second = at[1];
+    const u32* at = (const u32*)(warp.query + query_at(step, warp.column, 0)) + column_head(warp.row);
+    u32 first = at[0], second = at[GROUP];
     bool is_first = column_term(warp.row) == 0;
     b0 = is_first ? pick_bytes(first, second, 0x5410) : 0;
     b1 = is_first ? pick_bytes(first, second, 0x7632) : 0;
@@ -124,7 +124,7 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
                      float (&score)[4][4], float (&offset)[4]) {
     Tile<KEY_BITS> tiles[4];
     u32 affine[4] = {0, 0, 0, 0}, b0, b1;
-    if constexpr (KEY_BITS != 16) selectors<KEY_BITS>(words, tiles);
+    if constexpr (KEY_BITS != 16) selectors<KEY_BITS, true>(words, tiles);
     if constexpr (HAS_AFFINE) {
         const u32* at = (const u32*)(warp.head_table + (step * 4 + warp.column) * 16);
         KVQ_UNROLL for (int i = 0; i < 4; i++) affine[i] = at[i];
@@ -159,7 +159,7 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
         if constexpr (ROTATED) {
             const u32* turn =
                 (const u32*)(warp.angles +
-                             (((first_tile + t) * STEPS + step) * 32 + warp.lane) * 16);
+                             (((first_tile + t) * TURNED + step) * 32 + warp.lane) * 16);
             u32 cosine[2] = {turn[0], turn[2]}, sine[2] = {turn[1], turn[3]};
             KVQ_UNROLL for (int i = 0; i < 2; i++) {
                 u32 first = h2_fma(k[i], cosine[i], h2_neg(h2_mul(k[i + 2], sine[i])));
@@ -180,7 +180,8 @@ DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS],
             KVQ_UNROLL for (int a = 0; a < 4; a++) {
                 u32 at = pick_bytes(word, 8 * warp.lane, 0x5504 | a << 4);
                 Pair found = *(const Pair*)(warp.lut + ROW_BYTES + at);
-                first[a] = found.of[0], second[a] = found.of[1];
+                u32* tile = a < 2 ? first : second;
+                tile[a % 2 * 2] = found.of[0], tile[a % 2 * 2 + 1] = found.of[1];
             }
             mma(out, first, weights[2 * i][0], weights[2 * i][1]);
             mma(out, second, weights[2 * i + 1][0], weights[2 * i + 1][1]);
@@ -188,7 +189,7 @@ DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS],
         return;
     }
     Tile<VALUE_BITS> tiles[4];
-    if constexpr (VALUE_BITS != 16) selectors<VALUE_BITS>(words, tiles);
+    if constexpr (VALUE_BITS != 16) selectors<VALUE_BITS, false>(words, tiles);
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 v[4];
         if constexpr (VALUE_BITS == 16) {

@@ -42,6 +42,9 @@ DEVICE u32 term_at(u32 step, u32 column, u32 lane_column) {
     return (step - TURNED) * TERM_STEP + (column ^ step % 8) * 32 + lane_column * 8;
 }
 
+// The middle of a page, from which its places are counted.
+constexpr int MIDDLE = 64;
+
 struct alignas(8) Pair {
     u32 of[2];
 };
@@ -59,7 +62,7 @@ struct alignas(8) Couple {
 DEVICE void fill_places(u8* to) {
     if constexpr (!HAS_PLACES) return;
     KVQ_ROLLED for (u32 i = thread_index(); i < 128; i += THREADS) {
-        float t = ((float)i - 64.0f) * (1.0f / 64), of[8] = {1.0f, t};
+        float t = ((float)i - MIDDLE) * (1.0f / 64), of[8] = {1.0f, t};
         KVQ_UNROLL for (int m = 2; m < 8; m++) of[m] = 2.0f * t * of[m - 1] - of[m - 2];
         ((Floats*)to)[2 * i] = Floats{{of[0], of[1], of[2], of[3]}};
         ((Floats*)to)[2 * i + 1] = Floats{{of[4], of[5], of[6], of[7]}};
@@ -121,7 +124,7 @@ DEVICE void gather_scores(u32 row, u32 column, const float* places, const float 
         }
         return;
     }
-    float part[8], sum[MINE], start = ((float)(64 * half + row) - 64.0f) * (1.0f / 64);
+    float part[8], sum[MINE], start = ((float)(64 * half + row) - MIDDLE) * (1.0f / 64);
     KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
         float first = score[i / 2][2 * (i & 1)], second = score[i / 2][2 * (i & 1) + 1];
         if constexpr (!HAS_TERMS) {

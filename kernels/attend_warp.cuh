@@ -17,9 +17,6 @@ struct Far {
     }
 };
 
-// The middle of a page, from which its places are counted.
-constexpr int MIDDLE = 64;
-
 // Write the terms of the heads' query for two neighbouring channels, in half2s, and for their partners.
 DEVICE void write_terms(const Warp& warp, u32 step, u32 column, const u32 (&low)[GROUP],
                         const u32 (&high)[GROUP]) {
@@ -59,8 +56,12 @@ DEVICE void turn_query(const Warp& warp, const float* query, int position) {
             Couple y = *(const Couple*)(query + h * HEAD_DIM + i + HEAD_DIM / 2);
             low[h] = h2_from(x.first * cosine[0] + y.first * sine[0], x.second * cosine[1] + y.second * sine[1]);
             high[h] = h2_from(y.first * cosine[0] - x.first * sine[0], y.second * cosine[1] - x.second * sine[1]);
-            *(Pair*)(warp.query + query_at(step, h, column)) =
-                Pair{{pick_bytes(low[h], high[h], 0x5410), pick_bytes(low[h], high[h], 0x7632)}};
+        }
+        KVQ_UNROLL for (u32 odd = 0; odd < 2; odd++) {
+            Queries own;
+            KVQ_UNROLL for (int h = 0; h < GROUP; h++)
+                own.of[h] = pick_bytes(low[h], high[h], odd ? 0x7632 : 0x5410);
+            *(Queries*)(warp.query + query_at(step, column, odd)) = own;
         }
         if constexpr (HAS_TERMS && terms) {
             if (step >= TURNED) write_terms(warp, step, column, low, high);

@@ -23,7 +23,7 @@ DEVICE void decode_side(const Source& from, float* tile) {
     u32 lane = thread_index() % 32, step = thread_index() / 32, words[bits];
     Tile<bits> tiles[4];
     read_words<bits>(from.words + step * step_bytes(bits), lane, words);
-    selectors<bits>(words, tiles);
+    selectors<bits, is_key>(words, tiles);
     KVQ_UNROLL for (u32 n = 0; n < 32; n++) {
         u32 token, at, code = (u32)(tiles[n / 8] >> room_of(bits) * (n % 8)) & ((1u << bits) - 1);
         if constexpr (is_key) {

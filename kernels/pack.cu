@@ -168,7 +168,7 @@ pack_keys(const u16* key, const int* page_table, const float* lower, const float
                                  : key_codes<false>(code, channels, cells, place, step, lane, own, given);
         u64 list = ((u64)place.page * num_kv_heads + head) * 2 + slab % 2;
         u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
-        store_codes<KEY_BITS>(to + step * step_bytes(KEY_BITS), lane, coding.tiles);
+        store_codes<KEY_BITS, true>(to + step * step_bytes(KEY_BITS), lane, coding.tiles);
         if constexpr (OUTLIERS) {
             *flags_of(flags, list, 0, thread_index()) = coding.flags;
             u32 total = sum_of_warp(count_bits(coding.flags));
@@ -289,7 +289,7 @@ pack_values(const u16* value, const int* page_table, const float* value_middles,
         u64 list = ((u64)place.page * num_kv_heads + head) * 2 + slab % 2;
         u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS)) +
                  STEPS * step_bytes(KEY_BITS) + step * step_bytes(VALUE_BITS);
-        store_codes<VALUE_BITS>(to, lane, coding.tiles);
+        store_codes<VALUE_BITS, false>(to, lane, coding.tiles);
         if constexpr (OUTLIERS) {
             u32 found = coding.flags;
             if constexpr (!VALUE_COMP) found = cut_flags(found, own_cuts, place, step, lane, own);

@@ -252,7 +252,7 @@ DEVICE u32 delta_word(float state, float dense, u32 where) {
 }
 
 // Write a lane's 32 codes, given as a number per tile with code 2a + e in that nibble, or byte.
-template <int bits>
+template <int bits, bool is_key>
 DEVICE void store_codes(u8* step, u32 lane, const Tile<bits> (&tiles)[4]) {
     u32* words = (u32*)step;
     if constexpr (bits == 8) {
@@ -265,9 +265,14 @@ DEVICE void store_codes(u8* step, u32 lane, const Tile<bits> (&tiles)[4]) {
         KVQ_UNROLL for (int k = 0; k < 3; k++) {
             words[32 * k + lane] = tiles[k] | (tiles[3] >> k & 0x11111111u) << 3;
         }
-    } else {
+    } else if constexpr (is_key) {
         KVQ_UNROLL for (int t = 0; t < 2; t++) {
             words[2 * lane + t] = tiles[2 * t] | tiles[2 * t + 1] << 2;
+        }
+    } else {
+        KVQ_UNROLL for (int t = 0; t < 2; t++) {
+            u32 first = tiles[2 * t], second = tiles[2 * t + 1];
+            words[2 * lane + t] = pick_bytes(first | first >> 6, second | second >> 6, 0x6420);
         }
     }
 }

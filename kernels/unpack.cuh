@@ -64,10 +64,11 @@ DEVICE constexpr u32 room_of(u32 bits) {
     return bits == 8 ? 8 : 4;
 }
 
-// 8 bits: two words per tile. 4 bits: a word per tile. 3 bits: a word for each of the first three tiles, the fourth tile's
-// codes spread over their nibbles' top bits. 2 bits: two tiles in a word, the second one two bits
-// higher.
-template <int bits>
+// 8 bits: two words per tile. 4 bits: a word per tile. 3 bits: a word for each of the first three tiles,
+// the fourth tile's codes spread over their nibbles' top bits. 2 bits: two tiles in a word; the second
+// tile of keys two bits higher, of values in the upper half, where codes of odd registers lie two bits
+// higher than those of the register before, so that a byte has two registers.
+template <int bits, bool is_key>
 DEVICE void selectors(const u32 (&words)[bits], Tile<bits> (&tiles)[4]) {
     if constexpr (bits == 8) {
         KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[2 * t] | (u64)words[2 * t + 1] << 32;
@@ -77,10 +78,15 @@ DEVICE void selectors(const u32 (&words)[bits], Tile<bits> (&tiles)[4]) {
         KVQ_UNROLL for (int t = 0; t < 3; t++) tiles[t] = words[t] & 0x77777777u;
         tiles[3] = (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) |
                    (words[2] >> 1 & 0x44444444u);
-    } else {
+    } else if constexpr (is_key) {
         KVQ_UNROLL for (int t = 0; t < 2; t++) {
             tiles[2 * t] = words[t] & 0x33333333u;
             tiles[2 * t + 1] = words[t] >> 2 & 0x33333333u;
+        }
+    } else {
+        KVQ_UNROLL for (int t = 0; t < 4; t++) {
+            u32 apart = pick_bytes(words[t / 2], 0, t % 2 ? 0x4342 : 0x4140);
+            tiles[t] = (apart & 0x00330033u) | (apart << 6 & 0x33003300u);
         }
     }
 }

@@ -67,8 +67,12 @@ def pack_slabs(codes: Tensor, bits: int, *, is_key: bool) -> Tensor:
     elif bits == 3:
         top = [(_shift(tiles[..., 3], k) & _TOP) << 3 for k in range(3)]
         words = torch.stack([tiles[..., k] | top[k] for k in range(3)], dim=2)
-    else:
+    elif is_key:
         words = torch.stack([tiles[..., t] | tiles[..., t + 1] << 2 for t in (0, 2)], dim=-1)
+    else:
+        near = (tiles | tiles >> 6) & 0xFF00FF  # register 2i + 1 beside 2i, a byte for each i
+        near = (near | near >> 8) & 0xFFFF
+        words = torch.stack([near[..., t] | near[..., t + 1] << 16 for t in (0, 2)], dim=-1)
     return words.flatten(1).contiguous()
 
 
@@ -99,17 +103,21 @@ def unpack_slabs(words: Tensor, bits: int, head_dim: int, *, is_key: bool) -> Te
         return codes
     nibble = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     codes = torch.empty(shape, dtype=torch.int32, device=words.device)
-    codes[:, token, place] = _shift(_tiles(words, bits, head_dim)[..., None], nibble) & (
+    codes[:, token, place] = _shift(_tiles(words, bits, head_dim, is_key=is_key)[..., None], nibble) & (
         (1 << bits) - 1
     )
     return codes
 
 
-def _tiles(words: Tensor, bits: int, head_dim: int) -> Tensor:
+def _tiles(words: Tensor, bits: int, head_dim: int, *, is_key: bool) -> Tensor:
     """Return a word per tile with its codes in nibbles, (slabs, steps, 32, tiles)."""
     steps = head_dim // 16
     if bits == 4:
         return words.view(-1, steps, 32, _TILES)
+    if bits == 2 and not is_key:
+        near = torch.stack([words, _shift(words, 16)], dim=-1).view(-1, steps, 32, _TILES) & 0xFFFF
+        apart = (near | near << 8) & 0xFF00FF
+        return (apart | apart << 6) & 0x33333333
     if bits == 2:
         pair = words.view(-1, steps, 32, 2)
         return torch.stack([pair, _shift(pair, 2)], dim=-1).flatten(3)

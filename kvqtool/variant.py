@@ -163,7 +163,7 @@ class Variant:
         stride = 128 if self.channel_levels and self.key_bits == 4 else 256
         lut = rows * stride if has_rows else 0
         lut += 65_536 if self.value_bits == 2 and self.value_table else 0
-        angles = 4096 * self.steps if self.rotated else 0
+        angles = 4096 * (self.turned % (self.steps + 1)) if self.rotated else 0
         head = 64 * self.steps
         if self.channel_levels:
             head = self.head_dim * {2: 8, 3: 256, 4: 512}[self.key_bits]
