@@ -135,7 +135,7 @@ class Variant:
             ("SHARED_BYTES", self.shared_bytes),
             ("VALUE_TABLE", int(self.value_table)),
             ("AHEAD", int(self.ahead)),
-            ("TURNED", self.turned % (self.steps + 1)),
+            ("TURNED", self._turned),
         )
 
     @cached_property
@@ -151,9 +151,13 @@ class Variant:
         return key, value
 
     @property
+    def _turned(self) -> int:
+        return self.steps if self.turned < 0 else self.turned
+
+    @property
     def _slow_steps(self) -> int:
         """Steps whose keys are not turned."""
-        return self.steps - self.turned % (self.steps + 1)
+        return self.steps - self._turned
 
     @property
     def _common_bytes(self) -> int:
@@ -163,7 +167,7 @@ class Variant:
         stride = 128 if self.channel_levels and self.key_bits == 4 else 256
         lut = rows * stride if has_rows else 0
         lut += 65_536 if self.value_bits == 2 and self.value_table else 0
-        angles = 4096 * (self.turned % (self.steps + 1)) if self.rotated else 0
+        angles = 4096 * self._turned if self.rotated else 0
         head = 64 * self.steps
         if self.channel_levels:
             head = self.head_dim * {2: 8, 3: 256, 4: 512}[self.key_bits]
