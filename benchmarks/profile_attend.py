@@ -141,7 +141,7 @@ def _run(
     function.max_dynamic_shared_size_bytes = variant.shared_bytes
 
     def load(kernel: Kernel, shared_bytes: int, device_index: int) -> Any:
-        return function
+        return function.kernel
 
     cuda.load_kernel = load  # type: ignore[assignment]  # the marked kernel in place of its own
     per_token = 2 * outliers_per_tail(parse_spec(text).value, shape.num_kv_heads * HEAD_DIM)

@@ -2,8 +2,8 @@
 // place, the same bits as pack.cu. Nothing is allocated and nothing depends on the host, so a graph
 // can hold it; `state` says where the token goes and is left as it is.
 //
-// Grid: (sequence, KV head). Every block finds the token's range over all KV heads for itself, and
-// writes its own head.
+// Grid: (sequence, KV head, side). Every block of values finds the token's range over all KV heads for
+// itself, and writes its own head; a block of keys knows nothing of it. An element is a thread's.
 //
 // `states`  (batch, num_kv_heads, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
 // `turns`   (batch, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
@@ -22,36 +22,47 @@ typedef u32 OrderKey;
 typedef u16 OrderKey;
 #endif
 
-// Put codes n, of a lane's 32 in a step, into their words, which were read.
+// Put some codes of a tile, where `mask` says, into a lane's words of a step, which were read.
 template <int bits, bool is_key>
-DEVICE void replace_codes(u8* step, u32 lane, const u32 (&words)[bits], const u32* n,
-                          const u32* codes, u32 count) {
-    constexpr u32 room = room_of(bits);
+DEVICE void replace_codes(u8* step, u32 lane, const u32 (&words)[bits], u32 tile, Tile<bits> codes,
+                          Tile<bits> mask) {
     Tile<bits> tiles[4];
     selectors<bits, is_key>(words, tiles);
-    for (u32 i = 0; i < count; i++) {
-        u32 shift = room * (n[i] % 8);
-        Tile<bits> code = (Tile<bits>)codes[i] << shift, mask = (Tile<bits>)((1u << room) - 1) << shift;
-        KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
-            if (n[i] / 8 == t) tiles[t] = (tiles[t] & ~mask) | code;
-        }
+    KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
+        if (t == tile) tiles[t] = (tiles[t] & ~mask) | codes;
     }
     store_codes<bits, is_key>(step, lane, tiles);
 }
 
-struct Lists {
-    u32 *counts, *index, *words, *dropped;
-    u32 room[2];
+// The bits that any of some neighbouring lanes has.
+template <u32 lanes, typename Bits>
+DEVICE Bits any_of(Bits bits) {
+    KVQ_UNROLL for (u32 d = 1; d < lanes; d *= 2) {
+        if constexpr (sizeof(Bits) == 8) {
+            bits |= (Bits)exchange((u32)(bits >> 32), d) << 32 | exchange((u32)bits, d);
+        } else {
+            bits |= exchange(bits, d);
+        }
+    }
+    return bits;
+}
+
+// A slab's list of one side, with room for so many words.
+struct List {
+    u32 *count, *entry, *words, *dropped;
+    u32 room;
 };
 
-DEVICE void add_outlier(const Lists& lists, u64 list, u32 side, u32 word) {
-    u32 at = add_global(lists.counts + 2 * list + side, 1);
-    u32* entry = lists.index + 4 * list + 2 * side;
-    if (at < lists.room[side]) {
-        lists.words[(u64)entry[0] * 4 + at] = word;
-        greatest_global(entry + 1, at / 4 + 1);
+// Take a place in the list, and fill it.
+DEVICE u32 take_place(const List& list) {
+    return add_global(list.count, 1);
+}
+DEVICE void put_outlier(const List& list, u32 at, u32 word) {
+    if (at < list.room) {
+        list.words[(u64)list.entry[0] * 4 + at] = word;
+        greatest_global(list.entry + 1, at / 4 + 1);
     } else {
-        add_global(lists.dropped, 1);
+        add_global(list.dropped, 1);
     }
 }
 
@@ -62,155 +73,194 @@ struct Target {
     u8* words;
 };
 
-// A token's keys at a place and its partner, as they are stored.
-DEVICE void find_keys(const KeyChannel (&channels)[2], const u16* staged, const Bench& bench,
-                      const Turn& turn, Element (&found)[2]) {
-    if constexpr (!KEY_COMP) return key_pair(channels, staged, turn, found);
-    float states[2];
-    key_states(channels, staged, turn, states);
-    KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
-        const KeyChannel& channel = channels[k];
-        u8 coded = bench.coded[channel.channel];
-        float scale = mul_exact(add_exact(channel.upper, -channel.lower), 0.5f);
-        float moved = add_exact(states[k], -mul_exact(bench.owed[channel.channel], scale));
-        found[k] = Element{moved, coded & 0x7fu, (coded & FLAG) != 0};
-    }
-}
-
-// A token's value of one channel, as it is stored.
-DEVICE Element find_value(const float* middles, ValueState state, const RowOfValues& row,
-                          const Bench& bench, u32 head, u32 at) {
-    if constexpr (!VALUE_COMP) return value_element(middles, state, row, head * HEAD_DIM + at);
-    float moved = add_exact(number_of(state), -mul_exact(bench.owed[at], h2_low(row.range)));
-    return Element{moved, bench.coded[at] & 0x7fu, (bench.coded[at] & FLAG) != 0};
-}
-
-// Put a token's keys on the bench; a whole block does.
-DEVICE void lay_keys(const KeyCode& code, u32 head, const u16* staged, const u16* turn_of,
-                     const Bench& bench) {
-    for (u32 at = thread_index(); at < HEAD_DIM / 2; at += THREADS) {
-        KeyChannel pair[2] = {key_channel(code, head, at),
-                              key_channel(code, head, at + HEAD_DIM / 2)};
-        float states[2];
-        key_states(pair, staged, turn_at(code, 0, at), states);
-        KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
-            bench.u[turn_of[pair[k].channel]] = key_scaled(pair[k], states[k]);
-            bench.coded[pair[k].channel] = is_beyond(pair[k], states[k]) ? FLAG : 0;
-        }
-    }
-}
-
-DEVICE void lay_values(const RowOfValues& row, u32 head, const ValueState* staged,
-                       const u16* turn_of, const Bench& bench) {
-    for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
-        bench.u[turn_of[i]] = value_scaled(staged[i], row);
-        bench.coded[i] = is_cut_off(staged[i], row, head * HEAD_DIM + i) ? FLAG : 0;
-    }
-}
-
-// One lane of a step of a token's keys, what encodes them, and its words as they were.
-struct KeyTask {
-    u32 step, lane, words[KEY_BITS];
-    u8* to;
-    KeyChannel channels[2][2];
-    Turns turns;
-};
-
-DEVICE KeyTask read_keys(const KeyCode& code, const Target& target, u32 number) {
-    KeyTask task;
-    task.step = number / 4, task.lane = target.in_slab % 8 * 4 + number % 4;
-    task.to = target.words + task.step * step_bytes(KEY_BITS);
-    lane_channels(code, target.head, task.step, task.lane, task.channels);
-    task.turns = turns_at(code, 0, 8 * task.step + number % 4 * 2);
-    read_words<KEY_BITS>(task.to, task.lane, task.words);
-    return task;
-}
-
-// The four codes of a token's keys that a task has.
-DEVICE void append_keys(const Decode& decode, const Lists& lists, const Target& target,
-                        const u16* staged, const Bench& bench, const KeyTask& task) {
-    u32 in_slab = target.in_slab, n[4], codes[4];
-    KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
-        Element found[2];
-        find_keys(task.channels[e], staged, bench, task.turns.of[e], found);
-        KVQ_UNROLL for (u32 partner = 0; partner < 2; partner++) {
-            u32 row, at, i = 2 * partner + e;
-            n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 2 + 4 * partner + e;
-            key_place(n[i], task.step, task.lane, row, at);
-            codes[i] = found[partner].code;
-            if (!found[partner].is_outlier) continue;
-            float dense = key_dense(decode, target.head, at, codes[i]);
-            add_outlier(lists, target.list, 0,
-                        delta_word(found[partner].state, dense, key_word(row, at)));
-        }
-    }
-    replace_codes<KEY_BITS, true>(task.to, task.lane, task.words, n, codes, 4);
-}
-
-// One lane of a step of a token's values, and its words as they were.
-struct ValueTask {
-    u32 step, lane, words[VALUE_BITS];
-    u8* to;
-};
-
-DEVICE ValueTask read_values(const Target& target, u32 number) {
-    ValueTask task;
-    task.step = number / 8, task.lane = number % 8 * 4 + target.in_slab % 8 / 2;
-    task.to = target.words + STEPS * step_bytes(KEY_BITS) + task.step * step_bytes(VALUE_BITS);
-    read_words<VALUE_BITS>(task.to, task.lane, task.words);
-    return task;
-}
-
-// The two codes of a token's values that a task has.
-DEVICE void append_values(const float* middles, const Decode& decode, const Lists& lists,
-                          const Target& target, const ValueState* staged, const RowOfValues& value,
-                          const Bench& bench, const ValueTask& task) {
-    u32 in_slab = target.in_slab, n[2], codes[2];
-    KVQ_UNROLL for (u32 i = 0; i < 2; i++) {
-        u32 row, at;
-        n[i] = in_slab / 16 * 8 + in_slab / 8 % 2 * 4 + i * 2 + in_slab % 2;
-        value_place(n[i], task.step, task.lane, row, at);
-        Element found = find_value(middles, staged[at], value, bench, target.head, at);
-        codes[i] = found.code;
-        if (!found.is_outlier) continue;
-        float dense = value_dense(decode, value.range, found.code);
-        add_outlier(lists, target.list, 1, delta_word(found.state, dense, at << 8 | row << 2));
-    }
-    replace_codes<VALUE_BITS, false>(task.to, task.lane, task.words, n, codes, 2);
-}
-
-// What compensated rounding of keys and of values works on.
+// What compensated rounding of one side works on.
 struct Workshop {
-    Bench bench[2];
-    const float* feedback[2];
-    const u16* turn_of[2];
+    Bench bench;
+    const float* feedback;
+    const u16* turn_of;
 };
 
 // Lay it out in shared memory and begin to fill it.
-DEVICE Workshop open_workshop(u8* memory, u32 head, const float* key_feedback,
-                              const float* value_feedback, const u16* key_turn,
-                              const u16* value_turn) {
+DEVICE Workshop open_workshop(u8* memory, u32 head, const float* feedback, const u16* turn) {
     Workshop shop;
-    u8* at = memory;
-    const float* feedback[2] = {key_feedback, value_feedback};
-    const u16* turn[2] = {key_turn, value_turn};
-    KVQ_UNROLL for (u32 side = 0; side < 2; side++) {
-        shop.bench[side] = bench_at(at);
-        if (!(side ? VALUE_COMP : KEY_COMP)) continue;
-        u16* turn_of = (u16*)(at + BENCH_BYTES);
-        at += BENCH_BYTES + 2 * HEAD_DIM;
-        const float* own = feedback[side] + (u64)head * HEAD_DIM * HEAD_DIM;
-        shop.feedback[side] = STAGED ? (const float*)at : own;
-        if constexpr (STAGED) {
-            stage_feedback<THREADS>(own, (float*)at);
-            at += 4 * HEAD_DIM * HEAD_DIM;
-        }
-        for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
-            turn_of[turn[side][head * HEAD_DIM + i]] = (u16)i;
-        }
-        shop.turn_of[side] = turn_of;
+    shop.bench = bench_at(memory);
+    u16* turn_of = (u16*)(memory + BENCH_BYTES);
+    float* staged = (float*)(memory + BENCH_BYTES + 2 * HEAD_DIM);
+    const float* own = feedback + (u64)head * HEAD_DIM * HEAD_DIM;
+    shop.feedback = STAGED ? staged : own;
+    if constexpr (STAGED) stage_feedback<THREADS>(own, staged);
+    for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
+        turn_of[turn[head * HEAD_DIM + i]] = (u16)i;
     }
+    shop.turn_of = turn_of;
     return shop;
+}
+
+// What rounding one side takes: compensated, but for the middles.
+struct Side {
+    const float *middles, *reads, *feedback;
+    const u16* turn;
+};
+
+// A token's keys of one head, by a whole block: an element is a thread's, four neighbours' codes lie in
+// the words of one lane.
+DEVICE void append_keys(const KeyCode& code, const Decode& decode, const List& list, const Target& target,
+                        const u16* key, const Side& side, u8* memory) {
+    u32 x = thread_index(), e = x % 2, partner = x / 2 % 2, step = x / 16, half = HEAD_DIM / 2;
+    u32 low = 8 * step + x / 4 % 4 * 2 + e, place = low + partner * half, in_slab = target.in_slab;
+    u32 lane = in_slab % 8 * 4 + x / 4 % 4, words[KEY_BITS];
+    bool has_key = x < HEAD_DIM;
+    u8* to = target.words + step * step_bytes(KEY_BITS);
+    float* middles = (float*)memory;
+    u16* levels = (u16*)(middles + VALUE_MIDDLES);
+    u16* staged = levels + VALUE_MIDDLES;
+    KeyChannel channel;
+    u32 other;
+    Turn turn;
+    if (has_key) {  // all that is read of global memory is asked for at once
+        channel = key_channel(code, target.head, place);
+        other = code.order[place ^ half];
+        turn = turn_at(code, 0, low);
+        read_words<KEY_BITS>(to, lane, words);
+        staged[x] = key[x];
+    }
+    for (u32 i = x; i < LEVELS && !CHANNEL_LEVELS; i += THREADS) {
+        levels[i] = decode.levels[i];
+        if (i < LEVELS - 1) middles[i] = code.middles[i];
+    }
+    Workshop shop;
+    if constexpr (KEY_COMP) {
+        shop = open_workshop((u8*)(staged + HEAD_DIM), target.head, side.feedback, side.turn);
+    }
+    sync_block();
+    Element found{0.0f, 0, false};
+    if (!CHANNEL_LEVELS) channel.middles = middles;
+    if (has_key) {
+        float own = state_value(staged[channel.channel]), beside = state_value(staged[other]);
+        if constexpr (ROTATED) {  // as `turn_back`
+            Return by = return_of(turn);
+            float crossed = mul_exact(partner ? -beside : beside, by.turn.sine);
+            own = divide(add_exact(mul_exact(own, by.turn.cosine), crossed), by.norm, by.inverse);
+        }
+        found = KEY_COMP ? Element{own, 0, is_beyond(channel, own)} : key_element(channel, own);
+    }
+    if constexpr (KEY_COMP) {
+        if (has_key) {
+            shop.bench.u[shop.turn_of[channel.channel]] = key_scaled(channel, found.state);
+            shop.bench.coded[channel.channel] = found.is_outlier ? FLAG : 0;
+        }
+        await_copies<0>();
+        sync_block();
+        if (x / 32 == 0) {
+            u32 first = target.head * HEAD_DIM, own = CHANNEL_LEVELS ? first : 0;
+            const float* own_middles = CHANNEL_LEVELS ? code.middles + own * (LEVELS - 1) : middles;
+            Rounding rounding{own_middles, side.reads + own * LEVELS, shop.feedback, side.turn + first};
+            round_token<KEY_BITS, CHANNEL_LEVELS>(rounding, shop.bench);
+        }
+        sync_block();
+        if (has_key) {
+            float scale = mul_exact(add_exact(channel.upper, -channel.lower), 0.5f);
+            found.state = add_exact(found.state, -mul_exact(shop.bench.owed[channel.channel], scale));
+            found.code = shop.bench.coded[channel.channel] & 0x7fu;
+        }
+    }
+    if (!has_key) return;
+    if (found.is_outlier) {
+        u32 at = take_place(list);
+        Decode own = decode;
+        own.levels = levels;
+        float dense = key_dense(own, target.head, place, found.code);
+        put_outlier(list, at, delta_word(found.state, dense, key_word(in_slab, place)));
+    }
+    constexpr u32 room = room_of(KEY_BITS);
+    u32 shift = room * (in_slab / 8 % 2 * 2 + 4 * partner + e);
+    Tile<KEY_BITS> all = any_of<4>((Tile<KEY_BITS>)found.code << shift);
+    Tile<KEY_BITS> one = (1u << room) - 1, two = one | one << room;
+    Tile<KEY_BITS> mask = (two | two << 4 * room) << room * (in_slab / 8 % 2 * 2);
+    if (x % 4 == 0) replace_codes<KEY_BITS, true>(to, lane, words, in_slab / 16, all, mask);
+}
+
+// A token's values of one head, likewise; two neighbours' codes lie in the words of one lane.
+DEVICE void append_values(const Decode& decode, const List& list, const Target& target, const u16* all,
+                          u32 channels, u32 per_tail, const Side& side, u32* ranges, u8* memory) {
+    u32 x = thread_index(), step = x / 16, i = x % 2, place = 16 * step + i * 8 + x / 2 % 8;
+    u32 in_slab = target.in_slab, lane = x / 2 % 8 * 4 + in_slab % 8 / 2, words[VALUE_BITS];
+    bool has_value = x < HEAD_DIM;
+    u8* to = target.words + STEPS * step_bytes(KEY_BITS) + step * step_bytes(VALUE_BITS);
+    Search search{(u32*)memory};
+    float* middles = (float*)(search.words + (VALUE_FLOAT ? BINS + 8 : 776));
+    u16* levels = (u16*)(middles + MIDDLES - VALUE_MIDDLES);
+    ValueState* own_values = (ValueState*)(levels + MIDDLES - VALUE_MIDDLES);
+    OrderKey* keys = (OrderKey*)(own_values + HEAD_DIM);
+#if !VALUE_FLOAT
+    Extremes extremes = NO_EXTREMES;  // of this thread
+    for (u32 first = 8 * x; first < channels; first += 16 * THREADS) {
+        u32 second = first + 8 * THREADS < channels ? first + 8 * THREADS : first;
+        Eight two[2] = {*(const Eight*)(all + first), *(const Eight*)(all + second)};
+        widen(extremes, two[0]), widen(extremes, two[1]);
+        *(Eight*)(keys + first) = two[0];  // states, until they are ordered
+        *(Eight*)(keys + second) = two[1];
+    }
+#endif
+    if (has_value) {
+        read_words<VALUE_BITS>(to, lane, words);
+        if constexpr (!VALUE_FLOAT) own_values[x] = all[target.head * HEAD_DIM + x];
+    }
+    for (u32 n = x; n < 1u << VALUE_BITS; n += THREADS) {
+        levels[n] = decode.levels[LEVEL_ROW + n];
+        if (n < (1u << VALUE_BITS) - 1) middles[n] = side.middles[n];
+    }
+    Workshop shop;
+    if constexpr (VALUE_COMP) {
+        shop = open_workshop((u8*)(keys + channels), target.head, side.feedback, side.turn);
+    }
+#if VALUE_FLOAT
+    for (u32 n = x; n < BINS; n += THREADS) search.words[n] = 0;
+    order_floats<THREADS>(all, channels, target.head, own_values, keys);
+#else
+    begin_search(search, extremes);
+#endif
+    sync_block();
+    ValueCuts cuts;
+#if VALUE_FLOAT
+    u32 range = find_float_range<THREADS>(keys, channels, per_tail, search.words, cuts);
+#else
+    u32 range = find_range(keys, channels, per_tail, search, cuts);
+#endif
+    if (target.head == 0 && x == 0) *ranges = range;
+    RowOfValues row{range, inverse_scale(range), cuts};
+    if constexpr (VALUE_COMP) {
+        if (has_value) {
+            shop.bench.u[shop.turn_of[x]] = value_scaled(own_values[x], row);
+            shop.bench.coded[x] = is_cut_off(own_values[x], row, target.head * HEAD_DIM + x) ? FLAG : 0;
+        }
+        await_copies<0>();
+        sync_block();
+        if (x / 32 == 0) {
+            Rounding rounding{middles, side.reads, shop.feedback, side.turn + target.head * HEAD_DIM};
+            round_token<VALUE_BITS, false>(rounding, shop.bench);
+        }
+        sync_block();
+    }
+    if (!has_value) return;
+    Element found;
+    if constexpr (VALUE_COMP) {
+        float moved = add_exact(number_of(own_values[place]), -mul_exact(shop.bench.owed[place], h2_low(range)));
+        found = Element{moved, shop.bench.coded[place] & 0x7fu, (shop.bench.coded[place] & FLAG) != 0};
+    } else {
+        found = value_element(middles, own_values[place], row, target.head * HEAD_DIM + place);
+    }
+    if (found.is_outlier) {
+        u32 at = take_place(list);
+        float level = half_to_float(levels[found.code]);  // as `value_dense`
+        float dense = add_exact(mul_exact(level, h2_low(range)), h2_high(range));
+        put_outlier(list, at, delta_word(found.state, dense, place << 8 | in_slab << 2));
+    }
+    constexpr u32 room = room_of(VALUE_BITS);
+    u32 first = in_slab / 8 % 2 * 4 + in_slab % 2;
+    Tile<VALUE_BITS> both = any_of<2>((Tile<VALUE_BITS>)found.code << room * (first + 2 * i));
+    Tile<VALUE_BITS> one = (1u << room) - 1, mask = (one | one << 2 * room) << room * first;
+    if (i == 0) replace_codes<VALUE_BITS, false>(to, lane, words, in_slab / 16, both, mask);
 }
 
 KERNEL(THREADS)
@@ -222,93 +272,25 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
        const u16* key_turn, const float* value_reads, const float* value_feedback,
        const u16* value_turn, u32 num_kv_heads, u32 max_pages, u32 per_tail, u32 key_room,
        u32 value_room) {
-    u32 sequence = block_index() / num_kv_heads, head = block_index() % num_kv_heads;
-    u32 token = (u32)state[8 * sequence], channels = num_kv_heads * HEAD_DIM;
-    u32 page = page_table[sequence * max_pages + token / 128], in_slab = token % 64;
-    Search search{(u32*)shared_memory()};
-    float* middles = (float*)(search.words + (VALUE_FLOAT ? BINS + 8 : 776));  // of keys, of values
-    u16* staged = (u16*)(middles + MIDDLES);
-    ValueState* own_values = (ValueState*)(staged + HEAD_DIM);
-    OrderKey* keys = (OrderKey*)(own_values + HEAD_DIM);
-    Workshop shop = open_workshop((u8*)(keys + channels), head, key_feedback, value_feedback,
-                                  key_turn, value_turn);
-    const u16* own = key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM;
-    const u16* all = value + (u64)sequence * channels;
-    for (u32 i = thread_index(); i < HEAD_DIM; i += THREADS) {
-        staged[i] = own[i];
-        if constexpr (!VALUE_FLOAT) own_values[i] = all[head * HEAD_DIM + i];
-    }
-    for (u32 i = thread_index(); i < larger(LEVELS, 1u << VALUE_BITS) - 1; i += THREADS) {
-        if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
-        if (i < (1u << VALUE_BITS) - 1) middles[VALUE_MIDDLES + i] = value_middles[i];
-    }
-#if VALUE_FLOAT
-    for (u32 i = thread_index(); i < BINS; i += THREADS) search.words[i] = 0;
-    order_floats<THREADS>(all, channels, head, own_values, keys);
-#else
-    Extremes extremes = NO_EXTREMES;  // of this thread
-    for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
-        Eight eight = *(const Eight*)(all + first);
-        widen(extremes, eight);
-        *(Eight*)(keys + first) = eight;  // states, until they are ordered
-    }
-    begin_search(search, extremes);
-#endif
-    sync_block();
-    KeyCode code{lower,
-                 upper,
-                 offset,
-                 inverse,
-                 CHANNEL_LEVELS ? key_middles : middles,
-                 order,
-                 turns + sequence * HEAD_DIM};
+    u32 is_value = block_index() % 2, number = block_index() / 2;
+    u32 sequence = number / num_kv_heads, head = number % num_kv_heads;
+    u32 token = (u32)state[8 * sequence];
+    u32 page = page_table[sequence * max_pages + token / 128];
+    u64 slab = ((u64)page * num_kv_heads + head) * 2 + token / 64 % 2;
+    Target target{head, token % 64, slab,
+                  slabs + slab * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS))};
     Decode decode{levels, key_levels, (const u32*)key_levels};
-    Lists lists{counts, index, outlier_words, dropped, {key_room, value_room}};
-    u64 list = ((u64)page * num_kv_heads + head) * 2 + token / 64 % 2;
-    Target target{head, in_slab, list,
-                  slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS))};
-    u32 key_number = thread_index() - 64, value_number = thread_index() - 128;
-    bool has_keys = key_number < STEPS * 4, has_values = value_number < STEPS * 8;
-    KeyTask key_task;  // read before the range is looked for
-    ValueTask value_task;
-    if (has_keys) key_task = read_keys(code, target, key_number);
-    if (has_values) value_task = read_values(target, value_number);
-    ValueCuts cuts;
-#if VALUE_FLOAT
-    u32 range = find_float_range<THREADS>(keys, channels, per_tail, search.words, cuts);
-#else
-    u32 range = find_range(keys, channels, per_tail, search, cuts);
-#endif
-    if (!KEY_COMP && has_keys) {  // while other warps have the values
-        append_keys(decode, lists, target, staged, shop.bench[0], key_task);
-    }
-    if (head == 0 && thread_index() == 0) ranges[page * 128 + token % 128] = range;
-    RowOfValues row{range, inverse_scale(range), cuts};
-    if constexpr (KEY_COMP || VALUE_COMP) {
-        if constexpr (KEY_COMP) lay_keys(code, head, staged, shop.turn_of[0], shop.bench[0]);
-        if constexpr (VALUE_COMP) {
-            lay_values(row, head, own_values, shop.turn_of[1], shop.bench[1]);
-        }
-        await_copies<0>();
-        sync_block();
-        u32 warp = thread_index() / 32, first = head * HEAD_DIM;
-        if (KEY_COMP && warp == 0) {
-            u32 own = CHANNEL_LEVELS ? first : 0;
-            Rounding rounding{code.middles + own * (LEVELS - 1), key_reads + own * LEVELS,
-                              shop.feedback[0], key_turn + first};
-            round_token<KEY_BITS, CHANNEL_LEVELS>(rounding, shop.bench[0]);
-        }
-        if (VALUE_COMP && warp == 1) {
-            Rounding rounding{middles + VALUE_MIDDLES, value_reads, shop.feedback[1], value_turn + first};
-            round_token<VALUE_BITS, false>(rounding, shop.bench[1]);
-        }
-        sync_block();
-        if (KEY_COMP && has_keys) {
-            append_keys(decode, lists, target, staged, shop.bench[0], key_task);
-        }
-    }
-    if (has_values) {
-        append_values(middles + VALUE_MIDDLES, decode, lists, target, own_values, row, shop.bench[1],
-                      value_task);
+    List list{counts + 2 * slab + is_value, index + 4 * slab + 2 * is_value, outlier_words, dropped,
+              is_value ? value_room : key_room};
+    if (is_value) {
+        Side side{value_middles, value_reads, value_feedback, value_turn};
+        append_values(decode, list, target, value + (u64)sequence * num_kv_heads * HEAD_DIM,
+                      num_kv_heads * HEAD_DIM, per_tail, side, ranges + page * 128 + token % 128,
+                      shared_memory());
+    } else {
+        KeyCode code{lower, upper, offset, inverse, key_middles, order, turns + sequence * HEAD_DIM};
+        Side side{key_middles, key_reads, key_feedback, key_turn};
+        append_keys(code, decode, list, target, key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM, side,
+                    shared_memory());
     }
 }

@@ -2,22 +2,23 @@
 #pragma once
 #include "pack.cuh"
 
-// [-1, 1] is cut into CELLS. A byte each says how many middles lie before the cell; where no cell
-// has two, one comparison finds the rest.
+// [-1, 1] is cut into CELLS. A byte each says where the first middle lies that is not before the cell;
+// where no cell has two, one comparison finds the rest.
 constexpr u32 CELLS = 256;
 struct Cells {
     float* middles;  // one more than there are, 16 at least: the others are infinite
-    u8* before;      // CELLS
+    u8* before;      // CELLS: four times how many middles there are before, which is below 64
     u32* crowded;    // whether a cell has two middles
 
+    // The least floats are integers times 2^-149: a product's bits are the cell.
     DEVICE static u32 cell_of(float u) {
-        return float_to_bits(fma_exact(half_way(u), CELLS - 1, 8388608.0f)) & (CELLS - 1);
+        return float_to_bits(mul_exact(half_way(u), bits_to_float(CELLS - 1)));
     }
     // Add the index of the nearest level to nibble n of two words that are summed up later.
     DEVICE void add_nearest(u32 (&words)[2], u32 n, float u) const {
         u32 at = before[cell_of(u)];
-        words[0] += at << 4 * n;
-        words[1] += middles[at] < u ? 1u << 4 * n : 0;
+        words[0] += n ? at << (4 * n - 2) : at >> 2;
+        words[1] += *(const float*)((const u8*)middles + at) < u ? 1u << 4 * n : 0;
     }
 };
 
@@ -42,7 +43,7 @@ DEVICE Cells make_cells(u8* memory, const float* middles) {
         KVQ_UNROLL for (u32 step = 8; step; step /= 2) {
             if (cells_of[before + step - 1] < i) before += step;
         }
-        cells.before[i] = (u8)before;
+        cells.before[i] = (u8)(4 * before);
     }
     sync_block();
     return cells;

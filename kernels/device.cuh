@@ -17,6 +17,9 @@ typedef unsigned long long u64;
 
 #define DEVICE          __device__ __forceinline__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+// A thread of this one has so many registers at most.
+#define KERNEL_OF(threads, registers) \
+    extern "C" __global__ void __launch_bounds__(threads, 65536 / (registers) / (threads))
 #define KVQ_UNROLL      _Pragma("unroll")
 #define KVQ_ROLLED      _Pragma("unroll 1")
 #define KVQ_UNROLL_4    _Pragma("unroll 4")
@@ -253,6 +256,14 @@ DEVICE void load_transposed(const u16* row, u32 (&pairs)[4]) {
                  : "memory");
 }
 
+// Four 8x8 matrices of halves as they lie: element m of lane 4r + d is row r, columns 2d and 2d + 1.
+DEVICE void load_matrices(const u16* row, u32 (&pairs)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                 : "r"((u32)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+
 // Copy 16 bytes to shared memory behind the thread's back; `copies_sent` closes a group, and
 // `await_copies<n>` returns once at most n groups are under way.
 DEVICE void copy16(void* shared, const void* global) {
@@ -306,6 +317,9 @@ DEVICE void greatest_shared(u32* at, u32 value) {
 
 DEVICE void greatest_global(u32* at, u32 value) {
     atomicMax(at, value);
+}
+DEVICE void mark_global(u32* at, u32 bits) {
+    atomicOr(at, bits);
 }
 DEVICE void add_global(float* at, float value) {
     atomicAdd(at, value);

@@ -28,8 +28,8 @@ DEVICE Ranked next_ranked(const u32* keys, u32 channels, u32 lane, Ranked last) 
 
 // Grid: tokens of all sequences, a warp each; as `survey_values`.
 KERNEL(WARPS * 32)
-survey_floats(const float* value, const int* page_table, u32* ranges, FloatCuts* cuts, u32* counts,
-              u32 batch, u32 num_kv_heads, u32 tokens, u32 max_pages, u32 per_tail) {
+survey_floats(const float* value, u32* ranges, FloatCuts* cuts, u32* counts, u32 batch,
+              u32 num_kv_heads, u32 tokens, u32 per_tail) {
     u32 lane = thread_index() % 32, warp = thread_index() / 32, channels = num_kv_heads * HEAD_DIM;
     u32 number = block_index() * WARPS + warp, sequence = number / tokens, token = number % tokens;
     if (number >= batch * tokens) return;
@@ -39,7 +39,7 @@ survey_floats(const float* value, const int* page_table, u32* ranges, FloatCuts*
         keys[i] = float_key(row[(u64)(i / HEAD_DIM) * tokens * HEAD_DIM + i % HEAD_DIM]);
     }
     sync_warp();
-    u32 page = page_table[sequence * max_pages + token / 128];
+    u32 page = token / 128 * batch + sequence;
     u32* count = counts + ((u64)page * num_kv_heads * 2 + token / 64 % 2) * 2 + 1;
     Ranked low{0, 0}, high{~0u, ~0u};
     KVQ_ROLLED for (u32 n = 0; n < per_tail; n++) {

@@ -2,20 +2,21 @@
 // host has laid them out. What the arguments are, pack.cu says.
 #include "pack_given.cuh"
 
-// Where outliers go that their words do not give back: this side's, and what places count by.
+// Where outliers go that their words do not give back, and what places count by.
 struct Spill {
-    u32* count;
+    u32* counts;  // of keys, of values
     u64* places;
     u64 per_token, first;  // elements a token, and those before the slab's first
 };
 
-DEVICE void keep_spilled(const Spill& spill, float state, float dense, u32 word, u32 token,
-                         u32 channel) {
+DEVICE void keep_spilled(const Spill& spill, u32 side, u32 room, float state, float dense, u32 word,
+                         u32 token, u32 channel) {
     u16 stored = float_to_half(clamp_half(state));
     u16 again = float_to_half(clamp_half(add_exact(dense, h2_high(word))));
     if (again == stored) return;
     u64 place = spill.first + token * spill.per_token + channel;
-    spill.places[add_global(spill.count, 1)] = place << 16 | stored;
+    u64 at = (u64)side * room + add_global(spill.counts + side, 1);
+    spill.places[at] = place << 16 | stored;
 }
 
 // From the outliers of each channel to those of the channels before it, and the rounds of the list:
@@ -34,24 +35,73 @@ DEVICE void deal_rounds(u32* channels, u32* rounds, u32 lane) {
     }
 }
 
-// Grid: (sequence, KV head, slab). Write the lists of outliers where `index` says, from the flags.
+constexpr u32 ITEMS = 1024;  // outliers of a slab at a time
+
+// An outlier that a thread found flagged: its number among the thread's elements, and the thread.
+DEVICE u16 mark_of(u32 n) {
+    return (u16)(n << 10 | thread_index());
+}
+DEVICE u32 number_of_mark(u16 mark) {
+    return mark >> 10;
+}
+DEVICE u32 thread_of_mark(u16 mark) {
+    return mark & 1023;
+}
+
+// Grid: (sequence, KV head, slab). Write the lists of outliers where `index` says, from the flags: these
+// are gathered, so that an outlier each is a thread's work, those of values behind whole warps of keys.
 KERNEL(STEPS * 32)
 write_lists(const u16* key, const u16* value, const int* page_table, const float* lower,
             const float* upper, const float* offset, const float* inverse,
             const float* key_middles, const float* value_middles, const u16* order,
             const float* turns, const u16* levels, const u16* key_levels, const u32* ranges,
             const u8* key_coded, const u16* key_moved, const u8* value_coded,
-            const u16* value_moved, u32* flags, const u32* index, u32* outlier_words, u32* spills,
-            u64* spilled, u32 room, u32 batch, u32 num_kv_heads, u32 tokens, u32 max_pages) {
+            const u16* value_moved, const u32* key_flags, const u32* value_flags, const u32* index,
+            u32* outlier_words, u32* spills, u64* spilled, u32 room, u32 batch, u32 num_kv_heads,
+            u32 tokens, u32 max_pages) {
+    constexpr u32 threads = STEPS * 32;
     u32* counts = (u32*)shared_memory();   // of keys, a step each
     u32* channels = counts + STEPS;         // outliers of each channel of values, then of those before
-    u32* rounds = channels + HEAD_DIM;      // how many, their size, and how many have one more
+    u32* rounds = channels + HEAD_DIM;      // how many, their size, how many have one more, and all
+    float* middles = (float*)(rounds + 4);  // of keys, of values
+    u16* marks = (u16*)(middles + MIDDLES);
     u32 many = (tokens + 63) / 64, lane = thread_index() % 32, step = thread_index() / 32;
     Place place = find_place(block_index(), num_kv_heads, many, tokens, page_table, max_pages);
     u64 list = ((u64)place.page * num_kv_heads + place.head) * 2 + place.slab % 2;
-    u32 key_flags = *flags_of(flags, list, 0, thread_index());
-    u32 value_flags = *flags_of(flags, list, 1, thread_index());
-    KeyCode code{lower, upper, offset, inverse, key_middles, order,
+    u32 flags[2] = {key_flags[list * threads + thread_index()], value_flags[list * threads + thread_index()]};
+    const u32* where = index + 4 * list;
+    u32 key_first = where[0], key_quads = where[1], value_first = where[2], value_quads = where[3] & ~IN_ROUNDS;
+    for (u32 i = thread_index(); i < larger(LEVELS, 1u << VALUE_BITS) - 1; i += threads) {
+        if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
+        if (i < (1u << VALUE_BITS) - 1) middles[VALUE_MIDDLES + i] = value_middles[i];
+    }
+    u32 total, before = lanes_before(count_bits(flags[0]), lane, total);
+    if (lane == 0) counts[step] = total;
+    // The outliers of a lane's two channels come behind those of the lanes before it.
+    u32 places[2], own = lane / 4 * (HEAD_DIM / 8) + 2 * step;  // by the remainder modulo 8 first
+    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
+        u32 count = count_bits(flags[1] & 0x33333333u << 2 * upper);
+        places[upper] = channel_rank(count, lane);
+        if (lane % 4 == 3) channels[own + upper] = places[upper] + count;
+    }
+    sync_block();
+    if (step == 0) deal_rounds(channels, rounds, lane);
+    u32 keys = 0;
+    KVQ_UNROLL for (u32 s = 0; s < STEPS; s++) {
+        if (s < step) before += counts[s];
+        keys += counts[s];
+    }
+    sync_block();
+    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) places[upper] += channels[own + upper];
+    u32 first_value = (keys + 31) / 32 * 32, end = first_value + rounds[3];
+    u32* words[2] = {outlier_words + (u64)key_first * 4, outlier_words + (u64)value_first * 4};
+    for (u32 i = keys + thread_index(); i < key_quads * 4; i += threads) words[0][i] = 0;
+    if (value_quads && step == 0) {
+        u32 used = HEADER + rounds[3];
+        if (lane < HEADER) words[1][lane] = lane < 3 ? rounds[lane] : 0;
+        if (lane < value_quads * 4 - used) words[1][used + lane] = 0;
+    }
+    KeyCode code{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles, order,
                  turns + (u64)place.sequence * tokens * HEAD_DIM};
     Decode decode{levels, key_levels, (const u32*)key_levels};
     const u64 first = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
@@ -60,70 +110,58 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
     Spill spill{spills, spilled, (u64)batch * num_kv_heads * HEAD_DIM,
                 (((u64)place.slab * 64 * batch + place.sequence) * num_kv_heads + place.head) *
                     HEAD_DIM};
-    const u32* where = index + 4 * list;
-    u32* words = outlier_words + (u64)where[0] * 4;
-    u32 total, before = lanes_before(count_bits(key_flags), lane, total);
-    if (lane == 0) counts[step] = total;
-    // The outliers of a lane's two channels come behind those of the lanes before it.
-    u32 places[2], own = lane / 4 * (HEAD_DIM / 8) + 2 * step;  // by the remainder modulo 8 first
-    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
-        u32 count = count_bits(value_flags & 0x33333333u << 2 * upper);
-        places[upper] = channel_rank(count, lane);
-        if (lane % 4 == 3) channels[own + upper] = places[upper] + count;
-    }
-    sync_block();
-    if (step == 0) deal_rounds(channels, rounds, lane);
-    sync_block();
-    KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) places[upper] += channels[own + upper];
-    for (u32 s = 0; s < step; s++) before += counts[s];
-    KVQ_ROLLED for (u32 left = key_flags; left; left &= left - 1, before++) {
-        u32 token, at, n = lowest_bit(left);
-        key_place(n, step, lane, token, at);
-        u32 low = at % (HEAD_DIM / 2), partner = at / (HEAD_DIM / 2);
-        KeyChannel pair[2] = {key_channel(code, place.head, low),
-                              key_channel(code, place.head, low + HEAD_DIM / 2)};
-        u32 channel = partner ? pair[1].channel : pair[0].channel;
-        Element found[2];
-        if constexpr (KEY_COMP) {
-            found[0] = found[1] = given_element(given[0], token, channel);
-        } else {
-            key_pair(pair, key + (first + token) * HEAD_DIM,
-                     turn_at(code, place.slab * 64 + token, low), found);
+    KVQ_ROLLED for (u32 base = 0; base < end; base += ITEMS) {
+        KVQ_ROLLED for (u32 left = flags[0], at = before - base; left; left &= left - 1, at++) {
+            if (at < ITEMS) marks[at] = mark_of(lowest_bit(left));
         }
-        Element element = partner ? found[1] : found[0];
-        float dense = key_dense(decode, place.head, at, element.code);
-        u32 word = delta_word(element.state, dense, key_word(token, at));
-        words[before] = word;
-        keep_spilled(spill, element.state, dense, word, token, channel);
-    }
-    if (step == STEPS - 1 && lane == 31) {
-        for (; before < where[1] * 4; before++) words[before] = 0;
-    }
-    u32 list_room = (where[3] & ~IN_ROUNDS) * 4;
-    words = outlier_words + (u64)where[2] * 4;
-    spill.count++, spill.places += room;
-    if (list_room && step == 0) {
-        u32 end = HEADER + rounds[3];
-        if (lane < HEADER) words[lane] = lane < 3 ? rounds[lane] : 0;
-        if (lane < list_room - end) words[end + lane] = 0;
-    }
-    KVQ_ROLLED for (u32 left = value_flags; left; left &= left - 1) {
-        u32 token, at, n = lowest_bit(left);
-        value_place(n, step, lane, token, at);
-        u32 range = ranges[place.page * 128 + place.slab % 2 * 64 + token];
-        Element found;
-        if constexpr (VALUE_COMP) {
-            found = given_element(given[1], token, at);
-        } else {
-            ValueRow row{range, inverse_scale(range), NO_CUTS};
-            found = value_element(value_middles, value[(first + token) * HEAD_DIM + at], row, at);
+        KVQ_UNROLL for (u32 upper = 0; upper < 2; upper++) {
+            u32 at = first_value + places[upper] - base;
+            KVQ_ROLLED for (u32 left = flags[1] & 0x33333333u << 2 * upper; left; left &= left - 1, at++) {
+                if (at < ITEMS) marks[at] = mark_of(lowest_bit(left));
+            }
         }
-        u32& place_of = n / 2 % 2 ? places[1] : places[0];
-        u32 round = place_of % rounds[0];
-        u32 slot = HEADER + round * rounds[1] + smaller(round, rounds[2]) + place_of++ / rounds[0];
-        float dense = value_dense(decode, range, found.code);
-        u32 word = delta_word(found.state, dense, at << 8 | token << 2);
-        words[slot] = word;
-        keep_spilled(spill, found.state, dense, word, token, at);
+        sync_block();
+        KVQ_ROLLED for (u32 i = thread_index(); i < smaller(ITEMS, end - base); i += threads) {
+            u32 item = base + i, token, at;
+            if (item >= keys && item < first_value) continue;
+            u32 n = number_of_mark(marks[i]), thread = thread_of_mark(marks[i]);
+            if (item < keys) {
+                key_place(n, thread / 32, thread % 32, token, at);
+                KeyChannel channel = key_channel(code, place.head, at);
+                Element found;
+                if constexpr (KEY_COMP) {
+                    found = given_element(given[0], token, channel.channel);
+                } else {
+                    u32 low = at % (HEAD_DIM / 2);
+                    KeyChannel pair[2];
+                    pair[0].channel = order[low], pair[1].channel = order[low + HEAD_DIM / 2];
+                    float states[2];
+                    key_states(pair, key + (first + token) * HEAD_DIM,
+                               turn_at(code, place.slab * 64 + token, low), states);
+                    found = key_element(channel, at == low ? states[0] : states[1]);
+                }
+                float dense = key_dense(decode, place.head, at, found.code);
+                u32 word = delta_word(found.state, dense, key_word(token, at));
+                words[0][item] = word;
+                keep_spilled(spill, 0, room, found.state, dense, word, token, channel.channel);
+            } else {
+                value_place(n, thread / 32, thread % 32, token, at);
+                u32 range = ranges[place.page * 128 + place.slab % 2 * 64 + token];
+                Element found;
+                if constexpr (VALUE_COMP) {
+                    found = given_element(given[1], token, at);
+                } else {
+                    ValueRow row{range, inverse_scale(range), NO_CUTS};
+                    found = value_element(middles + VALUE_MIDDLES, value[(first + token) * HEAD_DIM + at], row, at);
+                }
+                u32 round = (item - first_value) % rounds[0], within = (item - first_value) / rounds[0];
+                u32 slot = HEADER + round * rounds[1] + smaller(round, rounds[2]) + within;
+                float dense = value_dense(decode, range, found.code);
+                u32 word = delta_word(found.state, dense, at << 8 | token << 2);
+                words[1][slot] = word;
+                keep_spilled(spill, 1, room, found.state, dense, word, token, at);
+            }
+        }
+        sync_block();
     }
 }

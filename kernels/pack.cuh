@@ -34,28 +34,35 @@ struct Stager {
     const u16* from;
     u16* to;
     u32 token;
+    u64 stride;  // from a slab to the next one
 };
 constexpr u32 PIECES = HEAD_DIM / 8;  // of a token
 constexpr u32 AT_ONCE = STEPS * 32 / PIECES;  // tokens
 
 DEVICE Stager stager_at(const u16* states, const Place& place, u32 num_kv_heads, u32 tokens,
-                        u16* to) {
+                        u64 stride, u16* to) {
     u32 token = thread_index() / PIECES, piece = thread_index() % PIECES;
     u64 row = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64 + token;
-    return Stager{states + row * HEAD_DIM + piece * 8, to + token * ROW + piece * 8, token};
+    return Stager{states + row * HEAD_DIM + piece * 8, to + token * ROW + piece * 8, token, stride};
 }
 
 // Send for the next 64 tokens, of which some exist; the others become zeros. `side` is 0 or 1.
 DEVICE void stage(Stager& stager, u32 side, u32 tokens) {
     u16* to = stager.to + side * 64 * ROW;
-    KVQ_UNROLL for (u32 k = 0; k < 64; k += AT_ONCE) {
-        if (stager.token + k < tokens) {
+    if (tokens >= 64) {
+        KVQ_UNROLL for (u32 k = 0; k < 64; k += AT_ONCE) {
             copy16(to + k * ROW, stager.from + k * HEAD_DIM);
-        } else {
-            *(Eight*)(to + k * ROW) = Eight{{0, 0, 0, 0}};
+        }
+    } else {
+        KVQ_ROLLED for (u32 k = 0; k < 64; k += AT_ONCE) {
+            if (stager.token + k < tokens) {
+                copy16(to + k * ROW, stager.from + k * HEAD_DIM);
+            } else {
+                *(Eight*)(to + k * ROW) = Eight{{0, 0, 0, 0}};
+            }
         }
     }
-    stager.from += 64 * HEAD_DIM;
+    stager.from += stager.stride;
 }
 
 // How keys are encoded, by channel of the layer: threshold and affine, and the middles between
@@ -120,11 +127,9 @@ DEVICE Element key_element(const KeyChannel& channel, float x) {
     return Element{x, nearest<KEY_BITS>(u, channel.middles), is_beyond(channel, x)};
 }
 
-// a / b from 1 / b, rounded as IEEE division is: the second correction is Markstein's, of a quotient
-// that the first one has brought within a unit of the last place.
+// a / b from 1 / b that is rounded as IEEE division is, rounded likewise (Markstein).
 DEVICE float divide(float a, float b, float inverse) {
     float quotient = mul_exact(a, inverse);
-    quotient = fma_exact(fma_exact(-b, quotient, a), inverse, quotient);
     return fma_exact(fma_exact(-b, quotient, a), inverse, quotient);
 }
 
@@ -144,20 +149,31 @@ DEVICE Turns turns_at(const KeyCode& code, u32 token, u32 place) {
     return ((const Turns*)code.turns)[((u64)token * (HEAD_DIM / 2) + place) / 2];
 }
 
-// A token's keys at a place and at its partner before RoPE, undone by the exact inverse of the
+// A turn, and what undoing it divides by: the same for all heads.
+struct Return {
+    Turn turn;
+    float norm, inverse;
+};
+DEVICE Return return_of(const Turn& turn) {
+    if constexpr (!ROTATED) return Return{turn, 1.0f, 1.0f};
+    float norm = add_exact(mul_exact(turn.cosine, turn.cosine), mul_exact(turn.sine, turn.sine));
+    return Return{turn, norm, reciprocal_exact(norm)};
+}
+
+// A token's keys x at a place and y at its partner before RoPE, undone by the exact inverse of the
 // model's own cosine and sine.
+DEVICE void turn_back(float x, float y, const Return& by, float (&states)[2]) {
+    states[0] = x, states[1] = y;
+    if constexpr (ROTATED) {
+        float low = add_exact(mul_exact(x, by.turn.cosine), mul_exact(y, by.turn.sine));
+        float high = add_exact(mul_exact(y, by.turn.cosine), -mul_exact(x, by.turn.sine));
+        states[0] = divide(low, by.norm, by.inverse), states[1] = divide(high, by.norm, by.inverse);
+    }
+}
 DEVICE void key_states(const KeyChannel (&channels)[2], const u16* row, const Turn& turn,
                        float (&states)[2]) {
     float x = state_value(row[channels[0].channel]), y = state_value(row[channels[1].channel]);
-    if constexpr (ROTATED) {
-        float norm =
-            add_exact(mul_exact(turn.cosine, turn.cosine), mul_exact(turn.sine, turn.sine));
-        float low = add_exact(mul_exact(x, turn.cosine), mul_exact(y, turn.sine));
-        float high = add_exact(mul_exact(y, turn.cosine), -mul_exact(x, turn.sine));
-        float inverse = reciprocal_exact(norm);
-        x = divide(low, norm, inverse), y = divide(high, norm, inverse);
-    }
-    states[0] = x, states[1] = y;
+    turn_back(x, y, return_of(turn), states);
 }
 
 // The same, and their codes.

@@ -16,8 +16,7 @@ DEVICE Element given_element(const Given& given, u32 token, u32 channel) {
     return Element{state, coded & 0x7fu, is_outlier};
 }
 
-// Where the words of a slab's lists of flags lie: a bit an element, a word a lane of each step, of the
-// keys, then of the values.
-DEVICE u32* flags_of(u32* flags, u64 list, u32 side, u32 thread) {
-    return flags + (list * 2 + side) * STEPS * 32 + thread;
+// Where a thread's word of a slab's flags of one side lies: a bit an element, a word a lane of each step.
+DEVICE u32* flags_of(u32* flags, u64 list, u32 thread) {
+    return flags + list * STEPS * 32 + thread;
 }

@@ -119,20 +119,20 @@ DEVICE u32 ranked_lane(u32 key, u32 rank) {
 // A bit for each of 16 words' halves, in the order of `channel_of`, that may be an outlier: those not
 // beyond the ends, which are in both halves of a word.
 DEVICE u32 candidates(const u16* states, u32 first, u32 channels, const Extremes& ends) {
-    u32 between = 0;
+    u32 between = 0, many = smaller((channels - first + 255) / 256, 4);  // pieces that there are
+    Eight eight[4];
     KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
-        if (first + 256 * k >= channels) {
-            between = between >> 4 | 0xf000f000u;
-            continue;
-        }
-        Eight eight = *(const Eight*)(states + first + 256 * k);
+        eight[k] = *(const Eight*)(states + first + (k < many ? 256 * k : 0));
+    }
+    KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
         KVQ_UNROLL for (u32 j = 0; j < 4; j++) {
-            u32 above = h2_minus<BF16>(ends.least, eight.of[j]);
-            u32 below = h2_minus<BF16>(eight.of[j], ends.greatest);
+            u32 above = h2_minus<BF16>(ends.least, eight[k].of[j]);
+            u32 below = h2_minus<BF16>(eight[k].of[j], ends.greatest);
             between = between >> 1 | (above & below & 0x80008000u);
         }
     }
-    return ~between;
+    u32 all = (1u << 4 * many) - 1;
+    return ~between & (all << 16 | all);
 }
 DEVICE u32 channel_of(u32 n, u32 first) {
     return first + n % 16 / 4 * 256 + n % 4 * 2 + n / 16;

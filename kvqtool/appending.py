@@ -111,12 +111,13 @@ def append(
     for rounding in roundings:
         parts = vars(rounding).values() if rounding else (code.offset, code.offset, tables.order)
         compensating += parts  # unread where rounding is plain
-    shared = (776 + variant.middles) * 4 + 2 * head_dim * (2 + heads)
-    if code.turns_values:
-        shared = (2056 + variant.middles) * 4 + 2 * head_dim + 4 * head_dim * (1 + heads)
+    # What a block of values takes, which is more than one of keys does.
+    searched, item = (2056, 4) if code.turns_values else (776, 2)
+    shared = searched * 4 + variant.middles * 6 + item * head_dim * (1 + heads)
+    shared += _bench_bytes(head_dim) if any(roundings) else 0
     run(
         append_kernel(variant, code.macros),
-        (batch * heads, 32 * _WARPS, shared + sum(map(bool, roundings)) * _bench_bytes(head_dim)),
+        (2 * batch * heads, 32 * _WARPS, shared),
         [
             *(key, value, pages.page_table, state, code.lower, code.upper, code.offset),
             *(code.inverse, code.key_middles, code.value_middles, tables.order, turns),
@@ -134,7 +135,7 @@ def append_kernel(variant: Variant, code: Macros = PLAIN) -> Kernel:
 
 
 def _bench_bytes(head_dim: int) -> int:
-    """Return the shared memory that compensated rounding of a side works on."""
+    """Return the shared memory that compensated rounding of a side works on, a block's."""
     return 11 * head_dim + (4 * head_dim * head_dim if head_dim <= _STAGED_DIM else 0)
 
 

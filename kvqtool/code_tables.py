@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -80,7 +81,7 @@ class CodeTables:
             return "compensate_values"
         return "code_floats" if self.turns_values else None
 
-    @property
+    @cached_property
     def macros(self) -> Macros:
         """What kernels that write codes are specialised for, beside the variant."""
         is_key, is_value = self.key_rounding is not None, self.value_rounding is not None

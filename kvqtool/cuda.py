@@ -122,7 +122,7 @@ class Launcher(Protocol):
 
 @cache
 def load_kernel(kernel: Kernel, shared_bytes: int, device_index: int) -> Any:
-    """Compile a kernel for a device and return CuPy's function.
+    """Compile a kernel for a device and return CuPy's `Function`.
 
     Args:
         kernel: which.
@@ -147,7 +147,7 @@ def load_kernel(kernel: Kernel, shared_bytes: int, device_index: int) -> Any:
             raise RunError(f"kernels/{kernel.source}.cu {dict(kernel.macros)}: {first}") from error
         if shared_bytes > _STATIC_SHARED:
             function.max_dynamic_shared_size_bytes = shared_bytes
-    return function
+        return function.kernel  # launched with less ado than the wrapper around it
 
 
 def run_on_gpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
@@ -162,12 +162,13 @@ def run_on_gpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[
     if device.type != "cuda":
         raise RunError(f"the kernels run on CUDA devices, not on {device.type}")
     function = load_kernel(kernel, shape[2], device.index)
-    import cupy
-
-    stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(device).cuda_stream))
-    with cupy.cuda.Device(device.index), stream:
-        passed = tuple(_passed(argument) for argument in arguments)
-        function((shape[0],), (shape[1],), passed, shared_mem=shape[2])
+    stream = _stream_at(torch.cuda.current_stream(device).cuda_stream)
+    passed = [a.data_ptr() if isinstance(a, Tensor) else _number(a) for a in arguments]
+    if device.index == torch.cuda.current_device():
+        function((shape[0],), (shape[1],), passed, shape[2], stream)
+        return
+    with torch.cuda.device(device):
+        function((shape[0],), (shape[1],), passed, shape[2], stream)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,14 @@ class _Stream:
         return 0, self.pointer
 
 
-def _passed(argument: Argument) -> np.generic:
-    if isinstance(argument, Tensor):
-        return np.uint64(argument.data_ptr())
-    return np.uint32(argument) if isinstance(argument, int) else np.float32(argument)
+@cache
+def _stream_at(pointer: int) -> Any:
+    """Return CuPy's view of a stream; which one is current is asked at every launch."""
+    import cupy
+
+    return cupy.cuda.Stream.from_external(_Stream(pointer))
+
+
+def _number(argument: float) -> int | np.float32:
+    """Return a number as CuPy passes it: 8 bytes of an integer, of which a kernel reads 4."""
+    return argument if isinstance(argument, int) else np.float32(argument)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kvqtool.arguments import Expected, check_tensors
 from kvqtool.code_tables import CodeTables, Rounding, expect_code
-from kvqtool.cuda import Argument, Launcher, run_on_gpu
+from kvqtool.cuda import Argument, Kernel, Launcher, run_on_gpu
 from kvqtool.fused import LayerTables, expect_tables
 from kvqtool.memory import PAGE_TOKENS
 from kvqtool.packing_kernels import launch_shape, pack_kernels
@@ -106,7 +107,7 @@ class _Prompt:
     variant: Variant
     run: Launcher
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """Batch, KV heads, tokens, pages of a sequence."""
         batch, heads, tokens, _ = self.states[0].shape
@@ -115,38 +116,51 @@ class _Prompt:
     def packed(self) -> Packed:
         batch, heads, tokens, blocks = self.shape
         device, count = self.states[0].device, blocks * batch
-        table = torch.arange(count, dtype=torch.int32, device=device)
-        table = table.view(blocks, batch).T.contiguous()
-        width = 4 if self.code.turns_values else 2  # beside a float's cut stands its channel
-        cuts = torch.empty(batch, tokens, width, dtype=torch.int32, device=device)
-        numbers = _Numbers(count, heads, device)
-        ranges = table.new_empty(count, PAGE_TOKENS)
+        encoded = self.code.value_encoder is not None  # values, before `pack_values`
+        marked = count * heads * SLABS * 32 * self.variant.steps if self.variant.outliers else 0
+        numbers = _Numbers(count, heads, 0 if encoded else marked, device)
+        ranges = torch.empty(count, PAGE_TOKENS, dtype=torch.int32, device=device)
         if tokens % PAGE_TOKENS:  # what lies past the last token is not written
             ranges[-batch:] = 0
-        survey = "survey_floats" if self.code.turns_values else "survey_values"
-        surveyed = [self.states[1], table, ranges, cuts, numbers.counts]
-        self._launch(survey, [*surveyed, batch, heads, tokens, blocks, self.code.per_tail])
+        cuts = self._survey(ranges, numbers, encoded=encoded)
+        table = torch.arange(count, dtype=torch.int32, device=device)  # as the survey counts pages
+        table = table.view(blocks, batch).T.contiguous()
         slabs = table.new_empty(count, heads, SLABS, self.variant.slab_words)
         if tokens % PAGE_TOKENS:
             slabs[-batch:] = 0
-        flagged = count if self.variant.outliers else 0
-        flags = table.new_empty(flagged, heads, SLABS, 2, 32 * self.variant.steps)
+        key_flags = table.new_empty(marked)
+        value_flags = table.new_empty(marked) if encoded else numbers.flags
         index = table.new_empty(count, heads, SLABS, 4)
         key_coded = self._key_codes(table)
-        written: list[Argument] = [*key_coded, numbers.counts, flags, slabs, heads, tokens, blocks]
-        keys = [self.states[0], table, *self._keys, self.tables.order, self.turns]
-        self._launch("pack_keys", [*keys, *written])
+        shape: list[Argument] = [heads, tokens, blocks]
+        keys = [self.states[0], table, *self._keys, self.tables.order, self.turns, *key_coded]
+        self._launch("pack_keys", [*keys, numbers.counts, key_flags, slabs, *shape])
         self._launch("lay_out", [numbers.counts, index, numbers.quads, count * heads * SLABS])
         numbers.send()
         value_coded = self._value_codes(table, ranges, cuts)
-        values = [self.states[1], table, self.code.value_middles, ranges, *value_coded, cuts]
-        self._launch("pack_values", [*values, flags, slabs, heads, tokens, blocks])
-        known, quads = numbers.receive()
-        words = table.new_zeros(max(quads, 1) * QUAD)
+        values = [self.states[1], table, self.code.value_middles, ranges, *value_coded]
+        self._launch("pack_values", [*values, value_flags, slabs, *shape])
         halves = ranges.view(torch.float16).view(count, PAGE_TOKENS, 2)
+        given = [*key_coded, *value_coded, key_flags, value_flags]
+        known, quads = numbers.receive()
+        # Every list is written to its end.
+        words = table.new_empty(quads * QUAD) if quads else table.new_zeros(QUAD)
         pages = Pages(slabs, halves, index, words, table)
-        exceptions = self._write_lists(pages, [*key_coded, *value_coded, flags], numbers.spills)
-        return Packed(pages, numbers.counts, exceptions, known, quads)
+        exceptions = self._write_lists(pages, given, numbers)
+        return Packed(pages, numbers.kept, exceptions, known, quads)
+
+    def _survey(self, ranges: Tensor, numbers: _Numbers, *, encoded: bool) -> Tensor:
+        """Find tokens' ranges and outliers; return the cuts where values are `encoded` by them."""
+        batch, heads, tokens, _ = self.shape
+        width = 4 if self.code.turns_values else 2  # beside a float's cut stands its channel
+        cuts = ranges.new_empty(batch, tokens, width) if encoded else numbers.spills
+        shape: list[Argument] = [batch, heads, tokens, self.code.per_tail]
+        written: list[Argument] = [self.states[1], ranges, cuts, numbers.counts]
+        if self.code.turns_values:
+            self._launch("survey_floats", [*written, *shape])
+        else:
+            self._launch("survey_values", [*written, numbers.flags, *shape, int(not encoded)])
+        return cuts
 
     def _key_codes(self, table: Tensor) -> list[Tensor]:
         """Return codes and outliers as they are stored of keys that are encoded ahead."""
@@ -172,10 +186,10 @@ class _Prompt:
         return [coded, moved]
 
     def _write_lists(
-        self, pages: Pages, coded: list[Tensor], spills: Tensor
+        self, pages: Pages, coded: list[Tensor], numbers: _Numbers
     ) -> tuple[Exceptions, Exceptions]:
-        """Write the outliers that `flags`, last of `coded`, tells of."""
-        room = len(pages.outlier_words)
+        """Write the outliers that flags, last of `coded`, tell of."""
+        room, spills = len(pages.outlier_words), numbers.spills
         spilled = torch.empty(2, room, dtype=torch.int64, device=spills.device)
         if self.variant.outliers:
             given = [*self.states, pages.page_table, *self._keys, self.code.value_middles]
@@ -183,28 +197,37 @@ class _Prompt:
             written = [pages.outlier_index, pages.outlier_words, spills, spilled]
             read = [*given, *tables, pages.ranges, *coded]
             self._launch("write_lists", [*read, *written, room, *self.shape])
+        numbers.keep()
         return _exceptions(spills, spilled)
 
-    @property
+    @cached_property
     def _keys(self) -> list[Tensor]:
         code = self.code
         return [code.lower, code.upper, code.offset, code.inverse, code.key_middles]
 
     def _launch(self, name: str, arguments: Sequence[Argument]) -> None:
-        kernel = pack_kernels(self.variant, self.code.macros)[name]
-        self.run(kernel, launch_shape(name, self.states, self.variant), arguments)
+        self.run(self._kernels[name], launch_shape(name, self.states, self.variant), arguments)
+
+    @cached_property
+    def _kernels(self) -> dict[str, Kernel]:
+        return pack_kernels(self.variant, self.code.macros)
 
 
 class _Numbers:
-    """What kernels count, in one tensor of zeros: outliers of each list, quads of words, and how
-    many outliers of either side are spilled.
+    """What kernels count, in one tensor of zeros: outliers of each list, quads of words, how many
+    outliers of either side are spilled; and flags of values, which are marked.
     """
 
-    def __init__(self, pages: int, heads: int, device: torch.device) -> None:
+    def __init__(self, pages: int, heads: int, marked: int, device: torch.device) -> None:
         size = pages * heads * SLABS * 2
-        self._all = torch.zeros(size + 4, dtype=torch.int32, device=device)
-        self.counts = self._all[:size].view(pages, heads, SLABS, 2)
-        self.quads, self.spills = self._all[size : size + 1], self._all[size + 1 : size + 3]
+        zeros = torch.zeros(size + 4 + marked, dtype=torch.int32, device=device)
+        self._all, self.flags = zeros[: size + 4], zeros[size + 4 :]
+        self.counts = zeros[:size].view(pages, heads, SLABS, 2)
+        self.quads, self.spills = zeros[size : size + 1], zeros[size + 1 : size + 3]
+
+    def keep(self) -> None:
+        """Put counts by, without the room of what is beside them."""
+        self.kept = self.counts.clone()
 
     def send(self) -> None:
         """Begin to copy them to the host."""
@@ -223,10 +246,12 @@ class _Numbers:
 
 def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions]:
     """Return what the kernel left beside the lists; waits for the GPU."""
-    key, value = (
-        _sorted(row[:count]) if count else no_exceptions(spilled.device)
-        for row, count in zip(spilled, spills.tolist(), strict=True)
-    )
+    none = no_exceptions(spilled.device)
+    counts = spills.tolist()
+    if not any(counts):
+        return none, none
+    found = zip(spilled, counts, strict=True)
+    key, value = (_sorted(row[:count]) if count else none for row, count in found)
     return key, value
 
 

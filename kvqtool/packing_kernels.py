@@ -13,7 +13,8 @@ from kvqtool.memory import SLAB_TOKENS
 from kvqtool.variant import Variant
 
 _WARPS: Final = 4  # of a block of `survey_values`
-_STRETCH: Final = 4  # slabs of a block of `pack_keys` and `pack_values`
+_STRETCH: Final = 4  # heads of a block of `pack_keys`, slabs of one of `pack_values`
+_ITEMS: Final = 1024  # outliers that a block of `write_lists` gathers at a time
 _WRITERS: Final = {"pack_keys": "pack", "pack_values": "pack", "write_lists": "lists"}
 # What kernels are not specialised for that know no codes: one compilation does for all schemes.
 _ANY_CODES: Final[Macros] = (
@@ -27,8 +28,9 @@ def launch_shape(
     name: str, states: tuple[Tensor, Tensor], variant: Variant
 ) -> tuple[int, int, int]:
     """Return a launch's blocks, threads and bytes of shared memory: a warp a token of all heads;
-    one block for all lists; a block a slab, with room for counts or for what compensated rounding
-    works on; or a block some slabs, with room for two, what their tokens have, and cells.
+    one block for all lists; a block a slab, with room for counts, middles and marks or for what
+    compensated rounding works on; or a block some slabs, with room for two, what their tokens or
+    channels have, and cells.
     """
     batch, heads, tokens, head_dim = states[0].shape
     each = SLAB_TOKENS * 8 * states[1].element_size()  # a token's range and cuts
@@ -46,13 +48,15 @@ def launch_shape(
         shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + each
         return slabs, SLAB_TOKENS, shared
     if name == "write_lists":
-        return slabs, threads, 4 * (head_dim + variant.steps + 4)
-    stretches = batch * heads * -(-tokens // (SLAB_TOKENS * _STRETCH))
-    is_key = name == "pack_keys"
-    rows = 0 if is_key else 16 * 2 * SLAB_TOKENS
-    levels = max(16, 1 << (variant.key_bits if is_key else variant.value_bits))
-    staged, cells = 2 * SLAB_TOKENS * (head_dim + 8) * 2, 4 * levels + 256 + 16 + 64
-    return stretches, threads, staged + rows + cells
+        return slabs, threads, 4 * (head_dim + variant.steps + 4 + variant.middles) + 2 * _ITEMS
+    staged = 2 * SLAB_TOKENS * (head_dim + 8) * 2
+    if name == "pack_keys":
+        blocks = batch * -(-tokens // SLAB_TOKENS) * -(-heads // _STRETCH)
+        beside, bits = 16 * _STRETCH * head_dim, variant.key_bits  # limits of channels
+    else:
+        blocks = batch * heads * -(-tokens // (SLAB_TOKENS * _STRETCH))
+        beside, bits = 8 * 2 * SLAB_TOKENS, variant.value_bits  # affine of tokens
+    return blocks, threads, staged + beside + 4 * max(16, 1 << bits) + 256 + 16 + 64
 
 
 @cache

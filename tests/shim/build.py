@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 HAS_COMPILER = shutil.which("g++") is not None
 _CHECKED = "KVQTOOL_SHIM_CHECKED"  # set where every access is checked
 _MAIN = '#include <type_traits>\n#include <utility>\n#include "launch.hpp"\n'
-_FUNCTION = re.compile(r"^KERNEL\(.*\)\n(\w+)\(", re.MULTILINE)
+_FUNCTION = re.compile(r"^KERNEL(?:_OF)?\(.*\)\n(\w+)\(", re.MULTILINE)
 
 
 @cache

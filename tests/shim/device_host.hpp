@@ -13,6 +13,7 @@
 
 #define DEVICE          inline
 #define KERNEL(threads) extern "C" void
+#define KERNEL_OF(threads, registers) extern "C" void
 #define KVQ_UNROLL
 #define KVQ_ROLLED
 #define KVQ_UNROLL_4
@@ -346,6 +347,14 @@ inline void load_transposed(const u16* row, u32 (&pairs)[4]) {
         pairs[m] = of[0][column] | (u32)of[1][column] << 16;
     }
 }
+inline void load_matrices(const u16* row, u32 (&pairs)[4]) {
+    const u16** rows = shim::gather(row);
+    u32 at = shim::lane() / 4, first = shim::lane() % 4 * 2;
+    for (u32 m = 0; m < 4; m++) {
+        const u16* own = rows[8 * m + at];
+        pairs[m] = own[first] | (u32)own[first + 1] << 16;
+    }
+}
 inline void copy16(void* shared, const void* global) {
     if ((u64)shared % 16 || (u64)global % 16) {
         std::fprintf(stderr, "copy16: not aligned\n");
@@ -369,6 +378,9 @@ inline void add_shared(int* at, int value) {
 }
 inline void greatest_global(u32* at, u32 value) {
     *at = *at > value ? *at : value;
+}
+inline void mark_global(u32* at, u32 bits) {
+    *at |= bits;
 }
 inline void add_global(float* at, float value) {
     *at += value;
