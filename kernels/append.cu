@@ -170,7 +170,7 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const List& l
         Decode own = decode;
         own.levels = levels;
         float dense = key_dense(own, target.head, place, found.code);
-        put_outlier(list, at, delta_word(found.state, dense, key_word(in_slab, place)));
+        put_outlier(list, at, delta_word(found.state, dense, outlier_at(in_slab, place)));
     }
     constexpr u32 room = room_of(KEY_BITS);
     u32 shift = room * (in_slab / 8 % 2 * 2 + 4 * partner + e);
@@ -254,7 +254,7 @@ DEVICE void append_values(const Decode& decode, const List& list, const Target& 
         u32 at = take_place(list);
         float level = half_to_float(levels[found.code]);  // as `value_dense`
         float dense = add_exact(mul_exact(level, h2_low(range)), h2_high(range));
-        put_outlier(list, at, delta_word(found.state, dense, place << 8 | in_slab << 2));
+        put_outlier(list, at, delta_word(found.state, dense, outlier_at(in_slab, place)));
     }
     constexpr u32 room = room_of(VALUE_BITS);
     u32 first = in_slab / 8 % 2 * 4 + in_slab % 2;

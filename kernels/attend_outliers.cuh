@@ -9,20 +9,22 @@ struct alignas(GROUP < 4 ? 4 * GROUP : 16) Queries {
 
 // A key's outlier: delta * (rotated query) is added to its token's score.
 DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
-    KeyWhere where = key_where(word);
+    constexpr u32 half = HEAD_DIM / 2;
+    u32 place = place_of(word);
+    bool upper = place >= half;
+    u32 pair = half & (half - 1) ? place - (upper ? half : 0) : place & (half - 1);
     float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
     if constexpr (ROTATED) {
-        u32 pair = where.step * 8 + where.column * 2 + where.odd;
-        u32 phase = ((const u32*)warp.frequencies)[2 * pair + 1] * (where.token + 16 * first_tile - MIDDLE);
+        u32 phase = ((const u32*)warp.frequencies)[2 * pair + 1] * (token_of(word) + 16 * first_tile - MIDDLE);
         float sine, cosine;
         sine_cosine((float)(int)phase * 2.3283064365386963e-10f, sine, cosine);
-        u = delta * (where.upper ? -sine : cosine);
-        v = delta * (where.upper ? cosine : sine);
-    } else if (where.upper) {
+        u = delta * (upper ? -sine : cosine);
+        v = delta * (upper ? cosine : sine);
+    } else if (upper) {
         u = 0.0f, v = delta;
     }
-    Queries query = *(const Queries*)(warp.query + query_at(where.step, where.column, where.odd));
-    int* score = (int*)warp.sparse + where.token;
+    Queries query = *(const Queries*)(warp.query + query_at(pair));
+    int* score = (int*)warp.sparse + token_of(word);
     KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
         u32 pair = query.of[h];
         add_shared(score + h * SPARSE_ROW, round_to_int(u * h2_low(pair) + v * h2_high(pair)));
@@ -66,8 +68,8 @@ struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
 // Add an outlier of a value to a head's mix: delta times the token's weight.
 DEVICE void value_outlier(const Warp& warp, u32 word) {
     float delta = h2_high(word);
-    Heads weights = *(const Heads*)(warp.sparse + (word >> 2 & 63) * GROUP);
-    Heads* at = (Heads*)(warp.mix + (word >> 8 & 255) * GROUP);
+    Heads weights = *(const Heads*)(warp.sparse + token_of(word) * GROUP);
+    Heads* at = (Heads*)(warp.mix + place_of(word) * GROUP);
     Heads sum = *at;
     KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weights.of[h] * delta;
     *at = sum;
@@ -81,8 +83,8 @@ DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool 
     if (!in_rounds) {
         KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
             u32 word = list(i);
-            const float* weight = warp.sparse + (word >> 2 & 63) * GROUP;
-            float* at = warp.mix + (word >> 8 & 255) * GROUP;
+            const float* weight = warp.sparse + token_of(word) * GROUP;
+            float* at = warp.mix + place_of(word) * GROUP;
             KVQ_ROLLED for (int h = 0; h < GROUP; h++)
                 add_shared(at + h, weight[h] * h2_high(word));
         }

@@ -36,7 +36,6 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                                              : STEPS * 128;
 constexpr float FAR_BELOW = -1e30f;
 constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
-constexpr u32 QUERY_STEP = GROUP * 32 + (GROUP > 1 ? 32 : 0);  // bytes, padded against conflicts
 constexpr u32 SPARSE_ROW =
     GROUP == 1 ? 64 : 68;               // sparse scores of a head, padded against conflicts
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
@@ -48,7 +47,7 @@ struct Warp {
     const u8 *lut, *angles, *head_table;
     const u64* frequencies;
     const u16* order;
-    u8* query;      // of each step 4 columns' channels i, i + 1, of each all heads, beside its partner
+    u8* query;      // (HEAD_DIM / 2, GROUP) half2: a channel and its partner
     u8* terms;      // of each step from TURNED on (8 columns, 4) x 8 bytes: i, i + 1 and their partners
     u8* weights;    // of up to two heads the tokens' weights as half, in the order of fragments
     const float* places;
@@ -66,13 +65,13 @@ DEVICE bool has_heads(const Warp& warp) {
     return GROUP >= 4 || warp.column < GROUP;
 }
 
-// Where the heads' query for a channel of a lane's column of a step lies.
-DEVICE u32 query_at(u32 step, u32 column, u32 odd) {
-    return step * QUERY_STEP + (column * 2 + odd) * GROUP * 4;
+// Where the heads' query for a pair of channels lies.
+DEVICE u32 query_at(u32 pair) {
+    return pair * GROUP * 4;
 }
 
 DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
-    const u32* at = (const u32*)(warp.query + query_at(step, warp.column, 0)) + column_head(warp.row);
+    const u32* at = (const u32*)(warp.query + query_at(8 * step + 2 * warp.column)) + column_head(warp.row);
     u32 first = at[0], second = at[GROUP];
     bool is_first = column_term(warp.row) == 0;
     b0 = is_first ? pick_bytes(first, second, 0x5410) : 0;

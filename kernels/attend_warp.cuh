@@ -62,7 +62,7 @@ DEVICE void turn_query(const Warp& warp, const float* query, int position) {
             Queries own;
             KVQ_UNROLL for (int h = 0; h < GROUP; h++)
                 own.of[h] = pick_bytes(low[h], high[h], odd ? 0x7632 : 0x5410);
-            *(Queries*)(warp.query + query_at(step, column, odd)) = own;
+            *(Queries*)(warp.query + query_at(i + odd)) = own;
         }
         if constexpr (HAS_TERMS && terms) {
             if (step >= TURNED) write_terms(warp, step, column, low, high);

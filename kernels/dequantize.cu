@@ -43,13 +43,8 @@ DEVICE void add_outliers(const Source& from, float* tile) {
     const u32* words = from.outlier_words + (u64)list[0] * 4;
     u32 first = list[1] & IN_ROUNDS ? HEADER : 0, last = (list[1] & ~IN_ROUNDS) * 4;
     for (u32 i = first + thread_index(); i < last; i += STEPS * 32) {
-        u32 word = words[i], token = word >> 2 & 63, at = word >> 8 & 255;
-        if constexpr (is_key) {
-            KeyWhere where = key_where(word);
-            token = where.token;
-            at = where.step * 8 + where.column * 2 + where.odd + where.upper * (HEAD_DIM / 2);
-        }
-        if (word) tile[token * TILE_ROW + at] += h2_high(word);
+        u32 word = words[i];
+        if (word) tile[token_of(word) * TILE_ROW + place_of(word)] += h2_high(word);
     }
 }
 

@@ -141,7 +141,7 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
                     found = key_element(channel, at == low ? states[0] : states[1]);
                 }
                 float dense = key_dense(decode, place.head, at, found.code);
-                u32 word = delta_word(found.state, dense, key_word(token, at));
+                u32 word = delta_word(found.state, dense, outlier_at(token, at));
                 words[0][item] = word;
                 keep_spilled(spill, 0, room, found.state, dense, word, token, channel.channel);
             } else {
@@ -157,7 +157,7 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
                 u32 round = (item - first_value) % rounds[0], within = (item - first_value) / rounds[0];
                 u32 slot = HEADER + round * rounds[1] + smaller(round, rounds[2]) + within;
                 float dense = value_dense(decode, range, found.code);
-                u32 word = delta_word(found.state, dense, at << 8 | token << 2);
+                u32 word = delta_word(found.state, dense, outlier_at(token, at));
                 words[1][slot] = word;
                 keep_spilled(spill, 1, room, found.state, dense, word, token, at);
             }

@@ -325,10 +325,3 @@ DEVICE float value_dense(const Decode& decode, u32 range, u32 code) {
     float level = half_to_float(decode.levels[LEVEL_ROW + code]);
     return add_exact(mul_exact(level, h2_low(range)), h2_high(range));
 }
-
-// The 16 bits of place of a key's outlier, which `key_where` reads.
-DEVICE u32 key_word(u32 token, u32 place) {
-    u32 within = place % (HEAD_DIM / 2);
-    u32 unit = (token / 16 * STEPS + within / 8) * 32 + token % 8 * 4 + within % 8 / 2;
-    return (unit * 2 + token % 16 / 8) << 3 | (within & 1) << 2 | (place / (HEAD_DIM / 2)) << 1;
-}

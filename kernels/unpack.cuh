@@ -33,15 +33,15 @@ DEVICE u16 state_bits(float value) {
     return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Where a key's outlier lies. A word is a half delta above 16 bits of place: 8-byte unit of the
-// angle table << 3, odd channel << 2, upper partner << 1.
-struct KeyWhere {
-    u32 token, step, column, odd, upper;
-};
-DEVICE KeyWhere key_where(u32 word) {
-    u32 unit = word >> 3 & 0x1fff;
-    return KeyWhere{unit / (64 * STEPS) * 16 + (unit & 1) * 8 + (unit >> 3 & 7),
-                    (unit >> 6) % STEPS, unit >> 1 & 3, word >> 2 & 1, word >> 1 & 1};
+// Where an outlier lies: beside its half delta, the upper half of its word.
+DEVICE u32 outlier_at(u32 token, u32 place) {
+    return place << 8 | token << 2;
+}
+DEVICE u32 token_of(u32 word) {
+    return word >> 2 & 63;
+}
+DEVICE u32 place_of(u32 word) {
+    return word >> 8 & 255;
 }
 
 // Bytes of one step: 32 lanes, 32 codes each; 16 bits stand for states stored as they are.

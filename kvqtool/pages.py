@@ -251,18 +251,8 @@ def outlier_words(side: PageSide, batch: int) -> tuple[Tensor, Tensor]:
     if side.order is not None:
         place = torch.argsort(side.order.to(place.device))[place]
     owner = ((block * batch + sequence) * side.num_heads + head) * SLABS + slab
-    where = _key_place(token, place, side.head_dim) if side.is_key else place << 8 | token << 2
+    where = place << 8 | token << 2
     return owner, delta.view(torch.int16).to(torch.int32) << 16 | where.to(torch.int32)
-
-
-def _key_place(token: Tensor, place: Tensor, head_dim: int) -> Tensor:
-    """Return where a key's outlier lies: the 8 bytes of its turn in the angle table, and which of
-    its channels.
-    """
-    upper, within = place // (head_dim // 2), place % (head_dim // 2)
-    step, column, odd = within // 8, within % 8 // 2, within % 2
-    unit = (token // 16 * (head_dim // 16) + step) * 32 + token % 8 * 4 + column
-    return (unit * 2 + token % 16 // 8) << 3 | odd << 2 | upper << 1
 
 
 def decode_at(side: PageSide, row: Tensor, channel: Tensor) -> Tensor:

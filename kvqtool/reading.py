@@ -44,9 +44,7 @@ def decode_pages(
     if variant.outliers:
         for side, states in enumerate((key, value)):
             row, word = _outliers(pages, side)
-            token, place = (
-                _key_place(word, head_dim) if side == 0 else (word >> 2 & 63, word >> 8 & 255)
-            )
+            token, place = word >> 2 & 63, word >> 8 & 255
             delta = (word >> 16).to(torch.int16).view(torch.float16).float()
             at = (row * SLAB_TOKENS + token) * head_dim + place
             states.view(-1).index_add_(0, at.long(), delta)
@@ -176,14 +174,6 @@ def _outliers(pages: Pages, side: int) -> tuple[Tensor, Tensor]:
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     within = torch.arange(len(row), device=counts.device) - (counts.cumsum(0) - counts)[row]
     return row, pages.outlier_words[first[row] * QUAD + head[row] + within]
-
-
-def _key_place(word: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return the token and place of a key's outlier; the inverse of `pages._key_place`."""
-    unit, steps = word >> 3 & 0x1FFF, head_dim // 16
-    token = unit // (64 * steps) * 16 + (unit & 1) * 8 + (unit >> 3 & 7)
-    within = (unit >> 6) % steps * 8 + (unit >> 1 & 3) * 2 + (word >> 2 & 1)
-    return token, within + (word >> 1 & 1) * (head_dim // 2)
 
 
 def _by_sequence(states: Tensor, page_table: Tensor) -> Tensor:

@@ -165,10 +165,6 @@ def _outliers(
 
 def _place(word: Tensor, side: PageSide) -> tuple[Tensor, Tensor]:
     """Return the token in its slab and the channel of its head of an outlier's word."""
-    if side.order is None:
-        return (word >> 2 & 63).long(), (word >> 8 & 255).long()
-    unit, steps = word >> 3 & 0x1FFF, side.head_dim // 16
-    token = unit // (64 * steps) * 16 + (unit & 1) * 8 + (unit >> 3 & 7)
-    within = (unit >> 6) % steps * 8 + (unit >> 1 & 3) * 2 + (word >> 2 & 1)
-    place = within + (word >> 1 & 1) * (side.head_dim // 2)
-    return token.long(), side.order.to(word.device)[place.long()]
+    place = (word >> 8 & 255).long()
+    channel = place if side.order is None else side.order.to(word.device)[place]
+    return (word >> 2 & 63).long(), channel

@@ -180,7 +180,7 @@ class Variant:
     def _corner_bytes(self) -> int:
         slot = max(128 * b * (1 if b >= 8 else 2) for b in (self.key_bits, self.value_bits))
         side = 256 + (896 if self.outliers else 0)
-        mix = self.head_dim * self.group * (2 + 4) + (32 * self.steps if self.group > 1 else 0)
+        mix = self.head_dim * self.group * (2 + 4)
         if self.outliers:
             mix += 256 if self.group == 1 else 272 * self.group
         mix += 256 * self._slow_steps + (128 * self.group if self.group < 4 else 0)
