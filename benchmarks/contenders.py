@@ -28,8 +28,8 @@ from kvqtool.fused import (
 from kvqtool.memory import outliers_per_tail
 from kvqtool.pages import Pages
 from kvqtool.reading import dequantize
-from kvqtool.turning import angle_table, coefficient_table, frequency_table
 from kvqtool.spec import parse_spec
+from kvqtool.turning import angle_table, coefficient_table, frequency_table
 from kvqtool.variant import Variant, groups_of, variant_of
 
 EAGER = {

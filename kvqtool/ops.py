@@ -98,7 +98,8 @@ def _arguments(
     """Put the flat arguments of the operation together again."""
     context = PackedContext(Pages(*read[:5]), ExactTokens(*read[5:9]), read[9])
     cap = reals[1] if len(reals) > 1 else None
-    tables = LayerTables(*read[10:16], reals[0], cap)
+    keys, books, turns, frequencies, factors, order = read[10:16]
+    tables = LayerTables(keys, books, turns, frequencies, factors, order, reals[0], cap)
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
     flags = bool(levels), bool(rotated), bool(outliers)
     most_warps, value_table, ahead = numbers[9], numbers[10] > 0, numbers[11] > 0

@@ -26,7 +26,6 @@ from kvqtool.spec import KvSpec
 from kvqtool.turning import angle_table, coefficient_table, frequency_table
 from kvqtool.variant import Variant
 
-
 Triple = tuple[Tensor, Tensor, Tensor]
 
 

@@ -103,9 +103,9 @@ def unpack_slabs(words: Tensor, bits: int, head_dim: int, *, is_key: bool) -> Te
         return codes
     nibble = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     codes = torch.empty(shape, dtype=torch.int32, device=words.device)
-    codes[:, token, place] = _shift(_tiles(words, bits, head_dim, is_key=is_key)[..., None], nibble) & (
-        (1 << bits) - 1
-    )
+    codes[:, token, place] = _shift(
+        _tiles(words, bits, head_dim, is_key=is_key)[..., None], nibble
+    ) & ((1 << bits) - 1)
     return codes
 
 

@@ -69,9 +69,8 @@ def coefficients(inv_freq: Tensor) -> Tensor:
     phase = MIDDLE * inv_freq.cpu().double()[:, None] * theta.cos()
     order = torch.arange(TERMS, dtype=torch.float64)[:, None]
     basis = (order * theta).cos().T * (2 / _NODES)  # (nodes, terms)
-    found = torch.stack([phase.cos() @ basis, phase.sin() @ basis])
-    found[:, :, 0] /= 2
-    return torch.where(torch.arange(TERMS) % 2 == 0, *found)
+    basis[:, 0] /= 2
+    return torch.where(torch.arange(TERMS) % 2 == 0, phase.cos() @ basis, phase.sin() @ basis)
 
 
 def coefficient_table(inv_freq: Tensor) -> Tensor:

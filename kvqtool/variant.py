@@ -199,10 +199,19 @@ def variant_of(
     softcap: bool = False,
     bfloat16: bool = False,
 ) -> Variant:
-    """Return the variant of a scheme and of a rotation's radians a token, (head_dim / 2,), with the settings that were fastest where they were tried
+    """Return the variant of a scheme, with the settings that were fastest where they were tried
     (docs/kernels.md): tables for values where they cost no warp, and registers rather than a few
     warps more.
+
+    Args:
+        spec: the scheme.
+        head_dim: 64, 96, 128 or 256.
+        group: query heads that a warp takes at once.
+        inv_freq: radians a token that keys turn by, (head_dim / 2,); None where they lie turned.
+        softcap: whether scores are capped.
+        bfloat16: whether states are bfloat16, not float16.
     """
+    reads_ahead = group > 1 and (spec.key.bits < 4 or folds_levels(spec.key))
     variant = Variant(
         head_dim,
         spec.key.bits,
@@ -213,12 +222,13 @@ def variant_of(
         group,
         softcap,
         bfloat16,
-        ahead=group > 1 and spec.key.bits < 4,
+        ahead=reads_ahead,
         turned=0 if inv_freq is None else turned_steps(inv_freq, group, spec.key.bits),
     )
     plain = replace(variant, value_table=False)
     chosen = variant if variant.warps == plain.warps else plain
-    return replace(chosen, most_warps=FEW_WARPS) if chosen.warps < MOST_WARPS else chosen
+    few = chosen.warps < MOST_WARPS or (reads_ahead and spec.key.bits == 4)
+    return replace(chosen, most_warps=FEW_WARPS) if few else chosen
 
 
 def groups_of(num_heads: int, num_kv_heads: int) -> int:

@@ -14,8 +14,8 @@ from kvqtool.codec import channel_affine, decode, encode
 from kvqtool.fused import ExactTokens, LayerTables, PackedContext
 from kvqtool.pages import PageSide, build_pages, key_table, level_table
 from kvqtool.side import QuantSpec
-from kvqtool.turning import angle_table, coefficient_table, frequency_table
 from kvqtool.spec import KvSpec, parse_spec
+from kvqtool.turning import angle_table, coefficient_table, frequency_table
 from kvqtool.variant import Variant, groups_of, variant_of
 
 
@@ -117,9 +117,7 @@ def variant_of_case(case: Case) -> Variant:
     softcap = case.softcap is not None
     spec = parse_spec(case.spec)
     inv_freq = radians(case.head_dim, case.theta) if spec.key.pre_rope else None
-    return variant_of(
-        spec, case.head_dim, group, inv_freq, softcap=softcap, bfloat16=case.bfloat16
-    )
+    return variant_of(spec, case.head_dim, group, inv_freq, softcap=softcap, bfloat16=case.bfloat16)
 
 
 def radians(head_dim: int, theta: float = 10_000.0) -> Tensor:
