@@ -1,7 +1,7 @@
 """How kernels turn keys by their position: tables of angles, and polynomials in their place.
 
-Between the places of a page a slow pair of channels turns so little that a few Chebyshev polynomials
-of the place give its angles' cosine and sine (Jacobi and Anger's expansion):
+Between the places of a page a slow pair of channels turns so little that a few Chebyshev
+polynomials of the place give its angles' cosine and sine (Jacobi and Anger's expansion):
 
     cos(x t) = J_0(x) - 2 J_2(x) T_2(t) + 2 J_4(x) T_4(t) - ...
     sin(x t) = 2 J_1(x) T_1(t) - 2 J_3(x) T_3(t) + ...            -1 <= t <= 1
@@ -23,8 +23,8 @@ from kvqtool.memory import PAGE_TOKENS
 MIDDLE: Final = PAGE_TOKENS // 2  # of a page: places are counted from here
 TERMS: Final = 8  # T_0 to T_7
 STEP_PAIRS: Final = 8  # pairs of channels of a tensor-core step
-# Angles that polynomials give may be off by this share of half the mean distance of a code's levels,
-# 2 to 4 bits alike.
+# Angles that polynomials give may be off by this share of half the mean distance of a code's
+# levels, 2 to 4 bits alike.
 _SHARE: Final = 1 / 30
 _NODES: Final = 64
 
@@ -56,8 +56,8 @@ def frequency_table(inv_freq: Tensor) -> Tensor:
 
 
 def coefficients(inv_freq: Tensor) -> Tensor:
-    """Return what T_0 to T_7 of a place are multiplied with: even ones make a pair's cosine, odd ones
-    its sine.
+    """Return what T_0 to T_7 of a place are multiplied with: even ones make a pair's cosine, odd
+    ones its sine.
 
     Args:
         inv_freq: (pairs,) radians a token.
@@ -79,8 +79,8 @@ def coefficient_table(inv_freq: Tensor) -> Tensor:
 
 
 def turned_steps(inv_freq: Tensor, group: int, bits: int) -> int:
-    """Return how many tensor-core steps, from the first on, need keys turned token by token, because
-    some pair of theirs, or of a later step, turns too fast for the polynomials that a warp has room for.
+    """Return how many tensor-core steps, from the first on, need keys turned token by token: some
+    pair of theirs, or of a later step, turns too fast for the polynomials that a warp has room for.
 
     Args:
         inv_freq: (head_dim / 2,) radians a token.
