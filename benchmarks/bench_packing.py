@@ -2,11 +2,11 @@
 
     python benchmarks/bench_packing.py
 
-Packing: the whole of `packing.pack`, the host's part included; bytes read and written. `one_call` is
-waited for before the next one starts; `in_a_row` is the mean of many calls that follow each other, as
-those of a prompt's layers do, the GPU waited for only as often as `pack` itself waits. Beside these
-where the time goes: each kernel alone, without the host's part, and, as far as torch's profiler sees the
-GPU, how long that works in a call and how long it waits for the host.
+Packing: the whole of `packing.pack`, the host's part included; bytes read and written. `one_call`
+is waited for before the next one starts; `in_a_row` is the mean of many calls that follow each
+other, as those of a prompt's layers do, the GPU waited for only as often as `pack` itself waits.
+Beside these where the time goes: each kernel alone, without the host's part, and, as far as torch's
+profiler sees the GPU, how long that works in a call and how long it waits for the host.
 Appending: one layer's kernel inside a CUDA graph. One JSON object on stdout.
 """
 
