@@ -22,6 +22,8 @@ typedef u32 OrderKey;
 typedef u16 OrderKey;
 #endif
 
+static_assert(THREADS >= HEAD_DIM && THREADS >= 256, "a thread each for elements and for levels");
+
 // Put some codes of a tile, where `mask` says, into a lane's words of a step, which were read.
 template <int bits, bool is_key>
 DEVICE void replace_codes(u8* step, u32 lane, const u32 (&words)[bits], u32 tile, Tile<bits> codes,
@@ -47,31 +49,40 @@ DEVICE Bits any_of(Bits bits) {
     return bits;
 }
 
-// A slab's list of one side, with room for so many words.
-struct List {
-    u32 *count, *entry, *words, *dropped;
-    u32 room;
+// What a block's token is put into, and which token: where the host says that things lie.
+struct Pages {
+    const int *page_table, *state;
+    u32 *ranges, *counts, *index, *words, *dropped;
+    u8* slabs;
+    u32 num_kv_heads, max_pages, sequence, head, side, room;  // of a list of the side
 };
 
-// Take a place in the list, and fill it.
-DEVICE u32 take_place(const List& list) {
-    return add_global(list.count, 1);
-}
-DEVICE void put_outlier(const List& list, u32 at, u32 word) {
-    if (at < list.room) {
-        list.words[(u64)list.entry[0] * 4 + at] = word;
-        greatest_global(list.entry + 1, at / 4 + 1);
-    } else {
-        add_global(list.dropped, 1);
-    }
-}
-
-// Where the token goes: its place in the slab, the slab's number among all, and its words.
+// Where the token goes: its range, its place in the slab, the words of the slab's side, its list.
 struct Target {
-    u32 head, in_slab;
-    u64 list;
+    u32 in_slab, *range, *count, *entry;
     u8* words;
 };
+DEVICE Target target_of(const Pages& pages, u32 token) {
+    u32 page = pages.page_table[pages.sequence * pages.max_pages + token / 128];
+    u64 slab = ((u64)page * pages.num_kv_heads + pages.head) * 2 + token / 64 % 2;
+    u8* words = pages.slabs + slab * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
+    return Target{token % 64, pages.ranges + page * 128 + token % 128, pages.counts + 2 * slab + pages.side,
+                  pages.index + 4 * slab + 2 * pages.side,
+                  words + (pages.side ? STEPS * step_bytes(KEY_BITS) : 0)};
+}
+
+// Take a place in the token's list, and fill it.
+DEVICE u32 take_place(const Target& target) {
+    return add_global(target.count, 1);
+}
+DEVICE void put_outlier(const Pages& pages, const Target& target, u32 at, u32 word) {
+    if (at < pages.room) {
+        pages.words[(u64)target.entry[0] * 4 + at] = word;
+        greatest_global(target.entry + 1, at / 4 + 1);
+    } else {
+        add_global(pages.dropped, 1);
+    }
+}
 
 // What compensated rounding of one side works on.
 struct Workshop {
@@ -104,33 +115,37 @@ struct Side {
 
 // A token's keys of one head, by a whole block: an element is a thread's, four neighbours' codes lie in
 // the words of one lane.
-DEVICE void append_keys(const KeyCode& code, const Decode& decode, const List& list, const Target& target,
-                        const u16* key, const Side& side, u8* memory) {
+DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Pages& pages, const u16* key,
+                        const Side& side, u8* memory) {
     u32 x = thread_index(), e = x % 2, partner = x / 2 % 2, step = x / 16, half = HEAD_DIM / 2;
-    u32 low = 8 * step + x / 4 % 4 * 2 + e, place = low + partner * half, in_slab = target.in_slab;
-    u32 lane = in_slab % 8 * 4 + x / 4 % 4, words[KEY_BITS];
+    u32 low = 8 * step + x / 4 % 4 * 2 + e, place = low + partner * half, words[KEY_BITS];
+    u32 token = (u32)pages.state[8 * pages.sequence];  // its page is asked for once others' loads are
     bool has_key = x < HEAD_DIM;
-    u8* to = target.words + step * step_bytes(KEY_BITS);
     float* middles = (float*)memory;
     u16* levels = (u16*)(middles + VALUE_MIDDLES);
     u16* staged = levels + VALUE_MIDDLES;
     KeyChannel channel;
-    u32 other;
+    u32 other, level = 0;
+    float middle = 0.0f;
     Turn turn;
-    if (has_key) {  // all that is read of global memory is asked for at once
-        channel = key_channel(code, target.head, place);
-        other = code.order[place ^ half];
+    if (!CHANNEL_LEVELS && x < LEVELS) {
+        level = decode.levels[x], middle = x < LEVELS - 1 ? code.middles[x] : 0.0f;
+    }
+    if (has_key) {
+        u16 state = key[x];
+        other = code.order[partner ? low : low + half];
         turn = turn_at(code, 0, low);
-        read_words<KEY_BITS>(to, lane, words);
-        staged[x] = key[x];
+        channel = key_channel(code, pages.head, place);
+        staged[x] = state;
     }
-    for (u32 i = x; i < LEVELS && !CHANNEL_LEVELS; i += THREADS) {
-        levels[i] = decode.levels[i];
-        if (i < LEVELS - 1) middles[i] = code.middles[i];
-    }
+    Target target = target_of(pages, token);
+    u32 in_slab = target.in_slab, lane = in_slab % 8 * 4 + x / 4 % 4;
+    u8* to = target.words + step * step_bytes(KEY_BITS);
+    if (has_key) read_words<KEY_BITS>(to, lane, words);
+    if (!CHANNEL_LEVELS && x < LEVELS) levels[x] = (u16)level, middles[x] = middle;
     Workshop shop;
     if constexpr (KEY_COMP) {
-        shop = open_workshop((u8*)(staged + HEAD_DIM), target.head, side.feedback, side.turn);
+        shop = open_workshop((u8*)(staged + HEAD_DIM), pages.head, side.feedback, side.turn);
     }
     sync_block();
     Element found{0.0f, 0, false};
@@ -152,7 +167,7 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const List& l
         await_copies<0>();
         sync_block();
         if (x / 32 == 0) {
-            u32 first = target.head * HEAD_DIM, own = CHANNEL_LEVELS ? first : 0;
+            u32 first = pages.head * HEAD_DIM, own = CHANNEL_LEVELS ? first : 0;
             const float* own_middles = CHANNEL_LEVELS ? code.middles + own * (LEVELS - 1) : middles;
             Rounding rounding{own_middles, side.reads + own * LEVELS, shop.feedback, side.turn + first};
             round_token<KEY_BITS, CHANNEL_LEVELS>(rounding, shop.bench);
@@ -166,11 +181,11 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const List& l
     }
     if (!has_key) return;
     if (found.is_outlier) {
-        u32 at = take_place(list);
+        u32 at = take_place(target);
         Decode own = decode;
         own.levels = levels;
-        float dense = key_dense(own, target.head, place, found.code);
-        put_outlier(list, at, delta_word(found.state, dense, outlier_at(in_slab, place)));
+        float dense = key_dense(own, pages.head, place, found.code);
+        put_outlier(pages, target, at, delta_word(found.state, dense, outlier_at(in_slab, place)));
     }
     constexpr u32 room = room_of(KEY_BITS);
     u32 shift = room * (in_slab / 8 % 2 * 2 + 4 * partner + e);
@@ -181,43 +196,52 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const List& l
 }
 
 // A token's values of one head, likewise; two neighbours' codes lie in the words of one lane.
-DEVICE void append_values(const Decode& decode, const List& list, const Target& target, const u16* all,
-                          u32 channels, u32 per_tail, const Side& side, u32* ranges, u8* memory) {
+DEVICE void append_values(const Decode& decode, const Pages& pages, const u16* all, u32 per_tail,
+                          const Side& side, u8* memory) {
     u32 x = thread_index(), step = x / 16, i = x % 2, place = 16 * step + i * 8 + x / 2 % 8;
-    u32 in_slab = target.in_slab, lane = x / 2 % 8 * 4 + in_slab % 8 / 2, words[VALUE_BITS];
+    u32 token = (u32)pages.state[8 * pages.sequence], words[VALUE_BITS];
+    u32 channels = pages.num_kv_heads * HEAD_DIM, first_channel = pages.head * HEAD_DIM;
     bool has_value = x < HEAD_DIM;
-    u8* to = target.words + STEPS * step_bytes(KEY_BITS) + step * step_bytes(VALUE_BITS);
     Search search{(u32*)memory};
     float* middles = (float*)(search.words + (VALUE_FLOAT ? BINS + 8 : 776));
     u16* levels = (u16*)(middles + MIDDLES - VALUE_MIDDLES);
     ValueState* own_values = (ValueState*)(levels + MIDDLES - VALUE_MIDDLES);
     OrderKey* keys = (OrderKey*)(own_values + HEAD_DIM);
 #if !VALUE_FLOAT
-    Extremes extremes = NO_EXTREMES;  // of this thread
-    for (u32 first = 8 * x; first < channels; first += 16 * THREADS) {
-        u32 second = first + 8 * THREADS < channels ? first + 8 * THREADS : first;
-        Eight two[2] = {*(const Eight*)(all + first), *(const Eight*)(all + second)};
-        widen(extremes, two[0]), widen(extremes, two[1]);
-        *(Eight*)(keys + first) = two[0];  // states, until they are ordered
-        *(Eight*)(keys + second) = two[1];
-    }
+    // Threads that have none left take the last ones once more.
+    u32 ends[2] = {smaller(8 * x, channels - 8), smaller(8 * x + 8 * THREADS, channels - 8)};
+    Eight two[2] = {*(const Eight*)(all + ends[0]), *(const Eight*)(all + ends[1])};
+    u16 own_state = has_value ? all[first_channel + x] : (u16)0;
 #endif
-    if (has_value) {
-        read_words<VALUE_BITS>(to, lane, words);
-        if constexpr (!VALUE_FLOAT) own_values[x] = all[target.head * HEAD_DIM + x];
+    u32 level = 0;
+    float middle = 0.0f;
+    if (x < 1u << VALUE_BITS) {
+        level = decode.levels[LEVEL_ROW + x], middle = x < (1u << VALUE_BITS) - 1 ? side.middles[x] : 0.0f;
     }
-    for (u32 n = x; n < 1u << VALUE_BITS; n += THREADS) {
-        levels[n] = decode.levels[LEVEL_ROW + n];
-        if (n < (1u << VALUE_BITS) - 1) middles[n] = side.middles[n];
-    }
+    Target target = target_of(pages, token);
+    u32 in_slab = target.in_slab, lane = x / 2 % 8 * 4 + in_slab % 8 / 2;
+    u8* to = target.words + step * step_bytes(VALUE_BITS);
+    if (has_value) read_words<VALUE_BITS>(to, lane, words);
+    if (x < 1u << VALUE_BITS) levels[x] = (u16)level, middles[x] = middle;
     Workshop shop;
     if constexpr (VALUE_COMP) {
-        shop = open_workshop((u8*)(keys + channels), target.head, side.feedback, side.turn);
+        shop = open_workshop((u8*)(keys + channels), pages.head, side.feedback, side.turn);
     }
 #if VALUE_FLOAT
     for (u32 n = x; n < BINS; n += THREADS) search.words[n] = 0;
-    order_floats<THREADS>(all, channels, target.head, own_values, keys);
+    order_floats<THREADS>(all, channels, pages.head, own_values, keys);
 #else
+    Extremes extremes = NO_EXTREMES;  // of this thread
+    KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
+        *(Eight*)(keys + ends[k]) = two[k];  // states, until they are ordered
+        widen(extremes, two[k]);
+    }
+    if (has_value) own_values[x] = own_state;
+    KVQ_ROLLED for (u32 first = 8 * x + 16 * THREADS; first < channels; first += 8 * THREADS) {
+        Eight eight = *(const Eight*)(all + first);
+        *(Eight*)(keys + first) = eight;
+        widen(extremes, eight);
+    }
     begin_search(search, extremes);
 #endif
     sync_block();
@@ -227,17 +251,17 @@ DEVICE void append_values(const Decode& decode, const List& list, const Target& 
 #else
     u32 range = find_range(keys, channels, per_tail, search, cuts);
 #endif
-    if (target.head == 0 && x == 0) *ranges = range;
+    if (pages.head == 0 && x == 0) *target.range = range;
     RowOfValues row{range, inverse_scale(range), cuts};
     if constexpr (VALUE_COMP) {
         if (has_value) {
             shop.bench.u[shop.turn_of[x]] = value_scaled(own_values[x], row);
-            shop.bench.coded[x] = is_cut_off(own_values[x], row, target.head * HEAD_DIM + x) ? FLAG : 0;
+            shop.bench.coded[x] = is_cut_off(own_values[x], row, first_channel + x) ? FLAG : 0;
         }
         await_copies<0>();
         sync_block();
         if (x / 32 == 0) {
-            Rounding rounding{middles, side.reads, shop.feedback, side.turn + target.head * HEAD_DIM};
+            Rounding rounding{middles, side.reads, shop.feedback, side.turn + first_channel};
             round_token<VALUE_BITS, false>(rounding, shop.bench);
         }
         sync_block();
@@ -248,13 +272,13 @@ DEVICE void append_values(const Decode& decode, const List& list, const Target& 
         float moved = add_exact(number_of(own_values[place]), -mul_exact(shop.bench.owed[place], h2_low(range)));
         found = Element{moved, shop.bench.coded[place] & 0x7fu, (shop.bench.coded[place] & FLAG) != 0};
     } else {
-        found = value_element(middles, own_values[place], row, target.head * HEAD_DIM + place);
+        found = value_element(middles, own_values[place], row, first_channel + place);
     }
     if (found.is_outlier) {
-        u32 at = take_place(list);
-        float level = half_to_float(levels[found.code]);  // as `value_dense`
-        float dense = add_exact(mul_exact(level, h2_low(range)), h2_high(range));
-        put_outlier(list, at, delta_word(found.state, dense, outlier_at(in_slab, place)));
+        u32 at = take_place(target);
+        float read = half_to_float(levels[found.code]);  // as `value_dense`
+        float dense = add_exact(mul_exact(read, h2_low(range)), h2_high(range));
+        put_outlier(pages, target, at, delta_word(found.state, dense, outlier_at(in_slab, place)));
     }
     constexpr u32 room = room_of(VALUE_BITS);
     u32 first = in_slab / 8 % 2 * 4 + in_slab % 2;
@@ -274,23 +298,17 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
        u32 value_room) {
     u32 is_value = block_index() % 2, number = block_index() / 2;
     u32 sequence = number / num_kv_heads, head = number % num_kv_heads;
-    u32 token = (u32)state[8 * sequence];
-    u32 page = page_table[sequence * max_pages + token / 128];
-    u64 slab = ((u64)page * num_kv_heads + head) * 2 + token / 64 % 2;
-    Target target{head, token % 64, slab,
-                  slabs + slab * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS))};
     Decode decode{levels, key_levels, (const u32*)key_levels};
-    List list{counts + 2 * slab + is_value, index + 4 * slab + 2 * is_value, outlier_words, dropped,
-              is_value ? value_room : key_room};
+    Pages pages{page_table, state, ranges, counts, index, outlier_words, dropped, slabs, num_kv_heads, max_pages,
+                sequence, head, is_value, is_value ? value_room : key_room};
     if (is_value) {
         Side side{value_middles, value_reads, value_feedback, value_turn};
-        append_values(decode, list, target, value + (u64)sequence * num_kv_heads * HEAD_DIM,
-                      num_kv_heads * HEAD_DIM, per_tail, side, ranges + page * 128 + token % 128,
+        append_values(decode, pages, value + (u64)sequence * num_kv_heads * HEAD_DIM, per_tail, side,
                       shared_memory());
     } else {
         KeyCode code{lower, upper, offset, inverse, key_middles, order, turns + sequence * HEAD_DIM};
         Side side{key_middles, key_reads, key_feedback, key_turn};
-        append_keys(code, decode, list, target, key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM, side,
+        append_keys(code, decode, pages, key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM, side,
                     shared_memory());
     }
 }

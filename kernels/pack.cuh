@@ -28,6 +28,9 @@ DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, cons
 struct alignas(16) Eight {
     u32 of[4];
 };
+struct alignas(8) Pair {
+    u32 of[2];
+};
 
 // What sends for the slabs of a stretch one after another: where a thread's pieces of 16 bytes lie.
 struct Stager {
@@ -272,24 +275,24 @@ template <int bits, bool is_key>
 DEVICE void store_codes(u8* step, u32 lane, const Tile<bits> (&tiles)[4]) {
     u32* words = (u32*)step;
     if constexpr (bits == 8) {
-        KVQ_UNROLL for (int i = 0; i < 8; i++) {
-            words[word_of<bits>(lane, i)] = (u32)(tiles[i / 2] >> 32 * (i % 2));
+        KVQ_UNROLL for (int i = 0; i < 2; i++) {
+            const u64* two = tiles + 2 * i;
+            *(Eight*)(words + word_of<bits>(lane, 4 * i)) =
+                Eight{{(u32)two[0], (u32)(two[0] >> 32), (u32)two[1], (u32)(two[1] >> 32)}};
         }
     } else if constexpr (bits == 4) {
-        KVQ_UNROLL for (int t = 0; t < 4; t++) words[4 * lane + t] = tiles[t];
+        *(Eight*)(words + 4 * lane) = Eight{{tiles[0], tiles[1], tiles[2], tiles[3]}};
     } else if constexpr (bits == 3) {
         KVQ_UNROLL for (int k = 0; k < 3; k++) {
             words[32 * k + lane] = tiles[k] | (tiles[3] >> k & 0x11111111u) << 3;
         }
     } else if constexpr (is_key) {
-        KVQ_UNROLL for (int t = 0; t < 2; t++) {
-            words[2 * lane + t] = tiles[2 * t] | tiles[2 * t + 1] << 2;
-        }
+        *(Pair*)(words + 2 * lane) = Pair{{tiles[0] | tiles[1] << 2, tiles[2] | tiles[3] << 2}};
     } else {
-        KVQ_UNROLL for (int t = 0; t < 2; t++) {
-            u32 first = tiles[2 * t], second = tiles[2 * t + 1];
-            words[2 * lane + t] = pick_bytes(first | first >> 6, second | second >> 6, 0x6420);
-        }
+        u32 near[4];  // a tile's odd registers beside the even ones
+        KVQ_UNROLL for (int t = 0; t < 4; t++) near[t] = tiles[t] | tiles[t] >> 6;
+        *(Pair*)(words + 2 * lane) =
+            Pair{{pick_bytes(near[0], near[1], 0x6420), pick_bytes(near[2], near[3], 0x6420)}};
     }
 }
 

@@ -112,7 +112,9 @@ DEVICE void rank_tail(const u32* items, u32 count, u32 rank, u32 lane, u32& cut,
 // The `rank`-th least of the lanes' keys, equal ones counted each.
 DEVICE u32 ranked_lane(u32 key, u32 rank) {
     u32 below = 0;
-    KVQ_UNROLL for (u32 k = 0; k < 32; k++) below += from_lane(key, k) < key;
+    KVQ_ROLLED for (u32 first = 0; first < 32; first += 8) {
+        KVQ_UNROLL for (u32 k = 0; k < 8; k++) below += from_lane(key, first + k) < key;
+    }
     return greatest_of_warp(below < rank ? key : 0);
 }
 

@@ -88,12 +88,25 @@ def pack(
     Raises:
         InputError: when the variant cannot hold the codes, or a tensor is not what it should be.
     """
-    heads = states[0].shape[1]
-    check_tensors(
-        [*_expect_prompt(states, turns, code, variant), *expect_code(code, variant, heads)],
-        expect_tables(tables, variant, heads),
-    )
-    return _Prompt(states, turns, code, tables, variant, run).packed()
+    heads, expected = states[0].shape[1], _expect_prompt(states, turns, code, variant)
+    also = expect_code(code, variant, heads)
+    check_tensors(expected)
+    prompt = _Prompt(states, turns, code, tables, variant, run)
+    survey = prompt.survey()
+    # While the GPU looks at the values:
+    check_tensors(expected[:1], also, expect_tables(tables, variant, heads))
+    return prompt.packed(survey)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What the first kernel writes: ranges (pages, 128) int32, counts and flags, and cuts where
+    values are encoded before `pack_values`.
+    """
+
+    ranges: Tensor
+    numbers: _Numbers
+    cuts: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -113,23 +126,43 @@ class _Prompt:
         batch, heads, tokens, _ = self.states[0].shape
         return batch, heads, tokens, -(-tokens // PAGE_TOKENS)
 
-    def packed(self) -> Packed:
+    @property
+    def _marked(self) -> int:
+        """Words of flags of a side: a bit an element of every page."""
+        batch, heads, _, blocks = self.shape
+        words = blocks * batch * heads * SLABS * 32 * self.variant.steps
+        return words if self.variant.outliers else 0
+
+    def survey(self) -> _Survey:
+        """Find tokens' ranges and which of their values are outliers."""
         batch, heads, tokens, blocks = self.shape
-        device, count = self.states[0].device, blocks * batch
-        encoded = self.code.value_encoder is not None  # values, before `pack_values`
-        marked = count * heads * SLABS * 32 * self.variant.steps if self.variant.outliers else 0
-        numbers = _Numbers(count, heads, 0 if encoded else marked, device)
-        ranges = torch.empty(count, PAGE_TOKENS, dtype=torch.int32, device=device)
+        value, count = self.states[1], blocks * batch
+        is_encoded = self.code.value_encoder is not None
+        numbers = _Numbers(count, heads, 0 if is_encoded else self._marked, value.device)
+        ranges = numbers.counts.new_empty(count, PAGE_TOKENS)
         if tokens % PAGE_TOKENS:  # what lies past the last token is not written
             ranges[-batch:] = 0
-        cuts = self._survey(ranges, numbers, encoded=encoded)
-        table = torch.arange(count, dtype=torch.int32, device=device)  # as the survey counts pages
+        width = 4 if self.code.turns_values else 2  # beside a float's cut stands its channel
+        cuts = ranges.new_empty(batch, tokens, width) if is_encoded else None
+        written: list[Argument] = [value, ranges, ranges if cuts is None else cuts, numbers.counts]
+        shape: list[Argument] = [batch, heads, tokens, self.code.per_tail]
+        if self.code.turns_values:
+            self._launch("survey_floats", [*written, *shape])
+        else:
+            self._launch("survey_values", [*written, numbers.flags, *shape, int(cuts is None)])
+        return _Survey(ranges, numbers, cuts)
+
+    def packed(self, survey: _Survey) -> Packed:
+        """Encode what was surveyed."""
+        batch, heads, tokens, blocks = self.shape
+        count, numbers, ranges, cuts = blocks * batch, survey.numbers, survey.ranges, survey.cuts
+        table = torch.arange(count, dtype=torch.int32, device=ranges.device)  # as the survey counts
         table = table.view(blocks, batch).T.contiguous()
         slabs = table.new_empty(count, heads, SLABS, self.variant.slab_words)
         if tokens % PAGE_TOKENS:
             slabs[-batch:] = 0
-        key_flags = table.new_empty(marked)
-        value_flags = table.new_empty(marked) if encoded else numbers.flags
+        key_flags = table.new_empty(self._marked)
+        value_flags = numbers.flags if cuts is None else table.new_empty(self._marked)
         index = table.new_empty(count, heads, SLABS, 4)
         key_coded = self._key_codes(table)
         shape: list[Argument] = [heads, tokens, blocks]
@@ -137,7 +170,7 @@ class _Prompt:
         self._launch("pack_keys", [*keys, numbers.counts, key_flags, slabs, *shape])
         self._launch("lay_out", [numbers.counts, index, numbers.quads, count * heads * SLABS])
         numbers.send()
-        value_coded = self._value_codes(table, ranges, cuts)
+        value_coded = self._value_codes(table, ranges, ranges if cuts is None else cuts)
         values = [self.states[1], table, self.code.value_middles, ranges, *value_coded]
         self._launch("pack_values", [*values, value_flags, slabs, *shape])
         halves = ranges.view(torch.float16).view(count, PAGE_TOKENS, 2)
@@ -148,19 +181,6 @@ class _Prompt:
         pages = Pages(slabs, halves, index, words, table)
         exceptions = self._write_lists(pages, given, numbers)
         return Packed(pages, numbers.kept, exceptions, known, quads)
-
-    def _survey(self, ranges: Tensor, numbers: _Numbers, *, encoded: bool) -> Tensor:
-        """Find tokens' ranges and outliers; return the cuts where values are `encoded` by them."""
-        batch, heads, tokens, _ = self.shape
-        width = 4 if self.code.turns_values else 2  # beside a float's cut stands its channel
-        cuts = ranges.new_empty(batch, tokens, width) if encoded else numbers.spills
-        shape: list[Argument] = [batch, heads, tokens, self.code.per_tail]
-        written: list[Argument] = [self.states[1], ranges, cuts, numbers.counts]
-        if self.code.turns_values:
-            self._launch("survey_floats", [*written, *shape])
-        else:
-            self._launch("survey_values", [*written, numbers.flags, *shape, int(not encoded)])
-        return cuts
 
     def _key_codes(self, table: Tensor) -> list[Tensor]:
         """Return codes and outliers as they are stored of keys that are encoded ahead."""

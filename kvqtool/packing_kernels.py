@@ -48,7 +48,8 @@ def launch_shape(
         shared = 4 * 65 * head_dim + SLAB_TOKENS * (head_dim + 4) + 4 * head_dim + each
         return slabs, SLAB_TOKENS, shared
     if name == "write_lists":
-        return slabs, threads, 4 * (head_dim + variant.steps + 4 + variant.middles) + 2 * _ITEMS
+        shared = 4 * (head_dim + variant.steps + 4 + variant.middles) + 2 * _ITEMS
+        return slabs, threads // 2, shared
     staged = 2 * SLAB_TOKENS * (head_dim + 8) * 2
     if name == "pack_keys":
         blocks = batch * -(-tokens // SLAB_TOKENS) * -(-heads // _STRETCH)
