@@ -94,7 +94,7 @@ def library_versions(device: torch.device) -> dict[str, str | None]:
         found["nvrtc"] = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
         number = cupy.cuda.runtime.driverGetVersion()
         found["driver"] = f"{number // 1000}.{number % 1000 // 10}"
-        index = device.index or 0
+        index = torch.cuda.current_device() if device.index is None else device.index
         shared = cupy.cuda.runtime.deviceGetAttribute(_SHARED_PER_BLOCK, index)
         found["shared_bytes"] = str(shared)
     except (ImportError, RuntimeError):  # no library or no GPU: the fields that follow stay None
@@ -164,10 +164,11 @@ def run_on_gpu(kernel: Kernel, shape: tuple[int, int, int], arguments: Sequence[
     function = load_kernel(kernel, shape[2], device.index)
     import cupy
 
-    stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(device).cuda_stream))
-    with cupy.cuda.Device(device.index), stream:
+    with cupy.cuda.Device(device.index):
+        stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
         passed = tuple(_passed(argument) for argument in arguments)
-        function((shape[0],), (shape[1],), passed, shared_mem=shape[2])
+        with cupy.cuda.Stream.from_external(stream):
+            function((shape[0],), (shape[1],), passed, shared_mem=shape[2])
 
 
 @dataclass(frozen=True)
