@@ -29,7 +29,8 @@ class AngleStore:
         # Position of each sequence's first token, (batch,), while every token is one further.
         self.first: Tensor | None = None
         self._rows: PagedBuffer | None = None
-        self._memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        # Angles computed for the layers of this step, by the device those lie on.
+        self._memo: dict[torch.device, tuple[tuple[int, int], tuple[Tensor, Tensor]]] = {}
         self._doubt: Tensor | None = None  # bool: whether a token was not what it was taken for
 
     @property
@@ -77,23 +78,34 @@ class AngleStore:
         self._rows.append((self.first + ahead[:, None]).to(torch.int32))
         self.tokens += tokens
 
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin) of tokens start..stop-1, each (tokens, batch, width / 2) float32."""
-        if self._memo is not None and self._memo[0] == (start, stop):
-            return self._memo[1]
+    def read(
+        self, start: int, stop: int, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin) of tokens start..stop-1, each (tokens, batch, width / 2) float32.
+
+        Args:
+            start: the first token.
+            stop: the first that is not asked for.
+            device: of the layer that asks, which in a spread model need not be that of the layer
+                that brought them; None for the latter.
+        """
         assert self._rows is not None, "angles are read after tokens arrived"
-        rows = self._rows.read()[start:stop]
+        device = device or self._rows.tensors[0].device
+        span, known = self._memo.get(device, (None, None))
+        if known is not None and span == (start, stop):
+            return known
+        rows = self._rows.read()[start:stop].to(device)
         if self.formula is not None:
             cos, sin = self.formula.tables(rows)
             angles = cos.float(), self.rotation.sign * sin.float()
         else:
             angles = rows[..., 0], rows[..., 1]
-        self._memo = (start, stop), angles
+        self._memo[device] = (start, stop), angles
         return angles
 
     def forget(self) -> None:
         """Drop the angles computed for the layers of this step."""
-        self._memo = None
+        self._memo.clear()
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens."""

@@ -17,16 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvqtool.attach import attached
+from kvqtool.attach import attached, place_of
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.container import save_container
 from kvqtool.data import Text
 from kvqtool.errors import InputError, brief
 from kvqtool.forward import Reading, read_prompt
-from kvqtool.memory import LayerGeometry
 from kvqtool.models import LoadedModel
+from kvqtool.read_path import Place
 from kvqtool.restore import KIND, VERSION, SavedCache, load_cache, restore_cache
+from kvqtool.seam import LayerSeam
 from kvqtool.spec import SIDES
 from kvqtool.usage import kernel_of, layer_report, measure
 
@@ -141,7 +142,7 @@ def quantize_states(
     with attached(loaded, bundle) as session:
         cache = session.new_cache(bundle)
         for layer in session.seam.packed:
-            key, value = _states_of(tensors, layer.index, layer.geometry, loaded)
+            key, value = _states_of(tensors, layer, place_of(loaded.model, layer))
             if cache.stores[0].tokens not in (0, key.shape[2]):
                 raise InputError(
                     f"layers.{layer.index} has {key.shape[2]} tokens, the layers before it "
@@ -216,10 +217,8 @@ def _read_states(path: str | Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _states_of(
-    tensors: dict[str, Tensor], index: int, geometry: LayerGeometry, loaded: LoadedModel
-) -> tuple[Tensor, Tensor]:
-    states = []
+def _states_of(tensors: dict[str, Tensor], layer: LayerSeam, place: Place) -> tuple[Tensor, Tensor]:
+    states, index, geometry = [], layer.index, layer.geometry
     for side, width in zip(SIDES, (geometry.key_dim, geometry.value_dim), strict=True):
         tensor = tensors.get(f"layers.{index}.{side}")
         if tensor is None:
@@ -236,7 +235,7 @@ def _states_of(
                 f"layers.{index}.{side} has shape {tuple(tensor.shape)}, expected (1, {heads}, "
                 f"T, {width})"
             )
-        states.append(tensor.to(loaded.device, loaded.dtype))
+        states.append(tensor.to(place.device, place.dtype))
     if states[0].shape[2] != states[1].shape[2] or not states[0].shape[2]:
         raise InputError(
             f"layers.{index} has {states[0].shape[2]} keys and {states[1].shape[2]} values; "

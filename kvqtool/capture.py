@@ -236,10 +236,14 @@ def _checkpointed(model: PreTrainedModel, tokens: int, cache: DynamicCache) -> I
     if depth * tokens * width * 4 < _ACTIVATION_BYTES or not stacks or has_state:
         yield
         return
+    # A spread model's layers have a forward of their own, accelerate's, which moves what they take.
+    before = [layer.__dict__.get("forward") for layer in stacks[0]]
     for layer in stacks[0]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for layer in stacks[0]:
+        for layer, own in zip(stacks[0], before, strict=True):
             del layer.forward
+            if own is not None:
+                layer.forward = own

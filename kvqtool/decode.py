@@ -105,7 +105,8 @@ class Decoder:
             yield tokens.tolist()
             if number + 1 < len(draws):
                 logits = next_logits(self._model, tokens[:, None], self._cache)
-                tokens = choose_tokens(logits, self._sampling, draws[number + 1])
+                drawn = draws[number + 1].to(logits.device)  # of a spread model, not the first's
+                tokens = choose_tokens(logits, self._sampling, drawn)
 
     def _by_graph(self, first: Tensor, draws: Tensor) -> Generator[list[int]]:
         """One step is always under way while the token before it is read."""
@@ -188,8 +189,8 @@ class _Steps:
         slot = self._slots[self._sent % _SLOTS]
         self._sent += 1
         slot.copy_(self._tokens, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        # The current stream is that of the current device, which the model's need not be.
+        event = torch.cuda.current_stream(self._tokens.device).record_event()
 
         def read() -> list[int]:
             event.synchronize()
@@ -247,7 +248,8 @@ class _Steps:
 
     def _warm(self) -> None:
         """Run a step as capturing will: what allocates or compiles once does so here."""
-        stream, own = _side_stream(self._tokens.device), torch.cuda.current_stream()
+        device = self._tokens.device
+        stream, own = _side_stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(own)
         with torch.cuda.stream(stream):
             self._forward(self._steady)
@@ -260,7 +262,11 @@ class _Steps:
             return False
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, self._pool, _side_stream(self._tokens.device)):
+            device = self._tokens.device
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, self._pool, _side_stream(device)),
+            ):
                 self._forward(self._steady)
         except RuntimeError as error:
             self._steady.forget()

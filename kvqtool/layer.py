@@ -211,7 +211,7 @@ class KvqLayer(CacheLayerMixin):
     def read_angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return (cos, sin) of stored tokens start..stop-1; see `AngleStore.read`."""
         assert self.angles is not None, "only rotated layers ask for angles"
-        return self.angles.read(start, stop)
+        return self.angles.read(start, stop, self.store.window[0].device)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,21 @@ def band_mask(**options: Any) -> Tensor | None:
     if not _is_plain(options):
         mask: Tensor | None = sdpa_mask(**options)
         return mask
-    nothing = torch.zeros((), dtype=torch.bool, device=options.get("device", "cpu"))
-    return nothing.expand(options["batch_size"], 1, options["q_length"], options["kv_length"])
+    shape = options["batch_size"], 1, options["q_length"], options["kv_length"]
+    return _mark(shape, options.get("device", "cpu"))
+
+
+def _mark(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """Return the mark of a shape. Where a spread model's layers lie on several devices accelerate
+    calls its `to`, and torch's own would write out every element: a mask that hides everything.
+    """
+    mark = torch.zeros((), dtype=torch.bool, device=device).expand(shape)
+
+    def to(device: torch.device | str, **_: Any) -> Tensor:
+        return _mark(shape, device)
+
+    mark.to = to  # type: ignore[method-assign, assignment]  # of this tensor alone
+    return mark
 
 
 def is_mark(mask: Tensor | None) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from kvqtool.errors import InputError
 from kvqtool.identity import ModelIdentity, identify
 from kvqtool.ranks import ALONE, Ranks
+from kvqtool.spread import check_device_map, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ DTYPES: Final = {
 }
 # What transformers raises for what it cannot read: OSError for hub and files, ValueError for
 # a bad config, ImportError for a package, SafetensorError for damage, RuntimeError for a shape.
+_LOADING: Final = Lock()
 _UNREADABLE: Final = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
 
 
@@ -104,13 +106,15 @@ def load_model(
         InputError: when the device, the dtype or the checkpoint cannot be used.
     """
     chosen_device = resolve_device(device)
-    _check_device_map(device_map, device)
+    check_device_map(device_map, device)
     loading_dtype = _loading_dtype(dtype, chosen_device)
     source = _source(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = {"dtype": loading_dtype, "device_map": device_map}
     try:
-        with _quiet_transformers():
+        # transformers sets what models are built with for the whole process, not for a thread: of
+        # two that load at once, one would lack its tied weights.
+        with _LOADING, _quiet_transformers():
             _check_config(name, source, options)
             tokenizer, model = _from_pretrained(source, placed, options)
     except torch.OutOfMemoryError:
@@ -123,7 +127,7 @@ def load_model(
         # Loaded on the CPU and then moved: rotary frequencies are computed while loading.
         model.to(chosen_device)  # type: ignore[arg-type]  # a decorator hides its signature
     else:
-        chosen_device = _input_device(model, chosen_device)
+        chosen_device = input_device(model, chosen_device)
     identity = identify(model, tokenizer, name=_shown(name))
     return LoadedModel(identity, model.eval(), tokenizer, chosen_device, model.dtype)
 
@@ -168,31 +172,6 @@ def rank_device(device: str, ranks: Ranks) -> str:
             "or use --device cpu"
         )
     return f"cuda:{ranks.local_rank}"
-
-
-def _check_device_map(device_map: str | None, device: str) -> None:
-    """Refuse a device map that cannot be followed, before anything is loaded."""
-    if device_map is None:
-        return
-    if device_map != "auto":
-        raise InputError(f"device map {device_map!r} is unknown; use auto")
-    if device != "auto":
-        raise InputError(f"a device map leaves no choice of device; drop {device!r} or the map")
-    if find_spec("accelerate") is None:
-        raise InputError(
-            "a device map needs the accelerate package; install it: pip install 'kvqtool[sharded]'"
-        )
-
-
-def _input_device(model: PreTrainedModel, expected: torch.device) -> torch.device:
-    """Return where a spread model takes its token ids."""
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if expected.type == "cuda" and places & {"cpu", "disk"}:
-        raise InputError(
-            "the model does not fit the GPUs here and kvqtool runs no layers from elsewhere; "
-            "use more GPUs, a smaller --dtype, or --device cpu"
-        )
-    return next(model.get_input_embeddings().parameters()).device
 
 
 def _source(name: str) -> str:

@@ -137,7 +137,7 @@ class PagedStore(LayerStore):
         state[:, 0], state[:, 1] = packed, sink[0].shape[2]
         state[:, 2] = window[0].shape[2]
         if position is not None:
-            state[:, 3] = position + self.sinks + self.dropped
+            state[:, 3] = position.to(state.device) + self.sinks + self.dropped
         state[:, 4] = min(behind, packed)
         return PackedContext(pages, ExactTokens(*sink, *window), state)
 

@@ -69,14 +69,15 @@ def evaluate(
         check_protocol(bundle.spec, protocol)
         _check_bundle(bundle, loaded, windows, allow_calibration_text)
     tallies = [Tally(len(windows.ids)) for _ in bundles]
-    share = loaded.ranks.share(len(windows.ids))
-    at_once = _windows_at_once(loaded, windows)
+    batches = _batches(loaded, windows)
+    share, done = [batches[i] for i in loaded.ranks.share(len(batches))], 0
+    total = sum(map(len, share))
     with loaded.ranks.together():
-        for start in range(0, len(share), at_once):
-            progress("scoring windows", start, len(share))
-            numbers = share[start : start + at_once]
+        for numbers in share:
+            progress("scoring windows", done, total)
             _score(loaded, windows, numbers, protocol, list(zip(bundles, tallies, strict=True)))
-    progress("scoring windows", len(share), len(share))
+            done += len(numbers)
+    progress("scoring windows", total, total)
     facts = describe_protocol(loaded, windows, protocol)
     for tally in tallies:
         tally.gather(loaded.ranks)
@@ -122,11 +123,19 @@ def _check_bundle(
         )
 
 
-def _windows_at_once(loaded: LoadedModel, windows: Windows) -> int:
-    """Run several windows as one batch on a GPU, where a single one leaves it waiting for the next
-    launch.
+def _batches(loaded: LoadedModel, windows: Windows) -> list[range]:
+    """Cut the windows into batches, for one process or several to run.
+
+    On a GPU several windows are one batch, for a single one leaves it waiting for the next launch.
+    A window's states depend on its batch in their last bits, and codes on those. So all processes
+    together run the very batches that one would, unless these are fewer than the processes.
     """
-    return max(_TOKENS_AT_ONCE // windows.ids.shape[1], 1) if loaded.device.type == "cuda" else 1
+    count, tokens = windows.ids.shape
+    batches = count
+    if loaded.device.type == "cuda":
+        whole = -(-count * tokens // _TOKENS_AT_ONCE)
+        batches = min(max(whole, loaded.ranks.world_size), count)
+    return [range(count * i // batches, count * (i + 1) // batches) for i in range(batches)]
 
 
 def describe_protocol(loaded: LoadedModel, windows: Windows, protocol: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from kvqtool.ranks import Ranks
 # The widest bins a sketch starts with resolve a channel's range to better than 1 part in BINS / 2.
 BINS = 2048
 _MANTISSA_BITS = 52
+_EXPONENT_BIAS: Final = 1023  # of float64
 _SMALLEST_EXPONENT = -1100
 _STATE: Final = ("minimum", "maximum", "exponent", "first", "counts")
 
@@ -107,7 +108,7 @@ class ChannelQuantiles:
         inside = self._counts.gather(1, index).double()
         before = cumulative.gather(1, index).double() - inside
         position = self._first[:, None] + index + (rank - before + 0.5) / inside
-        return torch.ldexp(position, self._exponent[:, None]).squeeze(1)
+        return (position * _power_of_two(self._exponent[:, None])).squeeze(1)
 
     def _widen(self) -> None:
         """Double bin widths until every channel's range fits, merging the counts there are."""
@@ -133,4 +134,11 @@ class ChannelQuantiles:
 
 def _bin_of(values: Tensor, exponent: Tensor) -> Tensor:
     """Return floor(value / 2**exponent) as int64; exact, since scaling by a power of two is."""
-    return torch.ldexp(values.double(), -exponent).floor().long()
+    return (values.double() * _power_of_two(-exponent)).floor().long()
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Return 2**exponent, float64, for int64 exponents of normal numbers; `torch.ldexp` takes it in
+    float32 up to torch 2.12 and finds infinity from 2**128 on.
+    """
+    return ((exponent + _EXPONENT_BIAS) << _MANTISSA_BITS).view(torch.float64)

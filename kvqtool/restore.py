@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvqtool.adaptive_store import ATTENTION, AdaptiveStore
 from kvqtool.angles import AngleStore
-from kvqtool.attach import Session
+from kvqtool.attach import Session, place_of
 from kvqtool.bundle import Bundle
 from kvqtool.cache import KvqCache
 from kvqtool.container import load_container
@@ -113,11 +113,15 @@ def restore_cache(session: Session, saved: SavedCache, loaded: LoadedModel) -> K
     """
     cache = session.new_cache(saved.bundle, prefill=saved.prefill)
     left = dict(saved.tensors)
+    # Layers of a spread model lie on several devices, and angles with the first that brings them.
+    devices: dict[int, torch.device] = {}
     for layer, store in zip(session.seam.packed, cache.stores, strict=True):
-        _restore_layer(store, layer.geometry, _Source(saved, left), loaded)
+        device = place_of(session.model, layer).device
+        _restore_layer(store, layer.geometry, _Source(saved, left), (device, loaded.dtype))
+        devices.setdefault(layer.group, device)
     for group, angles in cache.angles.items():
         rows = _angles_of(angles, str(group), _Source(saved, left))
-        angles.restore(rows.to(loaded.device), kind=saved.angle_kinds[str(group)])
+        angles.restore(rows.to(devices[group]), kind=saved.angle_kinds[str(group)])
     if left:
         raise BundleError(
             f"saved cache holds {brief(min(left))}, which nothing reads; make it again"
@@ -165,9 +169,9 @@ def _restore_layer(
     store: LayerStore,
     geometry: LayerGeometry,
     source: _Source,
-    loaded: LoadedModel,
+    place: tuple[torch.device, torch.dtype],
 ) -> None:
-    saved = source.saved
+    saved, (device, dtype) = source.saved, place
     prefix, spec = f"layers.{store.layer}", store.spec
     exact, widths = {}, (geometry.key_dim, geometry.value_dim)
     sink, body, window = split_tokens(spec, saved.tokens)
@@ -176,7 +180,7 @@ def _restore_layer(
             _states(source, f"{prefix}.{part}.{side}", (1, geometry.num_kv_heads, length, width))
             for side, width in zip(SIDES, widths, strict=True)
         )
-        exact[part] = key.to(loaded.device, loaded.dtype), value.to(loaded.device, loaded.dtype)
+        exact[part] = key.to(device, dtype), value.to(device, dtype)
     body -= dropped_tokens(spec, saved.tokens, store.sliding_window)
     sides = zip(
         SIDES, (spec.key, spec.value), (geometry.key_channels, geometry.value_channels), strict=True
@@ -188,11 +192,11 @@ def _restore_layer(
         else {}
         for side, quant, channels in sides
     ]
-    moved = [{name: tensor.to(loaded.device) for name, tensor in side.items()} for side in rows]
+    moved = [{name: tensor.to(device) for name, tensor in side.items()} for side in rows]
     store.restore(exact, (moved[0], moved[1]), saved.tokens)
     if isinstance(store, AdaptiveStore):
         name = f"{prefix}.{ATTENTION}"
-        seen = _states(source, name, (1, units, window)).to(loaded.device)
+        seen = _states(source, name, (1, units, window)).to(device)
         if seen.dtype != torch.float32 or not ((seen >= 0) & (seen <= _MOST_ATTENTION)).all():
             raise _wrong(name, seen, "float32 weights from 0 to 1")
         store.attention = seen

@@ -71,7 +71,8 @@ class Tally:
             at: the window's number, and the first target position that counts.
         """
         number, first = at
-        sums = torch.zeros(4, dtype=torch.float64, device=ids.device)
+        # Where the states are, which of a spread model is not where its token ids go.
+        sums = torch.zeros(4, dtype=torch.float64, device=states[0].device)
         sums[2], klds = len(ids) - first, []
         for chunk in position_chunks(head.model, len(ids) - first):
             at_positions = slice(chunk.start + first - 1, chunk.stop + first - 1)

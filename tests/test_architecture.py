@@ -83,6 +83,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "identity",
+        "spread",
         "models",
         "tables",
         "data",

@@ -97,3 +97,6 @@ def test_a_mark_shows_nothing_and_takes_nothing() -> None:
     assert not mask.any()
     assert mask.untyped_storage().nbytes() == 1
     assert is_mark(mask[:, :, :, :5])
+    # As accelerate sends it to the next device of a spread model.
+    assert is_mark(mask.to(torch.device("meta"), non_blocking=False))
+    assert is_mark(mask.to("meta").to("meta"))

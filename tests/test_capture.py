@@ -165,6 +165,19 @@ def test_recomputed_layers_give_the_same_gradients(
     assert_close(found.states, expected.states, 1e-5)
 
 
+def test_a_forward_of_a_layers_own_is_put_back(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate gives one to every layer of a spread model."""
+    model = tiny_llama()
+    own = [layer.forward for layer in model.model.layers]
+    for layer, forward_of_its_own in zip(model.model.layers, own, strict=True):
+        layer.forward = forward_of_its_own
+    monkeypatch.setattr(capturing, "_ACTIVATION_BYTES", 0)
+    captured(model)
+    assert [layer.__dict__["forward"] for layer in model.model.layers] == own
+
+
 def test_a_loss_in_chunks_gives_the_same_gradients(
     tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +70,18 @@ class TestFolders:
         with pytest.raises(InputError):
             load_model(str(folder), device="cpu")
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+    def test_threads_that_load_at_once_get_whole_models(
+        self, folder: Path, tmp_path: Path, tiny_llama: Callable[..., Any]
+    ) -> None:
+        # Tied weights beside weights that are not: transformers turns tying off for all threads.
+        other = Path(shutil.copytree(folder, tmp_path / "other"))
+        tiny_llama(vocab_size=8192, tie_word_embeddings=False).save_pretrained(other)
+        with ThreadPoolExecutor(2) as pool:
+            loaded = list(pool.map(partial(load_model, device="cpu"), map(str, [folder, other])))
+        assert not any(part.is_meta for each in loaded for part in each.model.parameters())
+        tied = loaded[0].model
+        assert tied.lm_head.weight is tied.get_input_embeddings().weight
 
 
 class TestBadModels:

@@ -18,7 +18,8 @@ from kvqtool.bundle import Bundle
 from kvqtool.data import Windows, evaluation_windows, load_text
 from kvqtool.errors import BundleError, InputError, RunError
 from kvqtool.models import LoadedModel
-from kvqtool.perplexity import PROTOCOLS, PplResult, evaluate
+from kvqtool.perplexity import PROTOCOLS, PplResult, _batches, evaluate
+from kvqtool.ranks import ALONE, Ranks
 
 Array = NDArray[np.float64]
 TOKENS = 32
@@ -186,6 +187,32 @@ class TestOverlap:
         expected = np.exp(-logs[25:-1][np.arange(len(target)), target].mean())
         found = evaluate(builtin, late, [calibrated("fp")])[0]
         assert found.ppl_baseline == pytest.approx(expected, rel=1e-5)
+
+
+class TestBatches:
+    @staticmethod
+    def cut(loaded: LoadedModel, device: str, shape: tuple[int, int], ranks: Ranks) -> list[range]:
+        count, tokens = shape
+        ids = torch.zeros(count, tokens, dtype=torch.int64)
+        windows = Windows(ids, torch.ones(count, dtype=torch.int64), None, 0, "")  # type: ignore[arg-type]
+        placed = dataclasses.replace(loaded, device=torch.device(device), ranks=ranks)
+        return _batches(placed, windows)
+
+    @pytest.mark.parametrize("processes", (2, 3))
+    def test_processes_run_those_of_one(self, builtin: LoadedModel, processes: int) -> None:
+        ranks = Ranks(1, processes, 1, processes)
+        alone = self.cut(builtin, "cuda", (100, 512), ALONE)
+        assert [len(each) for each in alone] == [25, 25, 25, 25]
+        assert self.cut(builtin, "cuda", (100, 512), ranks) == alone
+        assert [i for each in alone for i in each] == list(range(100))
+
+    def test_fewer_than_processes_are_cut_further(self, builtin: LoadedModel) -> None:
+        assert self.cut(builtin, "cuda", (8, 512), ALONE) == [range(8)]
+        shared = self.cut(builtin, "cuda", (8, 512), Ranks(1, 3, 1, 3))
+        assert [len(each) for each in shared] == [2, 3, 3]
+
+    def test_on_a_cpu_every_window_is_one(self, builtin: LoadedModel) -> None:
+        assert self.cut(builtin, "cpu", (3, 512), ALONE) == [range(i, i + 1) for i in range(3)]
 
 
 def test_fewer_bits_cost_more(measured: Callable[[str, str], PplResult]) -> None:

@@ -55,6 +55,15 @@ def test_batches_in_any_order_and_size_give_the_same_bits(share: float) -> None:
     assert torch.equal(at_once, sketch_of(*shuffled.split(1000)).quantile(share))
 
 
+@pytest.mark.parametrize("power", (-100, 100))
+def test_values_of_any_size_have_the_quantiles_of_others(power: int) -> None:
+    data = states()
+    scaled = sketch_of(data * 2.0**power)
+    for share in (0.005, 0.5, 0.995):
+        expected = sketch_of(data).quantile(share) * 2.0**power
+        assert torch.equal(scaled.quantile(share), expected)
+
+
 def test_memory_does_not_grow_with_the_stream() -> None:
     def size(sketch: ChannelQuantiles) -> int:
         return sum(t.untyped_storage().nbytes() for t in vars(sketch).values())
