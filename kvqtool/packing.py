@@ -174,13 +174,16 @@ class _Prompt:
         values = [self.states[1], table, self.code.value_middles, ranges, *value_coded]
         self._launch("pack_values", [*values, value_flags, slabs, *shape])
         halves = ranges.view(torch.float16).view(count, PAGE_TOKENS, 2)
-        given = [*key_coded, *value_coded, key_flags, value_flags]
-        known, quads = numbers.receive()
+        read = [*self.states, table, *self._keys, self.code.value_middles, self.tables.order]
+        read += [self.turns, self.tables.levels, self.tables.key_table, ranges]
+        read += [*key_coded, *value_coded, key_flags, value_flags, index]
+        quads = numbers.receive()
         # Every list is written to its end.
         words = table.new_empty(quads * QUAD) if quads else table.new_zeros(QUAD)
+        spilled = self._write_lists(read, words, numbers.spills)
         pages = Pages(slabs, halves, index, words, table)
-        exceptions = self._write_lists(pages, given, numbers)
-        return Packed(pages, numbers.kept, exceptions, known, quads)
+        counts, known = numbers.counts.clone(), numbers.known  # without the flags beside them
+        return Packed(pages, counts, _exceptions(numbers.spills, spilled), known, quads)
 
     def _key_codes(self, table: Tensor) -> list[Tensor]:
         """Return codes and outliers as they are stored of keys that are encoded ahead."""
@@ -205,20 +208,13 @@ class _Prompt:
             self._launch(name, [*read, *needed, coded, moved, *self.shape[1:]])
         return [coded, moved]
 
-    def _write_lists(
-        self, pages: Pages, coded: list[Tensor], numbers: _Numbers
-    ) -> tuple[Exceptions, Exceptions]:
-        """Write the outliers that flags, last of `coded`, tell of."""
-        room, spills = len(pages.outlier_words), numbers.spills
+    def _write_lists(self, read: list[Tensor], words: Tensor, spills: Tensor) -> Tensor:
+        """Write the outliers that flags among what is `read` tell of; return what is spilled."""
+        room = words.numel()
         spilled = torch.empty(2, room, dtype=torch.int64, device=spills.device)
         if self.variant.outliers:
-            given = [*self.states, pages.page_table, *self._keys, self.code.value_middles]
-            tables = [self.tables.order, self.turns, self.tables.levels, self.tables.key_table]
-            written = [pages.outlier_index, pages.outlier_words, spills, spilled]
-            read = [*given, *tables, pages.ranges, *coded]
-            self._launch("write_lists", [*read, *written, room, *self.shape])
-        numbers.keep()
-        return _exceptions(spills, spilled)
+            self._launch("write_lists", [*read, words, spills, spilled, room, *self.shape])
+        return spilled
 
     @cached_property
     def _keys(self) -> list[Tensor]:
@@ -245,10 +241,6 @@ class _Numbers:
         self.counts = zeros[:size].view(pages, heads, SLABS, 2)
         self.quads, self.spills = zeros[size : size + 1], zeros[size + 1 : size + 3]
 
-    def keep(self) -> None:
-        """Put counts by, without the room of what is beside them."""
-        self.kept = self.counts.clone()
-
     def send(self) -> None:
         """Begin to copy them to the host."""
         self._known = self._all.to("cpu", non_blocking=True)
@@ -256,12 +248,16 @@ class _Numbers:
         is_gpu = device.type == "cuda"
         self._sent = torch.cuda.current_stream(device).record_event() if is_gpu else None
 
-    def receive(self) -> tuple[Tensor, int]:
-        """Return counts and quads on the host, as they were when sent; waits for these only."""
+    def receive(self) -> int:
+        """Return the quads, as they were when sent; waits for what was sent only."""
         if self._sent is not None:
             self._sent.synchronize()
-        known = self._known[: self.counts.numel()].view(self.counts.shape)
-        return known, int(self._known[self.counts.numel()])
+        return int(self._known[self.counts.numel()])
+
+    @property
+    def known(self) -> Tensor:
+        """Counts on the host, once received."""
+        return self._known[: self.counts.numel()].view(self.counts.shape)
 
 
 def _exceptions(spills: Tensor, spilled: Tensor) -> tuple[Exceptions, Exceptions]:
