@@ -54,6 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "buffers",
         "packed",
         "slabs",
+        "turning",
         "pages",
         "recover",
         "page_store",
