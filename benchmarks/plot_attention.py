@@ -1,6 +1,6 @@
 """Draw the speed-up of fused attention over the best fp16 against context.
 
-python benchmarks/plot_attention.py benchmarks/results/attention-h100.json docs/kernels.svg
+python benchmarks/plot_attention.py benchmarks/results/attention-h200.json docs/kernels.svg
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from matplotlib import pyplot
 
 SPECS = ("nuq4", "nuq4-1%", "nuq3-1%", "nuq2-1%")
-SHAPES = ((32, 32, 1), (32, 8, 4), (64, 8, 16))  # heads, KV heads, batch
+Shape = tuple[int, int, int]  # heads, KV heads, batch
 
 
 def main() -> None:
-    """Draw one panel a shape."""
+    """Draw a panel for each shape that was measured at several contexts."""
     # Text as text, and the same file from the same rows.
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kvqtool"})
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -25,17 +25,27 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
     record = json.loads(options.rows.read_text(encoding="utf-8"))
-    figure, panels = pyplot.subplots(1, len(SHAPES), figsize=(11, 3.6), sharey=True)
-    for panel, shape in zip(panels, SHAPES, strict=True):
+    shapes = several_contexts(record["rows"])
+    figure, panels = pyplot.subplots(1, len(shapes), figsize=(11, 3.6), sharey=True, squeeze=False)
+    for panel, shape in zip(panels[0], shapes, strict=True):
         draw(panel, record["rows"], shape)
-    panels[0].set_ylabel("times the best fp16 attention")
-    panels[0].legend()
+    panels[0, 0].set_ylabel("times the best fp16 attention")
+    panels[0, 0].legend()
     figure.suptitle(f"{record['card']}, commit {record['commit']}, {record['date']}")
     figure.tight_layout()
     figure.savefig(options.output, metadata={"Date": None})
 
 
-def draw(panel: Any, rows: list[dict[str, Any]], shape: tuple[int, int, int]) -> None:
+def several_contexts(rows: list[dict[str, Any]]) -> list[Shape]:
+    """Return the shapes that were measured at more than one context."""
+    contexts: dict[Shape, set[int]] = {}
+    for row in rows:
+        shape = row["num_heads"], row["num_kv_heads"], row["batch"]
+        contexts.setdefault(shape, set()).add(row["context_tokens"])
+    return [shape for shape, found in contexts.items() if len(found) > 1]
+
+
+def draw(panel: Any, rows: list[dict[str, Any]], shape: Shape) -> None:
     """Draw one shape's speed-ups, fp16 as a line at 1."""
     num_heads, num_kv_heads, batch = shape
     for spec in SPECS:
