@@ -13,7 +13,8 @@ token by token: to error budgets E of keys and values, when a token leaves the l
 Two strings joined by `/` give keys and values their own scheme (`nuq4-1%/nuq3-1%`). `@mixed` at
 the end lets calibration spend the scheme's bytes unevenly: every layer's keys and values get the
 width and outlier share that the loss asks for; `@2.75` spends that many bits a number instead.
-`kvq4`, `kvq3` and `kvq2` are short for PRESETS. Printing a spec and parsing it gives the same spec.
+`kvq4`, `kvq3` and `kvq2` are short for PRESETS; `kvq3-r3` keeps the newest 3 tokens exact beside
+them. Printing a spec and parsing it gives the same spec.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PRESETS: Final[dict[str, str]] = {
 DEFAULT_SPEC: Final = "kvq3"
 SIDES: Final = ("key", "value")
 _NO_CHANNELS: Final = (*PER_TOKEN, *ONLINE)  # methods without ranges by calibration
+_PRESET: Final = re.compile(r"(kvq[0-9])(-r[0-9]{1,9})?(@.*)?")
 _MIXED: Final = re.compile(r"@(mixed|[0-9]{1,2}(?:\.[0-9]{1,6})?)$")
 
 
@@ -138,9 +140,13 @@ class KvSpec:
 
     @property
     def name(self) -> str:
-        """The short name of a preset, or the spec string."""
-        text = str(self)
-        return {recipe: name for name, recipe in PRESETS.items()}.get(text, text)
+        """The short name of a preset and of its recent window, or the spec string."""
+        recipe = str(replace(self, residual_length=0)) if self.adaptive is None else ""
+        window = f"-r{self.residual_length}" if self.residual_length else ""
+        for name, known in PRESETS.items():
+            if recipe == known:
+                return name + window
+        return str(self)
 
     def _print(self, spec: QuantSpec, *, is_key: bool) -> str:
         parts = [spec.method if spec.method == EXACT else f"{spec.method}{spec.bits}"]
@@ -200,9 +206,10 @@ def parse_spec(text: str) -> KvSpec:
         SpecError: when the string is not in the grammar; the message names the part and the remedy.
     """
     written = text.strip()
-    preset, at, rest = written.partition("@")
-    if preset in PRESETS:
-        written = PRESETS[preset].removesuffix("@mixed") + (at + rest or "@mixed")
+    short = _PRESET.fullmatch(written)
+    if short and short[1] in PRESETS:
+        keys, values = PRESETS[short[1]].removesuffix("@mixed").split("/")
+        written = f"{keys}{short[2] or ''}/{values}{short[3] or '@mixed'}"
     mixed = _MIXED.search(written)
     sides = (written[: mixed.start()] if mixed else written).split("/")
     if len(sides) > 2:

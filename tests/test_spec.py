@@ -101,6 +101,13 @@ class TestMeaning:
         assert spec == replace(parse_spec("kvq3"), target_bits=2.5)
         assert (spec.name, parse_spec("kvq3").name) == (str(spec), "kvq3")
 
+    def test_a_preset_keeps_recent_tokens_exact(self) -> None:
+        spec = parse_spec("kvq3-r3")
+        assert spec == replace(parse_spec("kvq3"), residual_length=3)
+        assert spec.name == "kvq3-r3"
+        assert parse_spec(str(spec)) == spec
+        assert parse_spec("kvq2-r5@2.5") == replace(parse_spec("kvq2@2.5"), residual_length=5)
+
     def test_one_string_is_for_both_sides(self) -> None:
         spec = parse_spec("int4-1%-g64")
         assert spec.key.group_size == spec.value.group_size == 64
