@@ -2,8 +2,9 @@
 // place, the same bits as pack.cu. Nothing is allocated and nothing depends on the host, so a graph
 // can hold it; `state` says where the token goes and is left as it is.
 //
-// Grid: (sequence, KV head, side). Every block of values finds the token's range over all KV heads for
-// itself, and writes its own head; a block of keys knows nothing of it. An element is a thread's.
+// Grid: (sequence, KV head, side). Every block of values finds the token's range over all KV heads
+// for itself, and writes its own head; a block of keys knows nothing of it. An element is a
+// thread's.
 //
 // `states`  (batch, num_kv_heads, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
 // `turns`   (batch, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
@@ -66,8 +67,8 @@ DEVICE Target target_of(const Pages& pages, u32 token) {
     u32 page = pages.page_table[pages.sequence * pages.max_pages + token / 128];
     u64 slab = ((u64)page * pages.num_kv_heads + pages.head) * 2 + token / 64 % 2;
     u8* words = pages.slabs + slab * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
-    return Target{token % 64, pages.ranges + page * 128 + token % 128, pages.counts + 2 * slab + pages.side,
-                  pages.index + 4 * slab + 2 * pages.side,
+    return Target{token % 64, pages.ranges + page * 128 + token % 128,
+                  pages.counts + 2 * slab + pages.side, pages.index + 4 * slab + 2 * pages.side,
                   words + (pages.side ? STEPS * step_bytes(KEY_BITS) : 0)};
 }
 
@@ -113,13 +114,14 @@ struct Side {
     const u16* turn;
 };
 
-// A token's keys of one head, by a whole block: an element is a thread's, four neighbours' codes lie in
-// the words of one lane.
-DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Pages& pages, const u16* key,
-                        const Side& side, u8* memory) {
+// A token's keys of one head, by a whole block: an element is a thread's, four neighbours' codes
+// lie in the words of one lane.
+DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Pages& pages,
+                        const u16* key, const Side& side, u8* memory) {
     u32 x = thread_index(), e = x % 2, partner = x / 2 % 2, step = x / 16, half = HEAD_DIM / 2;
     u32 low = 8 * step + x / 4 % 4 * 2 + e, place = low + partner * half, words[KEY_BITS];
-    u32 token = (u32)pages.state[8 * pages.sequence];  // its page is asked for once others' loads are
+    u32 token =
+        (u32)pages.state[8 * pages.sequence];  // its page is asked for once others' loads are
     bool has_key = x < HEAD_DIM;
     float* middles = (float*)memory;
     u16* levels = (u16*)(middles + VALUE_MIDDLES);
@@ -169,13 +171,15 @@ DEVICE void append_keys(const KeyCode& code, const Decode& decode, const Pages& 
         if (x / 32 == 0) {
             u32 first = pages.head * HEAD_DIM, own = CHANNEL_LEVELS ? first : 0;
             const float* own_middles = CHANNEL_LEVELS ? code.middles + own * (LEVELS - 1) : middles;
-            Rounding rounding{own_middles, side.reads + own * LEVELS, shop.feedback, side.turn + first};
+            Rounding rounding{own_middles, side.reads + own * LEVELS, shop.feedback,
+                              side.turn + first};
             round_token<KEY_BITS, CHANNEL_LEVELS>(rounding, shop.bench);
         }
         sync_block();
         if (has_key) {
             float scale = mul_exact(add_exact(channel.upper, -channel.lower), 0.5f);
-            found.state = add_exact(found.state, -mul_exact(shop.bench.owed[channel.channel], scale));
+            found.state =
+                add_exact(found.state, -mul_exact(shop.bench.owed[channel.channel], scale));
             found.code = shop.bench.coded[channel.channel] & 0x7fu;
         }
     }
@@ -216,7 +220,8 @@ DEVICE void append_values(const Decode& decode, const Pages& pages, const u16* a
     u32 level = 0;
     float middle = 0.0f;
     if (x < 1u << VALUE_BITS) {
-        level = decode.levels[LEVEL_ROW + x], middle = x < (1u << VALUE_BITS) - 1 ? side.middles[x] : 0.0f;
+        level = decode.levels[LEVEL_ROW + x],
+        middle = x < (1u << VALUE_BITS) - 1 ? side.middles[x] : 0.0f;
     }
     Target target = target_of(pages, token);
     u32 in_slab = target.in_slab, lane = x / 2 % 8 * 4 + in_slab % 8 / 2;
@@ -269,8 +274,10 @@ DEVICE void append_values(const Decode& decode, const Pages& pages, const u16* a
     if (!has_value) return;
     Element found;
     if constexpr (VALUE_COMP) {
-        float moved = add_exact(number_of(own_values[place]), -mul_exact(shop.bench.owed[place], h2_low(range)));
-        found = Element{moved, shop.bench.coded[place] & 0x7fu, (shop.bench.coded[place] & FLAG) != 0};
+        float moved = add_exact(number_of(own_values[place]),
+                                -mul_exact(shop.bench.owed[place], h2_low(range)));
+        found =
+            Element{moved, shop.bench.coded[place] & 0x7fu, (shop.bench.coded[place] & FLAG) != 0};
     } else {
         found = value_element(middles, own_values[place], row, first_channel + place);
     }
@@ -299,16 +306,22 @@ append(const u16* key, const u16* value, const int* page_table, const int* state
     u32 is_value = block_index() % 2, number = block_index() / 2;
     u32 sequence = number / num_kv_heads, head = number % num_kv_heads;
     Decode decode{levels, key_levels, (const u32*)key_levels};
-    Pages pages{page_table, state, ranges, counts, index, outlier_words, dropped, slabs, num_kv_heads, max_pages,
-                sequence, head, is_value, is_value ? value_room : key_room};
+    Pages pages{page_table,   state,
+                ranges,       counts,
+                index,        outlier_words,
+                dropped,      slabs,
+                num_kv_heads, max_pages,
+                sequence,     head,
+                is_value,     is_value ? value_room : key_room};
     if (is_value) {
         Side side{value_middles, value_reads, value_feedback, value_turn};
-        append_values(decode, pages, value + (u64)sequence * num_kv_heads * HEAD_DIM, per_tail, side,
-                      shared_memory());
+        append_values(decode, pages, value + (u64)sequence * num_kv_heads * HEAD_DIM, per_tail,
+                      side, shared_memory());
     } else {
-        KeyCode code{lower, upper, offset, inverse, key_middles, order, turns + sequence * HEAD_DIM};
+        KeyCode code{
+            lower, upper, offset, inverse, key_middles, order, turns + sequence * HEAD_DIM};
         Side side{key_middles, key_reads, key_feedback, key_turn};
-        append_keys(code, decode, pages, key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM, side,
-                    shared_memory());
+        append_keys(code, decode, pages, key + ((u64)sequence * num_kv_heads + head) * HEAD_DIM,
+                    side, shared_memory());
     }
 }

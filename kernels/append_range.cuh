@@ -9,12 +9,8 @@ constexpr u32 THREADS = WARPS * 32;
 // complemented.
 struct Search {
     u32* words;  // 776
-    DEVICE u32* keys(u32 tail) const {
-        return words + tail * THREADS;
-    }
-    DEVICE u32* candidates(u32 tail) const {
-        return words + 2 * THREADS + tail * LISTED;
-    }
+    DEVICE u32* keys(u32 tail) const { return words + tail * THREADS; }
+    DEVICE u32* candidates(u32 tail) const { return words + 2 * THREADS + tail * LISTED; }
     DEVICE u32* found() const {  // of either tail: candidates, the end, the cut, the next item
         return words + 768;
     }
@@ -22,8 +18,7 @@ struct Search {
 static_assert(2 * THREADS + 2 * LISTED == 768, "what is found lies behind both uses");
 
 // A token's range and cuts of any values, by bins. The states become their keys.
-DEVICE u32 range_by_bins(u16* keys, u32 channels, u32 per_tail, const Search& search,
-                         Cuts& cuts) {
+DEVICE u32 range_by_bins(u16* keys, u32 channels, u32 per_tail, const Search& search, Cuts& cuts) {
     u32 warp = thread_index() / 32, lane = thread_index() % 32;
     u32 *bins = search.words, *shared = search.found();  // least, tie, greatest, tie; then the rest
     sync_block();
@@ -78,7 +73,8 @@ DEVICE void begin_search(const Search& search, const Extremes& extremes) {
 }
 
 // List a thread's own elements that are not between the ends, of keys.
-DEVICE void list_candidates(const u16* states, u32 channels, const Search& search, const u32* ends) {
+DEVICE void list_candidates(const u16* states, u32 channels, const Search& search,
+                            const u32* ends) {
     Extremes of{key_bits(ends[0]) * 0x10001u, key_bits(0xffff ^ ends[1]) * 0x10001u};
     KVQ_ROLLED for (u32 first = 8 * thread_index(); first < channels; first += 8 * THREADS) {
         Eight eight = *(const Eight*)(states + first);

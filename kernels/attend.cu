@@ -1,12 +1,12 @@
 // Attention of one query token straight from the packed cache.
 //
-// Grid: any number of blocks of WARPS warps. The slabs of a (sequence, KV head) and its exact tokens
-// in units of 64 are a segment. Each segment is cut into equal parts, one a block, where that leaves
-// no block much more than its share; else all segments are laid end to end and cut into equal
-// ranges. Within a block each warp takes an equal part of the range, keeps DEPTH - 1 chunks of codes
-// under way and ends with its own softmax; the block joins its warps, and the last block to arrive
-// joins the blocks of a segment. Nothing depends on the host: lengths lie on the device, counters
-// return to 0.
+// Grid: any number of blocks of WARPS warps. The slabs of a (sequence, KV head) and its exact
+// tokens in units of 64 are a segment. Each segment is cut into equal parts, one a block, where
+// that leaves no block much more than its share; else all segments are laid end to end and cut into
+// equal ranges. Within a block each warp takes an equal part of the range, keeps DEPTH - 1 chunks
+// of codes under way and ends with its own softmax; the block joins its warps, and the last block
+// to arrive joins the blocks of a segment. Nothing depends on the host: lengths lie on the device,
+// counters return to 0.
 //
 // `query`, `output`  (batch, num_heads, HEAD_DIM) half, or bfloat16 with BF16
 // `slabs`            pages of 128 tokens, in each KV heads, two slabs each: keys, then values
@@ -21,22 +21,22 @@
 // `levels`           (2, LEVEL_ROW) half: levels of keys, of values
 // `angles`           half2 cosines and sines of a page's places, from its middle, in fragment order
 // `frequencies`      (HEAD_DIM / 2) turns per token, times 2^64
-// `coefficients`     (HEAD_DIM / 4, 8) half2: of each two pairs of channels, T_m of attend_terms.cuh
-// `order`            (HEAD_DIM) channel of a head that stands at each place of a packed key
-// exact tokens       (batch, num_kv_heads, capacity, HEAD_DIM) keys after RoPE, and values
-// `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a segment, zero
-// `log_sums`         (batch, num_heads) float, written: log of the sum of exp(score); or null
+// `coefficients`     (HEAD_DIM / 4, 8) half2: of each two pairs of channels, T_m of
+// attend_terms.cuh `order`            (HEAD_DIM) channel of a head that stands at each place of a
+// packed key exact tokens       (batch, num_kv_heads, capacity, HEAD_DIM) keys after RoPE, and
+// values `partials`         (blocks + segments, GROUP, HEAD_DIM + 2) float; `counters` one a
+// segment, zero `log_sums`         (batch, num_heads) float, written: log of the sum of exp(score);
+// or null
 #include "attend_block.cuh"
 
 KERNEL(THREADS)
 attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const u32* outlier_index,
        const u32* outlier_words, const int* page_table, const int* state, const u16* key_table,
        const u16* levels, const u32* angles, const u64* frequencies, const u32* coefficients,
-       const u16* order,
-       const u16* sink_key, const u16* sink_value, const u16* window_key, const u16* window_value,
-       float* partials, u32* counters, float* log_sums, u32 batch, u32 group_heads,
-       u32 num_kv_heads, u32 max_pages, u32 sink_capacity, u32 window_capacity, float scale,
-       float cap) {
+       const u16* order, const u16* sink_key, const u16* sink_value, const u16* window_key,
+       const u16* window_value, float* partials, u32* counters, float* log_sums, u32 batch,
+       u32 group_heads, u32 num_kv_heads, u32 max_pages, u32 sink_capacity, u32 window_capacity,
+       float scale, float cap) {
     u8* shared = shared_memory();
     Cache cache{slabs,
                 ranges,
@@ -81,7 +81,8 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         Range range = range_of_block(cut, segment, unit, end);
         u32 from = range.from, count = range.until - from, warps = smaller(count, WARPS);
         u32 begins = from + (count < WARPS ? smaller(number, count) : count * number / WARPS);
-        u32 ends = from + (count < WARPS ? smaller(number + 1, count) : count * (number + 1) / WARPS);
+        u32 ends =
+            from + (count < WARPS ? smaller(number + 1, count) : count * (number + 1) / WARPS);
         begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
         if (!ready) fill_tables(level, levels, shared);

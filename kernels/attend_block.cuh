@@ -12,15 +12,16 @@ struct Tables {
 template <u32 bytes>
 DEVICE void send_bytes(u8* to, const void* from, u32 first) {
     static_assert(bytes % 16 == 0, "whole pieces are copied");
-    KVQ_UNROLL_4 for (u32 i = (thread_index() + THREADS - first) % THREADS; i < bytes / 16; i += THREADS)
-        copy16(to + 16 * i, (const u8*)from + 16 * i);
+    KVQ_UNROLL_4 for (u32 i = (thread_index() + THREADS - first) % THREADS; i < bytes / 16;
+                      i += THREADS) copy16(to + 16 * i, (const u8*)from + 16 * i);
 }
 
 // Send for what is only copied: angles of a page's places, frequencies and the order of channels.
 DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
     KVQ_UNROLL for (u32 tile = 0; tile < 8; tile++)  // of the steps that are turned
         send_bytes<ANGLE_BYTES / 8>(shared + LUT_BYTES + tile * (ANGLE_BYTES / 8),
-                                    tables.angles + tile * STEPS * 128, tile * TURNED * 32 % THREADS);
+                                    tables.angles + tile * STEPS * 128,
+                                    tile * TURNED * 32 % THREADS);
     send_bytes<HEAD_DIM * 4>(shared + FREQUENCIES_AT, cache.frequencies, 0);
     send_bytes<HEAD_DIM * 2>(shared + ORDER_AT, cache.order, 128 % THREADS);
 }
@@ -33,8 +34,8 @@ DEVICE void send_segment(const Tables& tables, const Cache& cache, const Segment
     KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM / 8; i += THREADS)
         copy16(shared + RAW_AT + 16 * i, from + 8 * i);
     if constexpr (KEY_BITS != 16 && !CHANNEL_LEVELS) {
-        send_bytes<HEAD_TABLE>(shared + HEAD_AT, tables.key_table + segment.kv_head * HEAD_TABLE / 2,
-                               64 % THREADS);
+        send_bytes<HEAD_TABLE>(shared + HEAD_AT,
+                               tables.key_table + segment.kv_head * HEAD_TABLE / 2, 64 % THREADS);
     }
     copies_sent();
 }
@@ -44,15 +45,16 @@ DEVICE u32 lane_level(const u16* levels, u32 lane) {
     return levels[lane / 16 * LEVEL_ROW + lane % 16];
 }
 
-// The tables of pairs of codes, of single ones of 8 bits and of four 2-bit ones, a copy for each lane.
-// Lanes hold the levels of up to 4 bits.
+// The tables of pairs of codes, of single ones of 8 bits and of four 2-bit ones, a copy for each
+// lane. Lanes hold the levels of up to 4 bits.
 DEVICE void fill_tables(u32 level, const u16* levels, u8* shared) {
     constexpr u32 row = LUT_STRIDE / 16;
     static_assert(ROW_BYTES / 16 % 32 == 0, "warps have whole turns");
     KVQ_UNROLL_4 for (u32 i = thread_index(); i < ROW_BYTES / 16; i += THREADS) {
         bool is_value = LUT_STRIDE == 128 || i % row >= row / 2;
         u32 code = i / row, side = is_value ? 16 : 0;
-        u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4)) << 16;
+        u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4))
+                                                              << 16;
         if (is_value ? VALUE_SINGLES : KEY_SINGLES)
             pair = levels[(is_value ? LEVEL_ROW : 0) + code] * 0x10001u;
         *(Quad*)(shared + 16 * i) = Quad{{pair, pair, pair, pair}};
@@ -60,8 +62,10 @@ DEVICE void fill_tables(u32 level, const u16* levels, u8* shared) {
     if constexpr (VALUE_QUADS) {
         KVQ_UNROLL_4 for (u32 i = thread_index(); i < 65536 / 16; i += THREADS) {
             u32 code = i / 16;  // two lanes' copies at once
-            u32 first = from_lane(level, 16 + (code & 3)) | from_lane(level, 16 + (code >> 4 & 3)) << 16;
-            u32 second = from_lane(level, 16 + (code >> 2 & 3)) | from_lane(level, 16 + (code >> 6)) << 16;
+            u32 first = from_lane(level, 16 + (code & 3)) | from_lane(level, 16 + (code >> 4 & 3))
+                                                                << 16;
+            u32 second = from_lane(level, 16 + (code >> 2 & 3)) | from_lane(level, 16 + (code >> 6))
+                                                                      << 16;
             *(Quad*)(shared + ROW_BYTES + 16 * i) = Quad{{first, second, first, second}};
         }
     }
@@ -99,8 +103,9 @@ DEVICE void arrange_query(const Segment& segment, u8* shared, float scale) {
     float* to = (float*)(shared + QUERY_AT);
     KVQ_UNROLL_4 for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
         u32 head = i / HEAD_DIM;
-        to[i] = head < segment.heads ? state_value(raw[head * HEAD_DIM + order[i % HEAD_DIM]]) * scale
-                                     : 0.0f;
+        to[i] = head < segment.heads
+                    ? state_value(raw[head * HEAD_DIM + order[i % HEAD_DIM]]) * scale
+                    : 0.0f;
     }
 }
 
@@ -134,10 +139,10 @@ DEVICE void weigh_parts(const float* partials, u32 parts, u32 heads, float* fact
     KVQ_ROLLED for (; head < GROUP; head += WARPS) {
         const float* part = partials + head * PARTIAL + HEAD_DIM;
         float highest = FAR_BELOW, sum = 0.0f;
-        KVQ_ROLLED for (u32 i = lane; i < parts; i += 32)
-            highest = greater(highest, load_fresh(part + (u64)i * GROUP * PARTIAL));
-        KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2)
-            highest = greater(highest, exchange(highest, mask));
+        KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) highest =
+            greater(highest, load_fresh(part + (u64)i * GROUP * PARTIAL));
+        KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) highest =
+            greater(highest, exchange(highest, mask));
         KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) {
             const float* own = part + (u64)i * GROUP * PARTIAL;
             float factor = exp2_fast(load_fresh(own) - highest);
@@ -173,7 +178,8 @@ DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* fact
     float first[many];
     auto load = [&](u32 i) {
         KVQ_UNROLL for (u32 k = 0; k < many; k++) {
-            const float* part = partials + ((u64)smaller(k, parts - 1) * GROUP + i / HEAD_DIM) * PARTIAL;
+            const float* part =
+                partials + ((u64)smaller(k, parts - 1) * GROUP + i / HEAD_DIM) * PARTIAL;
             first[k] = load_fresh(part + i % HEAD_DIM);
         }
     };

@@ -35,8 +35,8 @@ DEVICE u32 parts_of(u32 units, u32 share) {
 DEVICE u32 plan(const Cache& cache, u32 blocks, u32 lane, Cut& cut) {
     u32 many = segments_of(cache), total = 0, used = 0, longest = 0;
     Segment segment;
-    KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32)
-        total += sum_of_warp(segment_sizes(cache, first + lane, segment));
+    KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32) total +=
+        sum_of_warp(segment_sizes(cache, first + lane, segment));
     total *= many;
     cut.share = larger((total + blocks - 1) / blocks, 1), cut.longer = 0;
     KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32) {
@@ -52,7 +52,8 @@ DEVICE u32 plan(const Cache& cache, u32 blocks, u32 lane, Cut& cut) {
     return blocks;
 }
 
-// The first unit of a block, and the block that has a unit, where blocks have units of all segments.
+// The first unit of a block, and the block that has a unit, where blocks have units of all
+// segments.
 DEVICE u32 unit_of(const Cut& cut, u32 block) {
     return block * cut.share + smaller(block, cut.longer);
 }
@@ -108,8 +109,8 @@ struct Range {
     u32 from, until;
 };
 DEVICE Range range_of_block(const Cut& cut, const Segment& segment, u32 unit, u32 end) {
-    if (!cut.whole)
-        return Range{unit - segment.start, smaller(end - segment.start, segment.units)};
+    if (!cut.whole) return Range{unit - segment.start, smaller(end - segment.start, segment.units)};
     u32 part = block_index() - segment.first_block;
-    return Range{segment.units * part / segment.blocks, segment.units * (part + 1) / segment.blocks};
+    return Range{segment.units * part / segment.blocks,
+                 segment.units * (part + 1) / segment.blocks};
 }

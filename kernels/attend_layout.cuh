@@ -53,8 +53,8 @@ struct Segment {
     u32 first_block, blocks;  // that share it
 };
 
-// A slab's number among all, its half page's number among all, and its lists of outliers: first quad
-// and number of quads of the keys', then of the values'.
+// A slab's number among all, its half page's number among all, and its lists of outliers: first
+// quad and number of quads of the keys', then of the values'.
 struct Slab {
     u32 index, ranges, lists[4];
 };

@@ -15,7 +15,8 @@ DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
     u32 pair = half & (half - 1) ? place - (upper ? half : 0) : place & (half - 1);
     float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
     if constexpr (ROTATED) {
-        u32 phase = ((const u32*)warp.frequencies)[2 * pair + 1] * (token_of(word) + 16 * first_tile - MIDDLE);
+        u32 phase = ((const u32*)warp.frequencies)[2 * pair + 1] *
+                    (token_of(word) + 16 * first_tile - MIDDLE);
         float sine, cosine;
         sine_cosine((float)(int)phase * 2.3283064365386963e-10f, sine, cosine);
         u = delta * (upper ? -sine : cosine);
@@ -52,7 +53,8 @@ DEVICE void clear_sparse(const Warp& warp) {
 
 // Add to a lane's scores what outliers add to them.
 DEVICE void sparse_scores(const Warp& warp, float (&score)[MINE][LANE_HEADS]) {
-    const int* at = (const int*)warp.sparse + warp.head * SPARSE_ROW + 8 * mine_at(warp.column, 0) + warp.row;
+    const int* at =
+        (const int*)warp.sparse + warp.head * SPARSE_ROW + 8 * mine_at(warp.column, 0) + warp.row;
     KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             score[i][j] += (float)at[j * SPARSE_ROW + 8 * i] * (1.0f / SPARSE_ONE);
@@ -75,9 +77,9 @@ DEVICE void value_outlier(const Warp& warp, u32 word) {
     *at = sum;
 }
 
-// Outliers of values: a word is a half delta above channel << 8 and token << 2. A list in rounds has
-// words of different channels in each round, so that no two lanes write to one place. Lists that grew
-// word by word are in no rounds; there atomics keep lanes apart.
+// Outliers of values: a word is a half delta above channel << 8 and token << 2. A list in rounds
+// has words of different channels in each round, so that no two lanes write to one place. Lists
+// that grew word by word are in no rounds; there atomics keep lanes apart.
 template <typename Words>
 DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool in_rounds) {
     if (!in_rounds) {
@@ -90,8 +92,8 @@ DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool 
         }
         return;
     }
-    // Words whose channels are equal modulo 8, which share banks, follow each other: eight lanes that
-    // are served at once take every `apart`-th word.
+    // Words whose channels are equal modulo 8, which share banks, follow each other: eight lanes
+    // that are served at once take every `apart`-th word.
     u32 rounds = list(0), size = list(1), longer = list(2);
     u32 apart = smaller(size / 8 + 1, 4);  // a round has at most 32
     u32 place = warp.lane % 8 * apart + warp.lane / 8, begin = HEADER;

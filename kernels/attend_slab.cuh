@@ -5,17 +5,19 @@
 // ROTATED (keys were stored before RoPE), TURNED (steps whose keys are turned token by token),
 // OUTLIERS, GROUP (query heads of a KV head, 1 2 4 8), SOFTCAP.
 //
-// Tokens are rows of the score fragments: lane 4r + c holds tokens r and r + 8 of each tile for columns
-// 2c and 2c + 1. Columns are query heads, and of up to four heads the terms of each (attend_terms.cuh);
-// turned keys add to a head's first term. Up to four heads have one to a lane to soften, and lanes
-// that have the same one share its tokens. Scores are base-2 logarithms. A value token's scale goes into
-// its weight, so weights are kept relative to the greatest score + log2(scale).
+// Tokens are rows of the score fragments: lane 4r + c holds tokens r and r + 8 of each tile for
+// columns 2c and 2c + 1. Columns are query heads, and of up to four heads the terms of each
+// (attend_terms.cuh); turned keys add to a head's first term. Up to four heads have one to a lane
+// to soften, and lanes that have the same one share its tokens. Scores are base-2 logarithms. A
+// value token's scale goes into its weight, so weights are kept relative to the greatest score +
+// log2(scale).
 #pragma once
 #include "attend_terms.cuh"
 
 constexpr u32 KEY_SLAB = STEPS * step_bytes(KEY_BITS), VALUE_SLAB = STEPS * step_bytes(VALUE_BITS);
-// Which codes are looked up in shared memory: pairs, or single ones of 8 bits, in the halves of a row of
-// LUT_STRIDE bytes (keys first), 2-bit values four at once. The others are picked from registers.
+// Which codes are looked up in shared memory: pairs, or single ones of 8 bits, in the halves of a
+// row of LUT_STRIDE bytes (keys first), 2-bit values four at once. The others are picked from
+// registers.
 static_assert(!CHANNEL_LEVELS || KEY_BITS != 8, "levels of 8 bits are a table of all keys");
 constexpr bool KEY_PAIRS = !CHANNEL_LEVELS && KEY_BITS == 4, KEY_SINGLES = KEY_BITS == 8;
 constexpr bool VALUE_PAIRS = VALUE_BITS == 4 || (VALUE_BITS == 3 && VALUE_TABLE);
@@ -47,9 +49,9 @@ struct Warp {
     const u8 *lut, *angles, *head_table;
     const u64* frequencies;
     const u16* order;
-    u8* query;      // (HEAD_DIM / 2, GROUP) half2: a channel and its partner
-    u8* terms;      // of each step from TURNED on (8 columns, 4) x 8 bytes: i, i + 1 and their partners
-    u8* weights;    // of up to two heads the tokens' weights as half, in the order of fragments
+    u8* query;  // (HEAD_DIM / 2, GROUP) half2: a channel and its partner
+    u8* terms;  // of each step from TURNED on (8 columns, 4) x 8 bytes: i, i + 1 and their partners
+    u8* weights;  // of up to two heads the tokens' weights as half, in the order of fragments
     const float* places;
     const u32* coefficients;
     float* sparse;  // outliers' share of the scores, then the tokens' weights, (64, GROUP)
@@ -71,7 +73,8 @@ DEVICE u32 query_at(u32 pair) {
 }
 
 DEVICE void query_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
-    const u32* at = (const u32*)(warp.query + query_at(8 * step + 2 * warp.column)) + column_head(warp.row);
+    const u32* at =
+        (const u32*)(warp.query + query_at(8 * step + 2 * warp.column)) + column_head(warp.row);
     u32 first = at[0], second = at[GROUP];
     bool is_first = column_term(warp.row) == 0;
     b0 = is_first ? pick_bytes(first, second, 0x5410) : 0;
@@ -137,7 +140,8 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
         KVQ_UNROLL for (int t = 0; t < 4; t++) {
             u32 k[4];
             if constexpr (KEY_BITS != 16) key_levels(warp, step, tiles[t], k);
-            KVQ_UNROLL for (int i = 0; i < 4 && KEY_BITS == 16; i++) k[i] = words[(4 * t + i) % KEY_BITS];
+            KVQ_UNROLL for (int i = 0; i < 4 && KEY_BITS == 16; i++) k[i] =
+                words[(4 * t + i) % KEY_BITS];
             mma(score[t], k, b0, b1);
         }
         return;
@@ -171,8 +175,8 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
 }
 
 // Add p V of 16 channels for the slab's 64 tokens; `weights` are the tokens' fragments.
-DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS],
-                       const u32 (&weights)[4][2], float (&out)[4]) {
+DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS], const u32 (&weights)[4][2],
+                       float (&out)[4]) {
     if constexpr (VALUE_QUADS) {
         KVQ_UNROLL for (int i = 0; i < 2; i++) {
             u32 word = words[i], first[4], second[4];
@@ -218,8 +222,9 @@ DEVICE void rescale(Warp& warp, const float (&factor)[LANE_HEADS]) {
     if constexpr (OUTLIERS) {
         sync_warp();
         KVQ_ROLLED for (int h = 0; h < GROUP; h++) {
-            float f = LANE_HEADS == 1 ? from_lane(factor[0], h)
-                                      : from_lane(h & 1 ? factor[LANE_HEADS - 1] : factor[0], h >> 1);
+            float f = LANE_HEADS == 1
+                          ? from_lane(factor[0], h)
+                          : from_lane(h & 1 ? factor[LANE_HEADS - 1] : factor[0], h >> 1);
             KVQ_ROLLED for (u32 d = warp.lane; d < HEAD_DIM; d += 32) warp.mix[d * GROUP + h] *= f;
         }
         sync_warp();
@@ -229,8 +234,8 @@ DEVICE void rescale(Warp& warp, const float (&factor)[LANE_HEADS]) {
 // From scores to the weights of the 64 tokens as fragments for `value_step`; keeps the softmax's
 // running sums. `ranges` are the tokens' (scale, offset) as half2, or null for exact values. Tokens
 // outside [first, last) weigh nothing.
-DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* ranges, u32 first, u32 last,
-                   u32 (&weights)[4][2]) {
+DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* ranges, u32 first,
+                   u32 last, u32 (&weights)[4][2]) {
     constexpr u32 lanes_apart = GROUP < 4 ? GROUP : 4;  // least between lanes with one head
     const u32 begin = 8 * mine_at(warp.column, 0) + warp.row;
     if (first != 0 || last != 64) {

@@ -1,6 +1,6 @@
-// How a warp of attend.cu gets the codes of one slab after another, and what goes with them: through a
-// ring in shared memory, or with AHEAD a step early into registers, from lines that it has fetched to the
-// second cache one slab early.
+// How a warp of attend.cu gets the codes of one slab after another, and what goes with them:
+// through a ring in shared memory, or with AHEAD a step early into registers, from lines that it
+// has fetched to the second cache one slab early.
 #pragma once
 #include "attend_layout.cuh"
 
@@ -11,10 +11,11 @@ struct Stream {
     u32 parity;  // which of the two side buffers this slab has
     u32 first;   // lane i knows slab first + i
     Slab known;
-    Slab slab;                      // the slab that is read
-    const u8 *words, *next_words;  // this lane's share of it, and of the next one; null past the last
-    const u8* chunk;                        // of the ring
-    u32 keys[KEY_BITS];                     // of the next step, where a warp reads ahead
+    Slab slab;  // the slab that is read
+    const u8 *words,
+        *next_words;     // this lane's share of it, and of the next one; null past the last
+    const u8* chunk;     // of the ring
+    u32 keys[KEY_BITS];  // of the next step, where a warp reads ahead
     u32 values[VALUE_BITS];
 };
 

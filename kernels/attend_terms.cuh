@@ -1,12 +1,12 @@
 // Scores of channels that turn little within a page: keys are not turned at all.
 //
-// A pair of channels that turns by the angle f a token adds (k, q) cos(f d) + (k, Jq) sin(f d) to the
-// score of the token d places behind the middle of its page, where q is the query turned back to that
-// place and J a quarter turn. Over a page, d = 64 t, both are sums of a few Chebyshev polynomials T_m(t)
-// whose coefficients depend on f alone (Jacobi and Anger). So the tensor cores multiply the keys as they
-// lie with TERMS queries in place of one, in columns that would say the same otherwise, and a token's
-// score is the sum of its TERMS products times T_m at its place. Scales of channels go into these
-// queries, offsets into one constant each.
+// A pair of channels that turns by the angle f a token adds (k, q) cos(f d) + (k, Jq) sin(f d) to
+// the score of the token d places behind the middle of its page, where q is the query turned back
+// to that place and J a quarter turn. Over a page, d = 64 t, both are sums of a few Chebyshev
+// polynomials T_m(t) whose coefficients depend on f alone (Jacobi and Anger). So the tensor cores
+// multiply the keys as they lie with TERMS queries in place of one, in columns that would say the
+// same otherwise, and a token's score is the sum of its TERMS products times T_m at its place.
+// Scales of channels go into these queries, offsets into one constant each.
 //
 // Steps from TURNED on are such channels, as far as the host found that TERMS polynomials suffice
 // (kvqtool/turning.py); keys of the steps before are turned token by token.
@@ -17,15 +17,15 @@ constexpr u32 THREADS = WARPS * 32;
 constexpr u32 TERMS = 8 / GROUP;  // columns of a head
 constexpr bool HAS_TERMS = TURNED < STEPS;
 constexpr bool HAS_AFFINE = KEY_BITS != 16 && !CHANNEL_LEVELS;
-constexpr u32 TERM_STEP = 256;                 // bytes: eight columns of four lanes' channels
+constexpr u32 TERM_STEP = 256;                    // bytes: eight columns of four lanes' channels
 constexpr u32 SHARE = GROUP < 4 ? 4 / GROUP : 1;  // lanes of a row that a head has
-constexpr u32 MINE = 8 / SHARE;                   // of a row's eight tokens, those that a lane softens
-constexpr int LANE_HEADS = GROUP == 8 ? 2 : 1;    // heads of a lane
+constexpr u32 MINE = 8 / SHARE;  // of a row's eight tokens, those that a lane softens
+constexpr int LANE_HEADS = GROUP == 8 ? 2 : 1;  // heads of a lane
 constexpr bool HAS_PLACES = HAS_TERMS && TERMS > 2;
 constexpr u32 PLACE_BYTES = HAS_PLACES ? 128 * 8 * 4 : 0;
 
-// Columns of the score fragments: eight heads have one each; fewer have TERMS each, a pair of terms to
-// a lane.
+// Columns of the score fragments: eight heads have one each; fewer have TERMS each, a pair of terms
+// to a lane.
 DEVICE u32 column_head(u32 column) {
     return GROUP == 8 ? column : column / 2 % GROUP;
 }
@@ -36,8 +36,8 @@ DEVICE u32 column_of(u32 head, u32 term) {
     return GROUP == 8 ? head : 2 * head + term % 2 + term / 2 * (2 * GROUP);
 }
 
-// Where a step's query lies for a lane: columns change places from step to step, so that neither the
-// lanes that write, some a step, nor those that read a step meet in a bank.
+// Where a step's query lies for a lane: columns change places from step to step, so that neither
+// the lanes that write, some a step, nor those that read a step meet in a bank.
 DEVICE u32 term_at(u32 step, u32 column, u32 lane_column) {
     return (step - TURNED) * TERM_STEP + (column ^ step % 8) * 32 + lane_column * 8;
 }
@@ -69,8 +69,8 @@ DEVICE void fill_places(u8* to) {
     }
 }
 
-// Scales and offsets of a KV head's channels in the form that terms need: an offset as a multiple of its
-// scale, which is not let be so small that the multiple overflows.
+// Scales and offsets of a KV head's channels in the form that terms need: an offset as a multiple
+// of its scale, which is not let be so small that the multiple overflows.
 DEVICE void fold_offsets(u8* head_table) {
     if constexpr (!HAS_TERMS || !HAS_AFFINE) return;
     KVQ_ROLLED for (u32 i = 8 * TURNED + thread_index(); i < 8 * STEPS; i += THREADS) {
@@ -86,8 +86,8 @@ DEVICE void fold_offsets(u8* head_table) {
     }
 }
 
-// The sum of a value over the lanes of a row that have parts of it, each lane ending with those of its
-// own tokens.
+// The sum of a value over the lanes of a row that have parts of it, each lane ending with those of
+// its own tokens.
 DEVICE void share_tokens(u32 column, const float (&part)[8], float (&mine)[MINE]) {
     if constexpr (SHARE == 1) {
         KVQ_UNROLL for (u32 i = 0; i < MINE; i++) mine[i] = part[i];
@@ -102,7 +102,8 @@ DEVICE void share_tokens(u32 column, const float (&part)[8], float (&mine)[MINE]
         } else {
             upper = column & 1;
             KVQ_UNROLL for (int i = 0; i < 2; i++) {
-                mine[i] = (upper ? half[i + 2] : half[i]) + exchange(upper ? half[i] : half[i + 2], 1);
+                mine[i] =
+                    (upper ? half[i + 2] : half[i]) + exchange(upper ? half[i] : half[i + 2], 1);
             }
         }
     }
@@ -113,14 +114,14 @@ DEVICE u32 mine_at(u32 column, u32 i) {
     return column / GROUP % SHARE * MINE + i;
 }
 
-// Scores of the tokens that a lane softens, from the products of a slab that lies in half `half` of its
-// page; `offset` is what offsets add to each product.
+// Scores of the tokens that a lane softens, from the products of a slab that lies in half `half` of
+// its page; `offset` is what offsets add to each product.
 DEVICE void gather_scores(u32 row, u32 column, const float* places, const float (&score)[4][4],
                           const float (&offset)[4], u32 half, float (&mine)[MINE][LANE_HEADS]) {
     if constexpr (GROUP == 8) {
         KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
-            KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++)
-                mine[i % MINE][j] = score[i / 2][2 * (i & 1) + j] + offset[j];
+            KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) mine[i % MINE][j] =
+                score[i / 2][2 * (i & 1) + j] + offset[j];
         }
         return;
     }
@@ -132,7 +133,8 @@ DEVICE void gather_scores(u32 row, u32 column, const float* places, const float 
         } else if constexpr (TERMS == 2) {
             part[i] = first + offset[0] + (second + offset[1]) * (start + 0.125f * i);
         } else {
-            Couple at = *(const Couple*)(places + (64 * half + 8 * i + row) * 8 + column / GROUP * 2);
+            Couple at =
+                *(const Couple*)(places + (64 * half + 8 * i + row) * 8 + column / GROUP * 2);
             part[i] = (first + offset[0]) * at.first + (second + offset[1]) * at.second;
         }
     }

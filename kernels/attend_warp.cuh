@@ -1,23 +1,21 @@
-// What a warp of attend.cu does with its part: slab after slab, then tokens that are stored exactly.
+// What a warp of attend.cu does with its part: slab after slab, then tokens that are stored
+// exactly.
 #pragma once
 #include "attend_stream.cuh"
 
-// The list of a slab's outliers: in shared memory, or the first LISTED there and the rest where they
-// are.
+// The list of a slab's outliers: in shared memory, or the first LISTED there and the rest where
+// they are.
 struct Near {
     const u32* near;
-    DEVICE u32 operator()(u32 i) const {
-        return near[i];
-    }
+    DEVICE u32 operator()(u32 i) const { return near[i]; }
 };
 struct Far {
     const u32 *near, *all;
-    DEVICE u32 operator()(u32 i) const {
-        return i < LISTED ? near[i] : all[i];
-    }
+    DEVICE u32 operator()(u32 i) const { return i < LISTED ? near[i] : all[i]; }
 };
 
-// Write the terms of the heads' query for two neighbouring channels, in half2s, and for their partners.
+// Write the terms of the heads' query for two neighbouring channels, in half2s, and for their
+// partners.
 DEVICE void write_terms(const Warp& warp, u32 step, u32 column, const u32 (&low)[GROUP],
                         const u32 (&high)[GROUP]) {
     Quad scale{{0x3c003c00, 0, 0x3c003c00, 0}};
@@ -37,7 +35,8 @@ DEVICE void write_terms(const Warp& warp, u32 step, u32 column, const u32 (&low)
 }
 
 // Write the query as fragments, turned back by `position` tokens, so that keys need turning by
-// their place in the page only; with `terms` also what steps that are not turned are multiplied with.
+// their place in the page only; with `terms` also what steps that are not turned are multiplied
+// with.
 template <bool terms>
 DEVICE void turn_query(const Warp& warp, const float* query, int position) {
     sync_warp();
@@ -48,20 +47,23 @@ DEVICE void turn_query(const Warp& warp, const float* query, int position) {
         if (ROTATED && position) {
             KVQ_UNROLL for (int e = 0; e < 2; e++) {
                 u64 phase = warp.frequencies[i + e] * (u64)(long long)position;
-                sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine[e], cosine[e]);
+                sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine[e],
+                            cosine[e]);
             }
         }
         u32 low[GROUP], high[GROUP];
         KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
             Couple x = *(const Couple*)(query + h * HEAD_DIM + i);
             Couple y = *(const Couple*)(query + h * HEAD_DIM + i + HEAD_DIM / 2);
-            low[h] = h2_from(x.first * cosine[0] + y.first * sine[0], x.second * cosine[1] + y.second * sine[1]);
-            high[h] = h2_from(y.first * cosine[0] - x.first * sine[0], y.second * cosine[1] - x.second * sine[1]);
+            low[h] = h2_from(x.first * cosine[0] + y.first * sine[0],
+                             x.second * cosine[1] + y.second * sine[1]);
+            high[h] = h2_from(y.first * cosine[0] - x.first * sine[0],
+                              y.second * cosine[1] - x.second * sine[1]);
         }
         KVQ_UNROLL for (u32 odd = 0; odd < 2; odd++) {
             Queries own;
-            KVQ_UNROLL for (int h = 0; h < GROUP; h++)
-                own.of[h] = pick_bytes(low[h], high[h], odd ? 0x7632 : 0x5410);
+            KVQ_UNROLL for (int h = 0; h < GROUP; h++) own.of[h] =
+                pick_bytes(low[h], high[h], odd ? 0x7632 : 0x5410);
             *(Queries*)(warp.query + query_at(i + odd)) = own;
         }
         if constexpr (HAS_TERMS && terms) {
@@ -247,7 +249,8 @@ DEVICE void leave_result(Warp& warp, float* join) {
 }
 
 // Tell a warp who it is and where its corner and the tables lie.
-DEVICE void set_up(Warp& warp, const u16* levels, const Cache& cache, u8* shared, u32 number, u32 lane) {
+DEVICE void set_up(Warp& warp, const u16* levels, const Cache& cache, u8* shared, u32 number,
+                   u32 lane) {
     u8* corner = shared + CORNER_AT + number * CORNER;
     warp.lane = lane, warp.row = lane / 4, warp.column = lane % 4;
     warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
@@ -258,7 +261,8 @@ DEVICE void set_up(Warp& warp, const u16* levels, const Cache& cache, u8* shared
     warp.weights = corner + CORNER_WEIGHTS, warp.places = (const float*)(shared + PLACES_AT);
     warp.coefficients = cache.coefficients;
     warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
-    // 0, but the compiler does not know: what all lanes know alike it would keep once and fetch for every use.
+    // 0, but the compiler does not know: what all lanes know alike it would keep once and fetch for
+    // every use.
     u32 apart = lane * (cache.max_pages >> 31);
     if constexpr (KEY_BITS < 4 && !CHANNEL_LEVELS && !KEY_PAIRS) {
         warp.key_levels.load(levels + apart);

@@ -2,8 +2,8 @@
 #pragma once
 #include "pack.cuh"
 
-// [-1, 1] is cut into CELLS. A byte each says where the first middle lies that is not before the cell;
-// where no cell has two, one comparison finds the rest.
+// [-1, 1] is cut into CELLS. A byte each says where the first middle lies that is not before the
+// cell; where no cell has two, one comparison finds the rest.
 constexpr u32 CELLS = 256;
 struct Cells {
     float* middles;  // one more than there are, 16 at least: the others are infinite

@@ -6,11 +6,11 @@
 //
 // Grid: (sequence, KV head, slab), 64 threads.
 //
-// `feedback` (num_kv_heads, HEAD_DIM, HEAD_DIM) float by turn: what j pays for c, above the diagonal
-// `reads`    levels that are read back: (L), or (num_kv_heads * HEAD_DIM, L)
-// `coded`    (batch, num_kv_heads, tokens, HEAD_DIM) bytes: the code, with FLAG for an outlier
-// `moved`    likewise halves: where an outlier, what is stored of it
-// The rest as in pack.cu. Macros: those of pack.cu.
+// `feedback` (num_kv_heads, HEAD_DIM, HEAD_DIM) float by turn: what j pays for c, above the
+// diagonal `reads`    levels that are read back: (L), or (num_kv_heads * HEAD_DIM, L) `coded`
+// (batch, num_kv_heads, tokens, HEAD_DIM) bytes: the code, with FLAG for an outlier `moved`
+// likewise halves: where an outlier, what is stored of it The rest as in pack.cu. Macros: those of
+// pack.cu.
 #include "floats.cuh"
 
 constexpr u32 COLUMN = 65;              // tokens of a channel's errors, padded
@@ -53,8 +53,8 @@ DEVICE void round_slab(const Bench& bench, const Rounding& rounding, const Place
     const float* feedback = rounding.feedback + (u64)head_channel * HEAD_DIM;
     const u16* turn = rounding.turn + head_channel;
     float* mine = bench.errors + token;
-    u64 first = (((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64) *
-                HEAD_DIM;
+    u64 first =
+        (((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64) * HEAD_DIM;
     KVQ_ROLLED for (u32 j = 0; j < HEAD_DIM; j += 8) {
         float owed[8] = {};
         KVQ_UNROLL_4 for (u32 c = 0; c < j; c++) {
@@ -69,7 +69,8 @@ DEVICE void round_slab(const Bench& bench, const Rounding& rounding, const Place
         KVQ_UNROLL for (u32 k = 0; k < 8; k++) {
             u32 channel = turn[j + k], c = head_channel + channel;
             float wanted = add_exact(mine[(j + k) * COLUMN], -owed[k]);
-            u32 code = nearest<bits>(wanted, rounding.middles + (by_channel ? c * (levels - 1) : 0));
+            u32 code =
+                nearest<bits>(wanted, rounding.middles + (by_channel ? c * (levels - 1) : 0));
             u8* to = bench.codes + token * CODE_ROW + channel;
             bool is_outlier = *to == FLAG;
             float read = rounding.reads[(by_channel ? c * levels : 0) + code];
@@ -114,10 +115,16 @@ compensate_keys(const u16* key, const int* page_table, const float* lower, const
     u16* place_of = bench.turn_of + HEAD_DIM;
     u32 slabs = (tokens + 63) / 64;
     Place place = find_place(block_index(), num_kv_heads, slabs, tokens, page_table, max_pages);
-    KeyCode code{lower, upper, offset, inverse, middles, order,
+    KeyCode code{lower,
+                 upper,
+                 offset,
+                 inverse,
+                 middles,
+                 order,
                  turns + (u64)place.sequence * tokens * HEAD_DIM};
-    const u16* rows = key + (((u64)place.sequence * num_kv_heads + place.head) * tokens +
-                             place.slab * 64) * HEAD_DIM;
+    const u16* rows =
+        key +
+        (((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64) * HEAD_DIM;
     find_turns(bench, turn + place.head * HEAD_DIM);
     for (u32 i = thread_index(); i < HEAD_DIM; i += 64) place_of[order[i]] = (u16)i;
     sync_block();
@@ -128,7 +135,8 @@ compensate_keys(const u16* key, const int* page_table, const float* lower, const
         float state[2] = {0.0f, 0.0f};
         bool exists = token < place.tokens;
         if (exists) {
-            key_states(pair, rows + token * HEAD_DIM, turn_at(code, place.slab * 64 + token, at), state);
+            key_states(pair, rows + token * HEAD_DIM, turn_at(code, place.slab * 64 + token, at),
+                       state);
         }
         KVQ_UNROLL for (u32 k = 0; k < 2; k++) {
             put(bench, token, pair[k].channel, key_scaled(pair[k], state[k]),
@@ -155,21 +163,22 @@ compensate_keys(const u16* key, const int* page_table, const float* lower, const
 
 KERNEL(64)
 compensate_values(const ValueState* value, const int* page_table, const u32* ranges,
-                  const ValueCuts* cuts,
-                  const float* middles, const float* reads, const float* feedback, const u16* turn,
-                  u8* coded, u16* moved, u32 num_kv_heads, u32 tokens, u32 max_pages) {
+                  const ValueCuts* cuts, const float* middles, const float* reads,
+                  const float* feedback, const u16* turn, u8* coded, u16* moved, u32 num_kv_heads,
+                  u32 tokens, u32 max_pages) {
     Bench bench = lay_out();
     RowOfValues* tokens_of = (RowOfValues*)(bench.turn_of + HEAD_DIM);
     u32 slabs = (tokens + 63) / 64, token = thread_index();
     Place place = find_place(block_index(), num_kv_heads, slabs, tokens, page_table, max_pages);
-    const ValueState* rows = value + (((u64)place.sequence * num_kv_heads + place.head) * tokens +
-                               place.slab * 64) * HEAD_DIM;
+    const ValueState* rows =
+        value +
+        (((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64) * HEAD_DIM;
     find_turns(bench, turn + place.head * HEAD_DIM);
     RowOfValues mine{};
     if (token < place.tokens) {
         u32 range = ranges[place.page * 128 + place.slab % 2 * 64 + token];
         mine = RowOfValues{range, inverse_scale(range),
-                        cuts[(u64)place.sequence * tokens + place.slab * 64 + token]};
+                           cuts[(u64)place.sequence * tokens + place.slab * 64 + token]};
     }
     tokens_of[token] = mine;
     sync_block();

@@ -5,7 +5,7 @@
 #pragma once
 #include "pack.cuh"
 
-constexpr u8 FLAG = 0x80;  // of an outlier's code
+constexpr u8 FLAG = 0x80;                 // of an outlier's code
 constexpr bool STAGED = HEAD_DIM <= 128;  // feedback has room in shared memory
 
 struct alignas(16) Four {
@@ -71,8 +71,8 @@ DEVICE void round_token(const Rounding& rounding, const Bench& bench) {
                 errors[k] = codes[k] == FLAG ? 0.0f : add_exact(wanted, -level);
                 codes[k] |= code;
                 KVQ_UNROLL for (u32 later = k + 1; later < own; later++) {
-                    owed[later] = add_exact(owed[later],
-                                            mul_exact(rows[k * HEAD_DIM + later], errors[k]));
+                    owed[later] =
+                        add_exact(owed[later], mul_exact(rows[k * HEAD_DIM + later], errors[k]));
                 }
             }
         }
@@ -83,8 +83,7 @@ DEVICE void round_token(const Rounding& rounding, const Bench& bench) {
                 KVQ_UNROLL for (u32 q = 0; q < own / 4; q++) {
                     Four row = *(const Four*)(rows + k * HEAD_DIM + 4 * q);
                     KVQ_UNROLL for (u32 i = 0; i < 4; i++) {
-                        owed[4 * q + i] =
-                            add_exact(owed[4 * q + i], mul_exact(row.at[i], error));
+                        owed[4 * q + i] = add_exact(owed[4 * q + i], mul_exact(row.at[i], error));
                     }
                 }
             } else {

@@ -20,9 +20,9 @@ typedef unsigned long long u64;
 // A thread of this one has so many registers at most.
 #define KERNEL_OF(threads, registers) \
     extern "C" __global__ void __launch_bounds__(threads, 65536 / (registers) / (threads))
-#define KVQ_UNROLL      _Pragma("unroll")
-#define KVQ_ROLLED      _Pragma("unroll 1")
-#define KVQ_UNROLL_4    _Pragma("unroll 4")
+#define KVQ_UNROLL   _Pragma("unroll")
+#define KVQ_ROLLED   _Pragma("unroll 1")
+#define KVQ_UNROLL_4 _Pragma("unroll 4")
 
 DEVICE u32 thread_index() {
     return threadIdx.x;
@@ -247,8 +247,8 @@ DEVICE u32 transpose8(u32 pair) {
     return result;
 }
 
-// Transposes of four 8x8 matrices of halves in shared memory; lane 8m + r says where row r of matrix m
-// lies. Element m of lane 4c + d is then column c, rows 2d and 2d + 1.
+// Transposes of four 8x8 matrices of halves in shared memory; lane 8m + r says where row r of
+// matrix m lies. Element m of lane 4c + d is then column c, rows 2d and 2d + 1.
 DEVICE void load_transposed(const u16* row, u32 (&pairs)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
@@ -256,7 +256,8 @@ DEVICE void load_transposed(const u16* row, u32 (&pairs)[4]) {
                  : "memory");
 }
 
-// Four 8x8 matrices of halves as they lie: element m of lane 4r + d is row r, columns 2d and 2d + 1.
+// Four 8x8 matrices of halves as they lie: element m of lane 4r + d is row r, columns 2d and 2d
+// + 1.
 DEVICE void load_matrices(const u16* row, u32 (&pairs)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])

@@ -1,5 +1,5 @@
-// Ranges, outliers and codes of values that are floats (`-vrot`); `pack_values` takes the codes as those
-// of compensate.cu. Each float operation is one IEEE operation in the order of codec.py.
+// Ranges, outliers and codes of values that are floats (`-vrot`); `pack_values` takes the codes as
+// those of compensate.cu. Each float operation is one IEEE operation in the order of codec.py.
 //
 // `values` (batch, num_kv_heads, tokens, HEAD_DIM) float. The rest as in pack.cu and compensate.cu.
 #include "floats.cuh"

@@ -1,5 +1,5 @@
-// Values that are floats, as rotating a head makes them: their order takes 32 bits, so that channels,
-// which tell equal ones apart, stand beside. VALUE_FLOAT says that values are such.
+// Values that are floats, as rotating a head makes them: their order takes 32 bits, so that
+// channels, which tell equal ones apart, stand beside. VALUE_FLOAT says that values are such.
 #pragma once
 #include "pack.cuh"
 

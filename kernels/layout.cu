@@ -1,4 +1,5 @@
-// Where lists of outliers go, from how many each has: what pages.list_sizes and a sum say. See pack.cu.
+// Where lists of outliers go, from how many each has: what pages.list_sizes and a sum say. See
+// pack.cu.
 #include "unpack.cuh"
 
 constexpr u32 THREADS = 1024;

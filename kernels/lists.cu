@@ -1,5 +1,5 @@
-// The last of the kernels that pack a prompt: lists of outliers, from the flags of pack.cu, where the
-// host has laid them out. What the arguments are, pack.cu says.
+// The last of the kernels that pack a prompt: lists of outliers, from the flags of pack.cu, where
+// the host has laid them out. What the arguments are, pack.cu says.
 #include "pack_given.cuh"
 
 // Where outliers go that their words do not give back, and what places count by.
@@ -44,22 +44,21 @@ DEVICE void write_marks(u16* marks, u32 at, u32 flags, u32 step, u32 lane) {
     }
 }
 
-// Grid: (sequence, KV head, slab). Write the lists of outliers where `index` says, from the flags: these
-// are gathered, a warp those of two steps, so that an outlier each is a thread's work, those of values
-// behind whole warps of keys.
+// Grid: (sequence, KV head, slab). Write the lists of outliers where `index` says, from the flags:
+// these are gathered, a warp those of two steps, so that an outlier each is a thread's work, those
+// of values behind whole warps of keys.
 KERNEL(STEPS * 16)
 write_lists(const u16* key, const u16* value, const int* page_table, const float* lower,
-            const float* upper, const float* offset, const float* inverse,
-            const float* key_middles, const float* value_middles, const u16* order,
-            const float* turns, const u16* levels, const u16* key_levels, const u32* ranges,
-            const u8* key_coded, const u16* key_moved, const u8* value_coded,
-            const u16* value_moved, const u32* key_flags, const u32* value_flags, const u32* index,
-            u32* outlier_words, u32* spills, u64* spilled, u32 room, u32 batch, u32 num_kv_heads,
-            u32 tokens, u32 max_pages) {
+            const float* upper, const float* offset, const float* inverse, const float* key_middles,
+            const float* value_middles, const u16* order, const float* turns, const u16* levels,
+            const u16* key_levels, const u32* ranges, const u8* key_coded, const u16* key_moved,
+            const u8* value_coded, const u16* value_moved, const u32* key_flags,
+            const u32* value_flags, const u32* index, u32* outlier_words, u32* spills, u64* spilled,
+            u32 room, u32 batch, u32 num_kv_heads, u32 tokens, u32 max_pages) {
     constexpr u32 threads = STEPS * 16;
-    u32* counts = (u32*)shared_memory();   // of keys, a warp each
-    u32* channels = counts + STEPS;         // outliers of each channel of values, then of those before
-    u32* rounds = channels + HEAD_DIM;      // how many, their size, how many have one more, and all
+    u32* counts = (u32*)shared_memory();  // of keys, a warp each
+    u32* channels = counts + STEPS;     // outliers of each channel of values, then of those before
+    u32* rounds = channels + HEAD_DIM;  // how many, their size, how many have one more, and all
     float* middles = (float*)(rounds + 4);  // of keys, of values
     u16* marks = (u16*)(middles + MIDDLES);
     u32 many = (tokens + 63) / 64, lane = thread_index() % 32, warp = thread_index() / 32;
@@ -71,16 +70,20 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
         flags[0][k] = key_flags[at], flags[1][k] = value_flags[at];
     }
     const u32* where = index + 4 * list;
-    u32 key_first = where[0], key_quads = where[1], value_first = where[2], value_quads = where[3] & ~IN_ROUNDS;
-    KVQ_ROLLED for (u32 i = thread_index(); i < larger(LEVELS, 1u << VALUE_BITS) - 1; i += threads) {
+    u32 key_first = where[0], key_quads = where[1], value_first = where[2],
+        value_quads = where[3] & ~IN_ROUNDS;
+    KVQ_ROLLED for (u32 i = thread_index(); i < larger(LEVELS, 1u << VALUE_BITS) - 1;
+                    i += threads) {
         if (!CHANNEL_LEVELS && i < LEVELS - 1) middles[i] = key_middles[i];
         if (i < (1u << VALUE_BITS) - 1) middles[VALUE_MIDDLES + i] = value_middles[i];
     }
-    u32 total, before = lanes_before(count_bits(flags[0][0]) + count_bits(flags[0][1]), lane, total);
+    u32 total,
+        before = lanes_before(count_bits(flags[0][0]) + count_bits(flags[0][1]), lane, total);
     if (lane == 0) counts[warp] = total;
-    // The outliers of a lane's four channels, two of each step, come behind those of the lanes before it;
-    // their numbers, 64 at most, are a byte each.
-    u32 own = lane / 4 * (HEAD_DIM / 8) + 4 * warp, found_here = 0;  // by the remainder modulo 8 first
+    // The outliers of a lane's four channels, two of each step, come behind those of the lanes
+    // before it; their numbers, 64 at most, are a byte each.
+    u32 own = lane / 4 * (HEAD_DIM / 8) + 4 * warp,
+        found_here = 0;  // by the remainder modulo 8 first
     KVQ_UNROLL for (u32 c = 0; c < 4; c++) {
         found_here |= count_bits(flags[1][c / 2] & 0x33333333u << c % 2 * 2) << 8 * c;
     }
@@ -104,18 +107,24 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
         if (lane < HEADER) words[1][lane] = lane < 3 ? rounds[lane] : 0;
         if (lane < value_quads * 4 - used) words[1][used + lane] = 0;
     }
-    KeyCode code{lower, upper, offset, inverse, CHANNEL_LEVELS ? key_middles : middles, order,
+    KeyCode code{lower,
+                 upper,
+                 offset,
+                 inverse,
+                 CHANNEL_LEVELS ? key_middles : middles,
+                 order,
                  turns + (u64)place.sequence * tokens * HEAD_DIM};
     Decode decode{levels, key_levels, (const u32*)key_levels};
     const u64 first = ((u64)place.sequence * num_kv_heads + place.head) * tokens + place.slab * 64;
     Given given[2] = {{key_coded + first * HEAD_DIM, key_moved + first * HEAD_DIM},
                       {value_coded + first * HEAD_DIM, value_moved + first * HEAD_DIM}};
-    Spill spill{spills, spilled, (u64)batch * num_kv_heads * HEAD_DIM,
-                (((u64)place.slab * 64 * batch + place.sequence) * num_kv_heads + place.head) *
-                    HEAD_DIM};
+    Spill spill{
+        spills, spilled, (u64)batch * num_kv_heads * HEAD_DIM,
+        (((u64)place.slab * 64 * batch + place.sequence) * num_kv_heads + place.head) * HEAD_DIM};
     KVQ_ROLLED for (u32 base = 0; base < end; base += ITEMS) {
         write_marks(marks, before - base, flags[0][0], 2 * warp, lane);
-        write_marks(marks, before - base + count_bits(flags[0][0]), flags[0][1], 2 * warp + 1, lane);
+        write_marks(marks, before - base + count_bits(flags[0][0]), flags[0][1], 2 * warp + 1,
+                    lane);
         KVQ_UNROLL for (u32 c = 0; c < 4; c++) {
             u32 at = first_value + channels[own + c] + (ranks >> 8 * c & 255) - base;
             u32 chosen = flags[1][c / 2] & 0x33333333u << c % 2 * 2;
@@ -153,9 +162,11 @@ write_lists(const u16* key, const u16* value, const int* page_table, const float
                     found = given_element(given[1], token, at);
                 } else {
                     ValueRow row{range, inverse_scale(range), NO_CUTS};
-                    found = value_element(middles + VALUE_MIDDLES, value[(first + token) * HEAD_DIM + at], row, at);
+                    found = value_element(middles + VALUE_MIDDLES,
+                                          value[(first + token) * HEAD_DIM + at], row, at);
                 }
-                u32 round = (item - first_value) % rounds[0], within = (item - first_value) / rounds[0];
+                u32 round = (item - first_value) % rounds[0],
+                    within = (item - first_value) / rounds[0];
                 u32 slot = HEADER + round * rounds[1] + smaller(round, rounds[2]) + within;
                 float dense = value_dense(decode, range, found.code);
                 u32 word = delta_word(found.state, dense, outlier_at(token, at));

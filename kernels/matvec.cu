@@ -1,6 +1,6 @@
 // Products with packed keys or values alone, from codes (DENSE), outliers (SPARSE) or both: what
-// attention consists of, to be timed apart. Arguments as in attend.cu; blocks and warps share slabs as
-// there, and every slab is read where it lies.
+// attention consists of, to be timed apart. Arguments as in attend.cu; blocks and warps share slabs
+// as there, and every slab is read where it lies.
 //
 // `scores`   (batch, heads, capacity) float: query times each packed token's rotated key
 // `weights`  likewise; `sums` (batch, heads, HEAD_DIM) float, zeros: weighted values are added, in
@@ -11,9 +11,7 @@
 // A list of outliers where it lies.
 struct There {
     const u32* words;
-    DEVICE u32 operator()(u32 i) const {
-        return words[i];
-    }
+    DEVICE u32 operator()(u32 i) const { return words[i]; }
 };
 
 // What a warp knows of the slab it reads.
@@ -28,8 +26,8 @@ DEVICE Reading find_slab(const Cache& cache, const Segment& segment, u32 number)
     u32 index = (page * cache.num_kv_heads + segment.kv_head) * 2 + number % 2;
     found.words = cache.slabs + (u64)index * SLAB;
     found.ranges = page * 2 + number % 2;
-    KVQ_UNROLL for (int i = 0; i < 4; i++)
-        found.lists[i] = SPARSE ? cache.outlier_index[4 * (u64)index + i] : 0;
+    KVQ_UNROLL for (int i = 0; i < 4; i++) found.lists[i] =
+        SPARSE ? cache.outlier_index[4 * (u64)index + i] : 0;
     return found;
 }
 
@@ -44,7 +42,8 @@ template <typename Read>
 DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* query, bool is_key,
                           const Read& read) {
     u8* shared = shared_memory();
-    u32 number = thread_index() / 32, lane = thread_index() % 32, level = lane_level(tables.levels, lane);
+    u32 number = thread_index() / 32, lane = thread_index() % 32,
+        level = lane_level(tables.levels, lane);
     send_tables(tables, cache, shared);
     Cut cut;
     if (block_index() >= plan(cache, block_count(), lane, cut)) {
@@ -67,8 +66,10 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
         }
         Range range = range_of_block(cut, segment, unit, end);
         u32 count = range.until - range.from;
-        part.first = segment.first_slab + smaller(range.from + count * number / WARPS, segment.slabs);
-        part.last = segment.first_slab + smaller(range.from + count * (number + 1) / WARPS, segment.slabs);
+        part.first =
+            segment.first_slab + smaller(range.from + count * number / WARPS, segment.slabs);
+        part.last =
+            segment.first_slab + smaller(range.from + count * (number + 1) / WARPS, segment.slabs);
         if (is_key) fill_head_table(tables.key_table, segment.kv_head, shared + HEAD_AT);
         await_copies<0>();
         sync_block();
@@ -81,15 +82,15 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
     }
 }
 
-#define CACHE_PARAMETERS                                                                           \
-    const u8 *slabs, const u32 *ranges, const u32 *outlier_index, const u32 *outlier_words,        \
-        const int *page_table, const int *state, const u16 *key_table, const u16 *levels,          \
-        const u32 *angles, const u64 *frequencies, const u32 *coefficients, const u16 *order, u32 batch, u32 group_heads,   \
-        u32 num_kv_heads, u32 max_pages
+#define CACHE_PARAMETERS                                                                      \
+    const u8 *slabs, const u32 *ranges, const u32 *outlier_index, const u32 *outlier_words,   \
+        const int *page_table, const int *state, const u16 *key_table, const u16 *levels,     \
+        const u32 *angles, const u64 *frequencies, const u32 *coefficients, const u16 *order, \
+        u32 batch, u32 group_heads, u32 num_kv_heads, u32 max_pages
 #define CACHE                                                                                      \
     Cache {                                                                                        \
         slabs, ranges, outlier_index, outlier_words, page_table, state, batch, group_heads,        \
-            num_kv_heads, max_pages, frequencies, coefficients, order, Exact{nullptr, nullptr, 0},               \
+            num_kv_heads, max_pages, frequencies, coefficients, order, Exact{nullptr, nullptr, 0}, \
             Exact{nullptr, nullptr, 0}                                                             \
     }
 
@@ -104,8 +105,8 @@ score_keys(const u16* query, float* scores, CACHE_PARAMETERS) {
         KVQ_ROLLED for (u32 number = part.first; number < part.last; number++) {
             Reading slab = find_slab(cache, segment, number);
             u32 words[STEPS][KEY_BITS];
-            KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++)
-                load_words<KEY_BITS>(slab.words + step * step_bytes(KEY_BITS), warp.lane, words[step]);
+            KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++) load_words<KEY_BITS>(
+                slab.words + step * step_bytes(KEY_BITS), warp.lane, words[step]);
             turn_query<true>(warp, shared_query, own[3] + (int)(number / 2 * 128) + MIDDLE);
             float product[4][4] = {}, offset[4] = {}, score[MINE][LANE_HEADS];
             if constexpr (SPARSE) {
@@ -121,13 +122,16 @@ score_keys(const u16* query, float* scores, CACHE_PARAMETERS) {
                 sync_warp();
                 sparse_scores(warp, score);
             }
-            float* out = scores + ((u64)segment.sequence * group_heads * num_kv_heads +
-                                   segment.first_head) * capacity;
+            float* out =
+                scores + ((u64)segment.sequence * group_heads * num_kv_heads + segment.first_head) *
+                             capacity;
             KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
                 KVQ_UNROLL for (u32 j = 0; j < LANE_HEADS; j++) {
-                    u32 token = number * 64 + 8 * mine_at(warp.column, i) + warp.row, head = warp.head + j;
+                    u32 token = number * 64 + 8 * mine_at(warp.column, i) + warp.row,
+                        head = warp.head + j;
                     bool is_there = token >= (u32)own[4] && token < (u32)own[0];
-                    if (is_there && head < segment.heads) out[(u64)head * capacity + token] = score[i][j];
+                    if (is_there && head < segment.heads)
+                        out[(u64)head * capacity + token] = score[i][j];
                 }
             }
         }
@@ -142,10 +146,11 @@ DEVICE float slab_weights(Warp& warp, const float (&weight)[8][LANE_HEADS], cons
     float highest = 0.0f;
     KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
         float scale = h2_low(ranges[8 * i + warp.row]);
-        KVQ_UNROLL for (u32 j = 0; j < LANE_HEADS; j++)
-            highest = greater(highest, greater(weight[i][j] * scale, -weight[i][j] * scale));
+        KVQ_UNROLL for (u32 j = 0; j < LANE_HEADS; j++) highest =
+            greater(highest, greater(weight[i][j] * scale, -weight[i][j] * scale));
     }
-    KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) highest = greater(highest, exchange(highest, mask));
+    KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) highest =
+        greater(highest, exchange(highest, mask));
     float inverse = highest > 0.0f ? 1.0f / highest : 0.0f;
     KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
         u32 token = 8 * i + warp.row, range = ranges[token];
@@ -173,15 +178,16 @@ mix_values(const float* weights, float* sums, CACHE_PARAMETERS) {
         KVQ_ROLLED for (u32 number = part.first; number < part.last; number++) {
             Reading slab = find_slab(cache, segment, number);
             u32 words[STEPS][VALUE_BITS], fragments[4][2];
-            KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++)
-                load_words<VALUE_BITS>(slab.words + KEY_SLAB + step * step_bytes(VALUE_BITS),
-                                       warp.lane, words[step]);
+            KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++) load_words<VALUE_BITS>(
+                slab.words + KEY_SLAB + step * step_bytes(VALUE_BITS), warp.lane, words[step]);
             float weight[8][LANE_HEADS];
             KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
                 KVQ_UNROLL for (u32 j = 0; j < LANE_HEADS; j++) {
                     u32 token = number * 64 + 8 * i + warp.row, head = warp.head + j;
-                    bool is_there = token >= (u32)own[4] && token < (u32)own[0] && head < segment.heads;
-                    weight[i][j] = is_there ? weights[(first_head + head) * capacity + token] : 0.0f;
+                    bool is_there =
+                        token >= (u32)own[4] && token < (u32)own[0] && head < segment.heads;
+                    weight[i][j] =
+                        is_there ? weights[(first_head + head) * capacity + token] : 0.0f;
                 }
             }
             sync_warp();  // the slab before is used up
@@ -189,7 +195,8 @@ mix_values(const float* weights, float* sums, CACHE_PARAMETERS) {
             sync_warp();
             if constexpr (SPARSE) {
                 There list{outlier_words + (u64)slab.lists[2] * 4};
-                value_outliers(warp, list, (slab.lists[3] & ~IN_ROUNDS) * 4, slab.lists[3] & IN_ROUNDS);
+                value_outliers(warp, list, (slab.lists[3] & ~IN_ROUNDS) * 4,
+                               slab.lists[3] & IN_ROUNDS);
             }
             KVQ_UNROLL for (u32 m = 0; m < STEPS && DENSE; m++) {
                 float sum[4] = {};
@@ -199,13 +206,14 @@ mix_values(const float* weights, float* sums, CACHE_PARAMETERS) {
         }
         sync_warp();
         KVQ_UNROLL for (u32 j = 0; j < LANE_HEADS; j++) {
-            KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2)
-                warp.offset[j] += exchange(warp.offset[j], mask);
+            KVQ_UNROLL for (u32 mask = 4; mask < 32; mask *= 2) warp.offset[j] +=
+                exchange(warp.offset[j], mask);
             if (!has_heads(warp) || warp.head + j >= segment.heads) continue;
             float offset = DENSE ? warp.offset[j] : 0.0f;
             KVQ_UNROLL for (u32 i = 0; i < 2 * STEPS; i++) {
                 u32 channel = 8 * i + warp.row, head = warp.head + j;
-                float sum = warp.mix[channel * GROUP + head] + warp.out[i / 2][j + i % 2 * 2] + offset;
+                float sum =
+                    warp.mix[channel * GROUP + head] + warp.out[i / 2][j + i % 2 * 2] + offset;
                 add_global(sums + (first_head + head) * HEAD_DIM + channel, sum);
             }
         }

@@ -1,9 +1,9 @@
 // From the states a model computed to pages: codes, ranges and outliers, the same bits as codec.py.
 //
-// Four kernels, so that lists of outliers get exactly the room they need: `survey_values` finds each
-// token's range and marks which elements are outliers, `pack_keys` and `pack_values` write codes, the
-// former says which keys are outliers, and, once lists are laid out, `write_lists` fills them. Each
-// float operation is one IEEE operation in the order of codec.py; nothing is contracted.
+// Four kernels, so that lists of outliers get exactly the room they need: `survey_values` finds
+// each token's range and marks which elements are outliers, `pack_keys` and `pack_values` write
+// codes, the former says which keys are outliers, and, once lists are laid out, `write_lists` fills
+// them. Each float operation is one IEEE operation in the order of codec.py; nothing is contracted.
 //
 // `states`  (batch, num_kv_heads, tokens, HEAD_DIM) half, or bfloat16 with BF16; keys after RoPE
 // `turns`   (batch, tokens, HEAD_DIM / 2) float cosine and sine a pair by place, with ROTATED
@@ -11,11 +11,13 @@
 // `cuts`    (batch, tokens) Cuts, where values are encoded ahead
 // `index`   (pages, num_kv_heads, 2) x {first quad, quads} of keys, then of values; lists of values
 //           IN_ROUNDS begin with HEADER words (kvqtool/pages.py)
-// `spilled` (2, room) of keys and of values, how many in `spills` (2): outliers that adding delta and
+// `spilled` (2, room) of keys and of values, how many in `spills` (2): outliers that adding delta
+// and
 //           code does not give back, (token * batch + sequence) * channels + channel above the half
 // `key_coded`, `key_moved` and those of values: from compensate.cu, with KEY_COMP and VALUE_COMP
-// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS, STRETCH, and
-// KEY_COMP and VALUE_COMP: codes are there already. survey.cu and layout.cu know none of the last two.
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, CHANNEL_LEVELS, ROTATED, OUTLIERS, BF16, WARPS, STRETCH,
+// and KEY_COMP and VALUE_COMP: codes are there already. survey.cu and layout.cu know none of the
+// last two.
 #include "cells.cuh"
 #include "pack_given.cuh"
 
@@ -25,7 +27,8 @@ struct Stretch {
 };
 
 DEVICE Stretch find_stretch(u32 block, u32 num_kv_heads, u32 tokens) {
-    u32 slabs = (tokens + 63) / 64, many = (slabs + STRETCH - 1) / STRETCH, first = block % many * STRETCH;
+    u32 slabs = (tokens + 63) / 64, many = (slabs + STRETCH - 1) / STRETCH,
+        first = block % many * STRETCH;
     u32 row = block / many;
     return Stretch{row / num_kv_heads, row % num_kv_heads, first, smaller(first + STRETCH, slabs)};
 }
@@ -70,7 +73,8 @@ struct Coding {
 
 // Add the code of u as the n-th to two numbers that are summed up later.
 template <bool by_cells, int bits>
-DEVICE void add_code(Tile<bits> (&words)[2], u32 n, float u, const Cells& cells, const float* middles) {
+DEVICE void add_code(Tile<bits> (&words)[2], u32 n, float u, const Cells& cells,
+                     const float* middles) {
     if constexpr (by_cells) {
         cells.add_nearest(words, n, u);
     } else {
@@ -86,11 +90,12 @@ struct alignas(16) Limits {
 typedef Return Returns[8][2];
 
 // A tile's states, a half of tokens and a partner in a word each.
-DEVICE void key_halves(const KeyChannel (&channels)[2][2], bool straight, u32 tile, u32 step, u32 lane,
-                       const u16* staged, u32 (&pairs)[4]) {
+DEVICE void key_halves(const KeyChannel (&channels)[2][2], bool straight, u32 tile, u32 step,
+                       u32 lane, const u16* staged, u32 (&pairs)[4]) {
     staged += tile * 16 * ROW;
     if (straight) {
-        return load_matrices(staged + lane % 16 * ROW + lane / 16 * (HEAD_DIM / 2) + 8 * step, pairs);
+        return load_matrices(staged + lane % 16 * ROW + lane / 16 * (HEAD_DIM / 2) + 8 * step,
+                             pairs);
     }
     KVQ_UNROLL for (u32 m = 0; m < 4; m++) {
         const u16* row = staged + (m % 2 * 8 + lane / 4) * ROW;
@@ -100,9 +105,9 @@ DEVICE void key_halves(const KeyChannel (&channels)[2][2], bool straight, u32 ti
 
 // A lane's codes of a step's keys.
 template <bool by_cells>
-DEVICE Coding<KEY_BITS> key_codes(const Returns& returns, const KeyChannel (&channels)[2][2], bool straight,
-                                  const Cells& cells, u32 tokens, u32 step, u32 lane, const u16* staged,
-                                  const Given& given) {
+DEVICE Coding<KEY_BITS> key_codes(const Returns& returns, const KeyChannel (&channels)[2][2],
+                                  bool straight, const Cells& cells, u32 tokens, u32 step, u32 lane,
+                                  const u16* staged, const Given& given) {
     Coding<KEY_BITS> coding{{0, 0, 0, 0}, 0};
     KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
         Tile<KEY_BITS> words[2] = {0, 0};
@@ -122,8 +127,10 @@ DEVICE Coding<KEY_BITS> key_codes(const Returns& returns, const KeyChannel (&cha
                     u32 n = half * 2 + e + 4 * partner;
                     bool is_outlier;
                     if constexpr (KEY_COMP) {
-                        Element found = given_element(given, smaller(token, tokens - 1), channel.channel);
-                        words[0] |= (Tile<KEY_BITS>)found.code << room_of(KEY_BITS) * n, is_outlier = found.is_outlier;
+                        Element found =
+                            given_element(given, smaller(token, tokens - 1), channel.channel);
+                        words[0] |= (Tile<KEY_BITS>)found.code << room_of(KEY_BITS) * n,
+                            is_outlier = found.is_outlier;
                     } else {
                         float u = key_scaled(channel, states[partner]);
                         add_code<by_cells, KEY_BITS>(words, n, u, cells, channel.middles);
@@ -145,16 +152,17 @@ DEVICE Coding<KEY_BITS> key_codes(const Returns& returns, const KeyChannel (&cha
     return coding;
 }
 
-// Grid: (sequence, slab, STRETCH KV heads), for which a token's turns are the same. A warp writes one
-// step of the keys, who is an outlier to `flags` (lists, STEPS * 32), and how many to `counts`
+// Grid: (sequence, slab, STRETCH KV heads), for which a token's turns are the same. A warp writes
+// one step of the keys, who is an outlier to `flags` (lists, STEPS * 32), and how many to `counts`
 // (lists, 2).
 KERNEL_OF(STEPS * 32, 128)
 pack_keys(const u16* key, const int* page_table, const float* lower, const float* upper,
           const float* offset, const float* inverse, const float* key_middles, const u16* order,
           const float* turns, const u8* coded, const u16* moved, u32* counts, u32* flags, u8* slabs,
           u32 num_kv_heads, u32 tokens, u32 max_pages) {
-    constexpr bool has_middles = !CHANNEL_LEVELS && !KEY_COMP, has_cells = has_middles && KEY_BITS < 8;
-    u16* staged = (u16*)shared_memory();  // this head's and the next one's
+    constexpr bool has_middles = !CHANNEL_LEVELS && !KEY_COMP,
+                   has_cells = has_middles && KEY_BITS < 8;
+    u16* staged = (u16*)shared_memory();                // this head's and the next one's
     Limits* limits = (Limits*)(staged + 2 * 64 * ROW);  // of all heads, by place
     u8* memory = (u8*)(limits + STRETCH * HEAD_DIM);
     u32 lane = thread_index() % 32, step = thread_index() / 32, many = (tokens + 63) / 64;
@@ -171,7 +179,13 @@ pack_keys(const u16* key, const int* page_table, const float* lower, const float
     Cells cells{};
     if constexpr (has_middles) cells = make_cells<KEY_BITS, STEPS * 32>(memory, key_middles);
     bool by_cells = has_cells && !*cells.crowded, straight = true;
-    KeyCode code{lower, upper, offset, inverse, key_middles, order, turns + (u64)place.sequence * tokens * HEAD_DIM};
+    KeyCode code{lower,
+                 upper,
+                 offset,
+                 inverse,
+                 key_middles,
+                 order,
+                 turns + (u64)place.sequence * tokens * HEAD_DIM};
     KeyChannel channels[2][2];
     KVQ_UNROLL for (u32 i = 0; i < 4; i++) {
         u32 at = 8 * step + lane % 4 * 2 + i % 2 + i / 2 * (HEAD_DIM / 2);
@@ -200,14 +214,18 @@ pack_keys(const u16* key, const int* page_table, const float* lower, const float
             channel.lower = own.lower, channel.upper = own.upper;
             channel.offset = own.offset, channel.inverse = own.inverse;
             channel.middles = has_middles ? cells.middles : key_middles;
-            if constexpr (CHANNEL_LEVELS) channel.middles += (head * HEAD_DIM + channel.channel) * (LEVELS - 1);
+            if constexpr (CHANNEL_LEVELS)
+                channel.middles += (head * HEAD_DIM + channel.channel) * (LEVELS - 1);
         }
-        u64 rows = (((u64)place.sequence * num_kv_heads + head) * tokens + place.slab * 64) * HEAD_DIM;
+        u64 rows =
+            (((u64)place.sequence * num_kv_heads + head) * tokens + place.slab * 64) * HEAD_DIM;
         Given given{coded + rows, moved + rows};
         const u16* own = staged + side * 64 * ROW;
-        Coding<KEY_BITS> coding =
-            by_cells ? key_codes<has_cells>(returns, channels, straight, cells, place.tokens, step, lane, own, given)
-                     : key_codes<false>(returns, channels, straight, cells, place.tokens, step, lane, own, given);
+        Coding<KEY_BITS> coding = by_cells
+                                      ? key_codes<has_cells>(returns, channels, straight, cells,
+                                                             place.tokens, step, lane, own, given)
+                                      : key_codes<false>(returns, channels, straight, cells,
+                                                         place.tokens, step, lane, own, given);
         u64 list = ((u64)place.page * num_kv_heads + head) * 2 + place.slab % 2;
         u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS));
         store_codes<KEY_BITS, true>(to + step * step_bytes(KEY_BITS), lane, coding.tiles);
@@ -227,8 +245,8 @@ struct alignas(8) Affine {
 
 // A lane's codes of a step's values; flags say who is an outlier where codes are there already.
 template <bool by_cells>
-DEVICE Coding<VALUE_BITS> value_codes(const Cells& cells, u32 tokens, u32 step, u32 lane, const u16* staged,
-                                      const Affine* rows, const Given& given) {
+DEVICE Coding<VALUE_BITS> value_codes(const Cells& cells, u32 tokens, u32 step, u32 lane,
+                                      const u16* staged, const Affine* rows, const Given& given) {
     Coding<VALUE_BITS> coding{{0, 0, 0, 0}, 0};
     const u16* from = staged + (lane / 16 * 8 + lane % 8) * ROW + 16 * step + lane / 8 % 2 * 8;
     KVQ_UNROLL for (u32 t = 0; t < 4; t++) {
@@ -261,14 +279,14 @@ DEVICE Coding<VALUE_BITS> value_codes(const Cells& cells, u32 tokens, u32 step, 
     return coding;
 }
 
-// Grid: (sequence, KV head, STRETCH slabs). A warp writes one step of the values, and who is an outlier
-// where codes are there already; `flags` have the others.
+// Grid: (sequence, KV head, STRETCH slabs). A warp writes one step of the values, and who is an
+// outlier where codes are there already; `flags` have the others.
 KERNEL_OF(STEPS * 32, 64)
 pack_values(const u16* value, const int* page_table, const float* value_middles, const u32* ranges,
             const u8* coded, const u16* moved, u32* flags, u8* slabs, u32 num_kv_heads, u32 tokens,
             u32 max_pages) {
     constexpr bool has_cells = !VALUE_COMP && VALUE_BITS > 2 && VALUE_BITS < 8;
-    u16* staged = (u16*)shared_memory();             // this slab's and the next one's
+    u16* staged = (u16*)shared_memory();              // this slab's and the next one's
     Affine* rows = (Affine*)(staged + 2 * 64 * ROW);  // likewise
     u32 lane = thread_index() % 32, step = thread_index() / 32;
     Stretch stretch = find_stretch(block_index(), num_kv_heads, tokens);
@@ -300,9 +318,8 @@ pack_values(const u16* value, const int* page_table, const float* value_middles,
         const u16* own = staged + side * 64 * ROW;
         const Affine* own_rows = rows + side * 64;
         Coding<VALUE_BITS> coding =
-            by_cells
-                ? value_codes<has_cells>(cells, place.tokens, step, lane, own, own_rows, given)
-                : value_codes<false>(cells, place.tokens, step, lane, own, own_rows, given);
+            by_cells ? value_codes<has_cells>(cells, place.tokens, step, lane, own, own_rows, given)
+                     : value_codes<false>(cells, place.tokens, step, lane, own, own_rows, given);
         u64 list = ((u64)place.page * num_kv_heads + head) * 2 + slab % 2;
         u8* to = slabs + list * STEPS * (step_bytes(KEY_BITS) + step_bytes(VALUE_BITS)) +
                  STEPS * step_bytes(KEY_BITS) + step * step_bytes(VALUE_BITS);

@@ -6,7 +6,8 @@ static_assert(KEY_BITS <= 8 && VALUE_BITS <= 8, "16-bit pages hold states, not c
 constexpr u32 ROW = HEAD_DIM + 8;  // halves of a staged row, padded against bank conflicts
 constexpr u32 LEVELS = 1u << KEY_BITS;
 // Middles between levels in shared memory: those of keys, then those of values.
-constexpr u32 VALUE_MIDDLES = KEY_BITS == 8 ? 256 : 16, MIDDLES = VALUE_MIDDLES + (VALUE_BITS == 8 ? 256 : 16);
+constexpr u32 VALUE_MIDDLES = KEY_BITS == 8 ? 256 : 16,
+              MIDDLES = VALUE_MIDDLES + (VALUE_BITS == 8 ? 256 : 16);
 
 // Where a block's 64 tokens lie.
 struct Place {
@@ -21,8 +22,8 @@ DEVICE Place place_at(u32 sequence, u32 head, u32 slab, u32 tokens, const int* p
 }
 DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, const int* page_table,
                         u32 max_pages) {
-    return place_at(block / slabs / num_kv_heads, block / slabs % num_kv_heads, block % slabs, tokens,
-                    page_table, max_pages);
+    return place_at(block / slabs / num_kv_heads, block / slabs % num_kv_heads, block % slabs,
+                    tokens, page_table, max_pages);
 }
 
 struct alignas(16) Eight {
@@ -39,7 +40,7 @@ struct Stager {
     u32 token;
     u64 stride;  // from a slab to the next one
 };
-constexpr u32 PIECES = HEAD_DIM / 8;  // of a token
+constexpr u32 PIECES = HEAD_DIM / 8;          // of a token
 constexpr u32 AT_ONCE = STEPS * 32 / PIECES;  // tokens
 
 DEVICE Stager stager_at(const u16* states, const Place& place, u32 num_kv_heads, u32 tokens,
@@ -306,7 +307,8 @@ DEVICE u32 channel_rank(u32 value, u32 lane) {
     return before;
 }
 
-// How values are encoded, and what levels decode to: (2, LEVEL_ROW) half; keys per channel have their own.
+// How values are encoded, and what levels decode to: (2, LEVEL_ROW) half; keys per channel have
+// their own.
 struct Decode {
     const u16 *levels, *key_levels;
     const u32* key_affine;  // as in attend.cu, unless CHANNEL_LEVELS

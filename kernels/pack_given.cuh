@@ -16,7 +16,8 @@ DEVICE Element given_element(const Given& given, u32 token, u32 channel) {
     return Element{state, coded & 0x7fu, is_outlier};
 }
 
-// Where a thread's word of a slab's flags of one side lies: a bit an element, a word a lane of each step.
+// Where a thread's word of a slab's flags of one side lies: a bit an element, a word a lane of each
+// step.
 DEVICE u32* flags_of(u32* flags, u64 list, u32 thread) {
     return flags + list * STEPS * 32 + thread;
 }

@@ -1,5 +1,5 @@
-// The first of the kernels that pack a prompt: ranges and outliers of values. What the arguments are,
-// pack.cu says.
+// The first of the kernels that pack a prompt: ranges and outliers of values. What the arguments
+// are, pack.cu says.
 #include "survey.cuh"
 
 // Where a token's outliers are counted and marked: its slab of the first head.
@@ -11,7 +11,7 @@ struct Slate {
         u32 head = channel / HEAD_DIM, at = channel % HEAD_DIM;
         add_global(counts + head * 4, 1);
         if (!marks) return;
-        u32 *word = flags + (head * 2 * STEPS + at / 16) * 32 + at % 8 * 4;
+        u32* word = flags + (head * 2 * STEPS + at / 16) * 32 + at % 8 * 4;
         mark_global(word, 1u << (token / 16 * 8 + token / 8 % 2 * 4 + at / 8 % 2 * 2 + token % 2));
     }
 };
@@ -31,7 +31,8 @@ survey_values(const u16* value, u32* ranges, Cuts* cuts, u32* counts, u32* flags
     const u16* row = value + ((u64)sequence * num_kv_heads * tokens + token) * HEAD_DIM;
     const u64 stride = (u64)tokens * HEAD_DIM;  // from a head to the next
     const u16* from = row + 8 * lane / HEAD_DIM * stride + 8 * lane % HEAD_DIM;
-    KVQ_ROLLED for (u32 channel = 8 * lane; channel < channels; channel += 256) {  // all under way at once
+    KVQ_ROLLED for (u32 channel = 8 * lane; channel < channels;
+                    channel += 256) {  // all under way at once
         if (256 % HEAD_DIM) from = row + channel / HEAD_DIM * stride + channel % HEAD_DIM;
         copy16(scratch.states + channel, from);
         from += 256 / HEAD_DIM * stride;
@@ -43,13 +44,15 @@ survey_values(const u16* value, u32* ranges, Cuts* cuts, u32* counts, u32* flags
     KVQ_ROLLED for (u32 first = 8 * lane; first < channels; first += 1024) {
         Eight states[4];
         KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
-            states[k] = *(const Eight*)(scratch.states + (first + 256 * k < channels ? first + 256 * k : first));
+            states[k] = *(const Eight*)(scratch.states +
+                                        (first + 256 * k < channels ? first + 256 * k : first));
         }
         KVQ_UNROLL for (u32 k = 0; k < 4; k++) widen(extremes, states[k]);
     }
     u32 page = token / 128 * batch + sequence, in_slab = token % 64;
     u64 list = (u64)page * num_kv_heads * 2 + token / 64 % 2;
-    Slate slate{counts + 2 * list + 1, flags + list * STEPS * 32 + in_slab % 8 / 2, in_slab, marks != 0};
+    Slate slate{counts + 2 * list + 1, flags + list * STEPS * 32 + in_slab % 8 / 2, in_slab,
+                marks != 0};
     Found found{NO_CUTS, {}, {0, 0}};
     bool few = per_tail && few_candidates(scratch, channels, per_tail, lane, extremes, found);
     if (few) {
@@ -73,7 +76,8 @@ survey_values(const u16* value, u32* ranges, Cuts* cuts, u32* counts, u32* flags
         }
         found.rest = Cuts{least_of_warp(low), greatest_of_warp(high)};
     } else {
-        u32 low = least_of_warp(least_key(extremes)), high = greatest_of_warp(greatest_key(extremes));
+        u32 low = least_of_warp(least_key(extremes)),
+            high = greatest_of_warp(greatest_key(extremes));
         found.rest = Cuts{item_of(low, 0), item_of(high, 0)};
     }
     if (lane != 0) return;

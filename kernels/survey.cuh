@@ -1,4 +1,5 @@
-// Which of a token's values are its outliers: candidates first, then the order of these. See pack.cu.
+// Which of a token's values are its outliers: candidates first, then the order of these. See
+// pack.cu.
 #pragma once
 #include "pack.cuh"
 
@@ -118,8 +119,8 @@ DEVICE u32 ranked_lane(u32 key, u32 rank) {
     return greatest_of_warp(below < rank ? key : 0);
 }
 
-// A bit for each of 16 words' halves, in the order of `channel_of`, that may be an outlier: those not
-// beyond the ends, which are in both halves of a word.
+// A bit for each of 16 words' halves, in the order of `channel_of`, that may be an outlier: those
+// not beyond the ends, which are in both halves of a word.
 DEVICE u32 candidates(const u16* states, u32 first, u32 channels, const Extremes& ends) {
     u32 between = 0, many = smaller((channels - first + 255) / 256, 4);  // pieces that there are
     Eight eight[4];
@@ -140,9 +141,9 @@ DEVICE u32 channel_of(u32 n, u32 first) {
     return first + n % 16 / 4 * 256 + n % 4 * 2 + n / 16;
 }
 
-// Find a token's outliers where few elements can be some: those up to the one after the `per_tail`-th
-// of the lanes' least values, and likewise at the other end. False where the ends meet, there are too many
-// candidates, or none is left between the cuts.
+// Find a token's outliers where few elements can be some: those up to the one after the
+// `per_tail`-th of the lanes' least values, and likewise at the other end. False where the ends
+// meet, there are too many candidates, or none is left between the cuts.
 DEVICE bool few_candidates(const Scratch& scratch, u32 channels, u32 per_tail, u32 lane,
                            const Extremes& extremes, Found& found) {
     if (per_tail > 31) return false;

@@ -2,15 +2,16 @@
 //
 // A slab is 64 tokens of one KV head. It is cut into HEAD_DIM / 16 steps of 64 x 16 elements; in a
 // step a lane holds 4 tiles (16 tokens each) of one A fragment: 4 half2, a code for each half.
-// `selectors` turns the lane's words into one number per tile with code (fragment register a, half e)
-// in nibble 2a + e, or of 8 bits in that byte; `look_up` turns that into the fragment.
+// `selectors` turns the lane's words into one number per tile with code (fragment register a, half
+// e) in nibble 2a + e, or of 8 bits in that byte; `look_up` turns that into the fragment.
 #pragma once
 #include "device.cuh"
 
 constexpr u32 STEPS = HEAD_DIM / 16;
-constexpr u32 LEVEL_ROW = KEY_BITS == 8 || VALUE_BITS == 8 ? 256 : 16;  // levels of keys, then of values
-constexpr u32 IN_ROUNDS = 0x80000000u;  // beside the quads of values' lists
-constexpr u32 HEADER = 4;               // words before the first outlier of a list in rounds
+constexpr u32 LEVEL_ROW =
+    KEY_BITS == 8 || VALUE_BITS == 8 ? 256 : 16;  // levels of keys, then of values
+constexpr u32 IN_ROUNDS = 0x80000000u;            // beside the quads of values' lists
+constexpr u32 HEADER = 4;  // words before the first outlier of a list in rounds
 
 // The sum over all lanes before this one, and over all lanes.
 DEVICE u32 lanes_before(u32 value, u32 lane, u32& total) {
@@ -64,14 +65,16 @@ DEVICE constexpr u32 room_of(u32 bits) {
     return bits == 8 ? 8 : 4;
 }
 
-// 8 bits: two words per tile. 4 bits: a word per tile. 3 bits: a word for each of the first three tiles,
-// the fourth tile's codes spread over their nibbles' top bits. 2 bits: two tiles in a word; the second
-// tile of keys two bits higher, of values in the upper half, where codes of odd registers lie two bits
-// higher than those of the register before, so that a byte has two registers.
+// 8 bits: two words per tile. 4 bits: a word per tile. 3 bits: a word for each of the first three
+// tiles, the fourth tile's codes spread over their nibbles' top bits. 2 bits: two tiles in a word;
+// the second tile of keys two bits higher, of values in the upper half, where codes of odd
+// registers lie two bits higher than those of the register before, so that a byte has two
+// registers.
 template <int bits, bool is_key>
 DEVICE void selectors(const u32 (&words)[bits], Tile<bits> (&tiles)[4]) {
     if constexpr (bits == 8) {
-        KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[2 * t] | (u64)words[2 * t + 1] << 32;
+        KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[2 * t] | (u64)words[2 * t + 1]
+                                                                             << 32;
     } else if constexpr (bits == 4) {
         KVQ_UNROLL for (int t = 0; t < 4; t++) tiles[t] = words[t];
     } else if constexpr (bits == 3) {
@@ -94,7 +97,9 @@ DEVICE void selectors(const u32 (&words)[bits], Tile<bits> (&tiles)[4]) {
 // Which of a step's words are a lane's.
 template <int bits>
 DEVICE u32 word_of(u32 lane, u32 i) {
-    return bits == 3 ? 32 * i + lane : bits >= 8 ? (32 * (i / 4) + lane) * 4 + i % 4 : bits * lane + i;
+    return bits == 3   ? 32 * i + lane
+           : bits >= 8 ? (32 * (i / 4) + lane) * 4 + i % 4
+                       : bits * lane + i;
 }
 template <int bits>
 DEVICE void read_words(const u8* step, u32 lane, u32 (&words)[bits]) {
