@@ -4,7 +4,7 @@ memory allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,12 +46,12 @@ def hidden_states(
 
 def cache_name(module: nn.Module) -> str | None:
     """Return what a module's forward calls its cache, None where it takes none."""
-    return _cache_name(type(module))
+    return _cache_name(type(module).forward)
 
 
 @lru_cache
-def _cache_name(kind: type[nn.Module]) -> str | None:
-    parameters = signature(kind.forward).parameters
+def _cache_name(forward: Callable[..., Any]) -> str | None:
+    parameters = signature(forward).parameters
     return next((name for name in _CACHE_NAMES if name in parameters), None)
 
 

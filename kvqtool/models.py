@@ -241,8 +241,8 @@ def _check_config(name: str, source: str, options: dict[str, Any]) -> None:
 
 
 def _check_cache(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model that takes no key-value cache, such as a state-space model, whose own cache has
-    the same name since transformers 5.24.
+    """Refuse a model that takes no key-value cache, such as a state-space model, whose own cache
+    has the same name since transformers 5.24.
     """
     has_heads = hasattr(model.config.get_text_config(), "num_attention_heads")
     if cache_name(model) is None or not has_heads:
