@@ -38,7 +38,8 @@ Six commands; each does one thing and can be piped.
 - **Several GPUs**: `torchrun --nproc-per-node N -m kvqtool calibrate …` or `ppl …` gives each
   process a copy of the model and a share of the windows, over NCCL on GPUs and gloo on CPUs; one
   prints and writes. The bundle is that of one process up to the order of its sums (1e-12 before
-  levels are rounded to fp16), the perplexity up to the batches a GPU happens to form.
+  levels are rounded to fp16), the perplexity that of one process; on a GPU where each has a
+  batch of 16,384 tokens, for the last bits of states follow from what they are batched with.
   `--device-map auto` instead spreads one model over all GPUs; it needs
   `pip install 'kvqtool[sharded]'`.
 

@@ -4,9 +4,10 @@ memory allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Logits of a chunk stay below this many bytes in float32.
 _CHUNK_BYTES: Final = 128 << 20
+_CACHE_NAMES: Final = ("past_key_values", "cache")  # the latter from transformers 5.24 on
 
 
 def hidden_states(
@@ -36,10 +38,21 @@ def hidden_states(
     Returns:
         (batch, tokens, hidden) after the last norm.
     """
-    output: Tensor = layers_of(model)(
-        **inputs, past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
+    layers = layers_of(model)
+    given = {} if cache is None else {cache_name(layers) or _CACHE_NAMES[0]: cache}
+    output: Tensor = layers(**inputs, **given, use_cache=cache is not None).last_hidden_state
     return output
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """Return what a module's forward calls its cache, None where it takes none."""
+    return _cache_name(type(module).forward)
+
+
+@lru_cache
+def _cache_name(forward: Callable[..., Any]) -> str | None:
+    parameters = signature(forward).parameters
+    return next((name for name in _CACHE_NAMES if name in parameters), None)
 
 
 def next_logits(

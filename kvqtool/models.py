@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from kvqtool.errors import InputError
+from kvqtool.forward import cache_name
 from kvqtool.identity import ModelIdentity, identify
 from kvqtool.ranks import ALONE, Ranks
 from kvqtool.spread import check_device_map, input_device
@@ -241,8 +241,11 @@ def _check_config(name: str, source: str, options: dict[str, Any]) -> None:
 
 
 def _check_cache(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model that takes no key-value cache, such as a state-space model."""
-    if "past_key_values" not in signature(model.forward).parameters:
+    """Refuse a model that takes no key-value cache, such as a state-space model, whose own cache
+    has the same name since transformers 5.24.
+    """
+    has_heads = hasattr(model.config.get_text_config(), "num_attention_heads")
+    if cache_name(model) is None or not has_heads:
         found = f"{name!r} ({type(model).__name__}) keeps no key-value cache to compress"
         raise InputError(f"model {found}; use a model with attention")
 

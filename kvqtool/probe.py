@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from kvqtool.errors import InputError, RunError
-from kvqtool.forward import hidden_states, layers_of
+from kvqtool.forward import cache_name, hidden_states, layers_of
 from kvqtool.memory import LayerGeometry
 from kvqtool.rope import AngleFormula, Rotation, candidate_rotations
 from kvqtool.seam import LayerSeam, Seam
@@ -82,7 +82,7 @@ def probe(model: PreTrainedModel) -> Seam:
         InputError: when the model keeps no cache that can be compressed, or is not causal.
     """
     name = type(model).__name__
-    if "past_key_values" not in inspect.signature(layers_of(model).forward).parameters:
+    if cache_name(layers_of(model)) is None:
         raise InputError(f"{name} keeps no key-value cache, so there is nothing to compress")
     callers: list[nn.Module] = []
     calls: dict[nn.Module, dict[str, Any]] = {}

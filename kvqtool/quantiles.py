@@ -138,7 +138,8 @@ def _bin_of(values: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """Return 2**exponent, float64, for int64 exponents of normal numbers; `torch.ldexp` takes it in
-    float32 up to torch 2.12 and finds infinity from 2**128 on.
+    """Return 2**exponent, float64, for int64 exponents of normal numbers. `torch.ldexp` takes it in
+    float32 in older releases (pytorch issue 133267), and torch 2.11's gave NaN on a GPU that was
+    not the current one.
     """
     return ((exponent + _EXPONENT_BIAS) << _MANTISSA_BITS).view(torch.float64)

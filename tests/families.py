@@ -24,8 +24,9 @@ from kvqtool.seam import Seam
 from kvqtool.spec import parse_spec
 
 VOCABULARY: Final = 256
+RELEASE: Final = tuple(map(int, transformers.__version__.split(".")[:2]))
 # transformers that gives gemma2 sdpa, which leaves out the cap on its scores, among others.
-IS_OLD: Final = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+IS_OLD: Final = RELEASE < (5, 23)
 PROMPT: Final = 20
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": VOCABULARY,

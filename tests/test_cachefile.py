@@ -158,6 +158,30 @@ class TestResume:
         assert same(again, saved.tensors)
 
 
+@pytest.mark.parametrize("spec", (*FIXED, ADAPTIVE))
+def test_a_batch_goes_on_from_one_file_as_each_prompt_would(
+    builtin: LoadedModel, quantized: Quantized, spec: str
+) -> None:
+    saved = load_cache(quantized(spec))
+    assert saved.token_ids is not None
+    more = [builtin.tokenizer(text)["input_ids"][:3] for text in (" A list is", " The old name")]
+
+    def new_tokens(prompts: list[list[int]]) -> Tensor:
+        ids = torch.cat([saved.token_ids.expand(len(prompts), -1), torch.tensor(prompts)], dim=1)
+        with attach(builtin.model, saved.bundle, seam=builtin.seam) as session, torch.no_grad():
+            cache = restore_cache(session, saved, builtin)
+            cache.batch_repeat_interleave(len(prompts))
+            fixed = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+            made = builtin.model.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **fixed
+            )
+        return made[:, ids.shape[1] :]
+
+    together = new_tokens(more)
+    for row, prompt in enumerate(more):
+        assert torch.equal(together[row], new_tokens([prompt])[0])
+
+
 @pytest.mark.parametrize("spec", FIXED)
 def test_states_from_a_file_make_the_same_cache_as_the_text(
     builtin: LoadedModel,

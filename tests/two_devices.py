@@ -72,6 +72,10 @@ def two_devices() -> Iterator[None]:
 
 
 class _TwoDevices(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or every operation takes a detour
+
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

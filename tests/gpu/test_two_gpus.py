@@ -88,7 +88,8 @@ def test_a_spread_model_gives_the_tokens_of_a_whole_one(deep: str, chunk: int | 
         bundle = calibrate(loaded, calibration(loaded), [parse_spec(SPEC)])[0]
         running = Running(prefill_chunk=chunk, decode="eager")
         found.append(generate(loaded, bundle, PROMPT, SAMPLING, running=running))
-        assert found[-1].kernel == "cuda (fused)"
+        # Later parts of a prompt are decoded by another kernel.
+        assert found[-1].kernel == ("cuda (fused), cuda (dequantize)" if chunk else "cuda (fused)")
     assert found[0].token_ids == found[1].token_ids
 
 
