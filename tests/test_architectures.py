@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from defaults import MODEL_TYPES, class_defaults
-from families import IS_OLD
+from families import IS_OLD, RELEASE
 from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vectors import EXTRA, own_cache, vectors
@@ -86,6 +86,8 @@ def test_what_a_config_leaves_out_is_what_its_class_gives(model_type: str) -> No
 def test_models_without_sdpa_are_known(model_type: str) -> None:
     if model_type == "gemma2" and IS_OLD:
         pytest.skip("transformers before 5.23 gives gemma2 sdpa, which leaves out its cap")
+    if model_type == "gptj" and RELEASE >= (5, 24):
+        pytest.skip("gptj has sdpa from transformers 5.24 on; plans keep the peak of those before")
     options = next(o for t, o in VECTORS.values() if t == model_type)
     config = CONFIG_MAPPING[model_type](**options)
     with torch.device("meta"):

@@ -61,6 +61,10 @@ class _FromData(TorchFunctionMode):
         if function is torch.tensor and kwargs.get("device") is not None:
             device = kwargs.pop("device")
             return function(*args, **kwargs).to(device)
+        if function in (Tensor.__getitem__, Tensor.__setitem__):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(torch.tensor(p) if isinstance(p, list) else p for p in places)
+            args = (args[0], index if len(index) > 1 else index[0], *args[2:])
         return function(*args, **kwargs)
 
 
@@ -91,6 +95,8 @@ def _run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return operation(*args, **kwargs)
     tensors = [part for part in tree_flatten((args, kwargs))[0] if isinstance(part, Tensor)]
     places = {t.device for t in tensors if isinstance(t, Elsewhere)}
+    if any(t.is_meta and t.numel() and not isinstance(t, Elsewhere) for t in tensors):
+        raise NotImplementedError(f"{name} is given a tensor that has no data")
     if name not in _ACROSS:
         loose = [t for t in tensors if not isinstance(t, Elsewhere) and t.dim()]
         is_index = name.startswith(("aten::index", "aten::_index"))
