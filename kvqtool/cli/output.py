@@ -56,6 +56,15 @@ class Output:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def note_table(self, table: Table) -> None:
+        """Say rows in passing, on stderr: a table on a terminal, TSV off it."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            _draw(table, on_stderr=True)
+        else:
+            self.note(to_tsv(table).rstrip("\n"))
+
     def result(self, *, spec: str | None, model: str | None, result: Any, table: Table) -> None:
         """Print the result: JSON if asked, a table on a terminal, TSV in a pipe.
 
@@ -152,7 +161,7 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).splitlines()).replace("\t", " ")
 
 
-def _draw(table: Table) -> None:
+def _draw(table: Table, *, on_stderr: bool = False) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -169,7 +178,7 @@ def _draw(table: Table) -> None:
         drawn.add_column(table.columns[column].replace("_", "\n"), justify=justify)
     for row in table.rows:
         drawn.add_row(*(_short(row[column]) for column in shown))
-    console = Console()
+    console = Console(stderr=on_stderr)
     # Too narrow a terminal wraps lines itself; Rich would break or cut numbers.
     console.width = max(console.width, Console(width=10_000).measure(drawn).maximum)
     console.print(drawn)

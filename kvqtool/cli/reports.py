@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
-from kvqtool.cli.output import Output
+from kvqtool.cli.output import Output, Table
+
+_COLUMNS: Final = ("layers", "kind", "rotation", "keys", "values", "read", "why")
 
 
 def note_cache(report: Any, out: Output) -> None:
@@ -16,36 +18,31 @@ def note_cache(report: Any, out: Output) -> None:
 
 
 def note_layers(layers: Sequence[dict[str, Any]], out: Output) -> None:
-    """Say what each layer is, how its keys rotate and how it is stored; equal ones share a line."""
-    alike: dict[str, list[int]] = {}
+    """Say what each layer is, how its keys rotate, how it is stored and read; equal ones share a
+    row. Of layers that keep their stock cache it says why.
+    """
+    alike: dict[tuple[str, ...], list[int]] = {}
     for layer in layers:
-        alike.setdefault(_layer_line(layer), []).append(layer["layer"])
-    for line, numbers in alike.items():
-        out.note(f"layers {_runs(numbers)}: {line}")
+        alike.setdefault(_layer_row(layer), []).append(layer["layer"])
+    rows = [(_runs(numbers), *row) for row, numbers in alike.items()]
+    shown = [at for at, _ in enumerate(_COLUMNS) if any(row[at] for row in rows)]
+    columns = tuple(_COLUMNS[at] for at in shown)
+    out.note_table(Table(columns, [[row[at] for at in shown] for row in rows]))
 
 
-def _layer_line(layer: dict[str, Any]) -> str:
+def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
     if layer["kind"] == "stock":
-        return layer["rope"]
+        return layer["kind"], "", "", "", "", layer["rope"]
     window = f" {layer['window']}" if layer["window"] else ""
     axis = f" per {layer['key_axis']}" if layer["key_axis"] else ""
     key, value = (_bits(layer[f"{side}_bits"]) for side in ("key", "value"))
-    return (
-        f"{layer['kind']}{window}, rotation {layer['rope']}, keys {layer['key_storage']}{axis} "
-        f"{key}, values {value}{_read(layer)}"
-    )
+    keys = f"{layer['key_storage']}{axis}, {key}"
+    read, reason = layer.get("read_path") or "", layer.get("read_reason") or ""
+    return f"{layer['kind']}{window}", layer["rope"], keys, value, read, reason
 
 
 def _bits(bits: float | None) -> str:
     return "bits by token" if bits is None else f"{bits:.3g} bits"
-
-
-def _read(layer: dict[str, Any]) -> str:
-    """Return how a layer is read and why not by the kernel; nothing where no cache was made."""
-    if "read_path" not in layer:
-        return ""
-    reason = f" ({layer['read_reason']})" if layer["read_reason"] else ""
-    return f", read: {layer['read_path']}{reason}"
 
 
 def _runs(numbers: list[int]) -> str:

@@ -83,6 +83,10 @@ def test_reports_name_what_read_the_cache_and_why(run: Run, bundle: Path) -> Non
         result = json.loads(done.stdout)["result"]
         assert result["kernel"] == kernel
         assert {row["read_reason"] for row in result["layers"]} == {reason}
+        header, row = [line.split("\t") for line in done.stderr.splitlines() if "\t" in line][:2]
+        told = dict(zip(header, row, strict=True))
+        assert told["layers"].startswith("0")
+        assert told.get("why") == reason
 
 
 def test_a_layer_without_a_kernel_is_refused_where_kernels_were_asked_for(run: Run) -> None:

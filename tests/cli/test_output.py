@@ -98,6 +98,21 @@ def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\t" not in screen.said
 
 
+def test_rows_said_in_passing_go_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Table(("layers", "kind"), [("0-3", "full"), ("4", "stock")])
+    Output("ppl").note_table(table)
+    Output("ppl", quiet=True).note_table(table)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", to_tsv(table))
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    Output("ppl").note_table(table)
+    assert "stock" in screen.said
+    assert "\t" not in screen.said
+
+
 def test_progress_off_a_terminal_is_a_line_at_each_end(capsys: pytest.CaptureFixture[str]) -> None:
     with Output("ppl").progress() as progress:
         for done in range(4):
