@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,8 @@ from bench_quality import commit, machine
 from safetensors.torch import load_file
 
 from kvqtool.errors import KvqError
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 SPEC: Final = "nuq3-1%-sink1"
 SPREAD: Final = "nuq4-1%-sink1"
@@ -111,6 +112,8 @@ class Checks:
 
 def main() -> None:
     """Check and print."""
+    from deep_model import write_deep
+
     options = _options()
     with tempfile.TemporaryDirectory() as folder:
         checks = Checks(Path(folder), options.gpus)
@@ -258,24 +261,6 @@ def compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -
         differing += int((apart > 0).sum())
         worst = max(worst, float(apart.max() / tensor.double().abs().max().clamp_min(1e-30)))
     return differing, worst
-
-
-def write_deep(folder: Path) -> Path:
-    """Write a random model of 12 layers with the built-in model's tokenizer: one whose layers lie
-    on several GPUs where `auto` spreads them.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from kvqtool.models import builtin_folder
-
-    folder.mkdir()
-    for path in builtin_folder().glob("tokenizer*"):
-        shutil.copy(path, folder)
-    config = AutoConfig.from_pretrained(builtin_folder())
-    config.num_hidden_layers, config.tie_word_embeddings = 12, False
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
 
 
 def is_spread(model: str) -> tuple[bool, str]:

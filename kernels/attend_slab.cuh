@@ -139,9 +139,7 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
         }
         KVQ_UNROLL for (int t = 0; t < 4; t++) {
             u32 k[4];
-            if constexpr (KEY_BITS != 16) key_levels(warp, step, tiles[t], k);
-            KVQ_UNROLL for (int i = 0; i < 4 && KEY_BITS == 16; i++) k[i] =
-                words[(4 * t + i) % KEY_BITS];
+            key_levels(warp, step, tiles[t], k);
             mma(score[t], k, b0, b1);
         }
         return;

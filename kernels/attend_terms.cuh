@@ -16,6 +16,8 @@
 constexpr u32 THREADS = WARPS * 32;
 constexpr u32 TERMS = 8 / GROUP;  // columns of a head
 constexpr bool HAS_TERMS = TURNED < STEPS;
+static_assert(KEY_BITS != 16 || !HAS_TERMS,
+              "states of 16 bits lie turned, or are turned one by one");
 constexpr bool HAS_AFFINE = KEY_BITS != 16 && !CHANNEL_LEVELS;
 constexpr u32 TERM_STEP = 256;                    // bytes: eight columns of four lanes' channels
 constexpr u32 SHARE = GROUP < 4 ? 4 / GROUP : 1;  // lanes of a row that a head has
@@ -45,9 +47,6 @@ DEVICE u32 term_at(u32 step, u32 column, u32 lane_column) {
 // The middle of a page, from which its places are counted.
 constexpr int MIDDLE = 64;
 
-struct alignas(8) Pair {
-    u32 of[2];
-};
 struct alignas(16) Quad {
     u32 of[4];
 };

@@ -29,9 +29,6 @@ DEVICE Place find_place(u32 block, u32 num_kv_heads, u32 slabs, u32 tokens, cons
 struct alignas(16) Eight {
     u32 of[4];
 };
-struct alignas(8) Pair {
-    u32 of[2];
-};
 
 // What sends for the slabs of a stretch one after another: where a thread's pieces of 16 bytes lie.
 struct Stager {

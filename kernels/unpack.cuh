@@ -13,6 +13,11 @@ constexpr u32 LEVEL_ROW =
 constexpr u32 IN_ROUNDS = 0x80000000u;            // beside the quads of values' lists
 constexpr u32 HEADER = 4;  // words before the first outlier of a list in rounds
 
+// Two words, read and written at once.
+struct alignas(8) Pair {
+    u32 of[2];
+};
+
 // The sum over all lanes before this one, and over all lanes.
 DEVICE u32 lanes_before(u32 value, u32 lane, u32& total) {
     u32 sum = value;

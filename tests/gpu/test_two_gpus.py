@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
+from deep_model import write_deep
 
 from kvqtool.bundle import Bundle
 from kvqtool.calibrate import calibrate
 from kvqtool.data import Windows, calibration_windows, evaluation_windows, load_text
 from kvqtool.errors import InputError
 from kvqtool.generation import Running, generate
-from kvqtool.models import LoadedModel, builtin_folder, load_model
+from kvqtool.models import LoadedModel, load_model
 from kvqtool.perplexity import evaluate
 from kvqtool.sampling import Sampling
 from kvqtool.spec import parse_spec
@@ -35,16 +34,7 @@ def bundle(builtin: LoadedModel) -> Bundle:
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder of a random model that `auto` spreads."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("deep")
-    for path in builtin_folder().glob("tokenizer*"):
-        shutil.copy(path, folder)
-    config = AutoConfig.from_pretrained(builtin_folder())
-    config.num_hidden_layers, config.tie_word_embeddings = 12, False
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return str(folder)
+    return str(write_deep(tmp_path_factory.mktemp("deep") / "model"))
 
 
 def calibration(loaded: LoadedModel) -> Windows:
