@@ -67,7 +67,6 @@ def _random_outliers(slabs: int, shape: Shape, per_token: int) -> tuple[Tensor, 
     owner = torch.arange(2 * slabs, device="cuda").repeat_interleave(counts)
     token = torch.randint(0, 64, owner.shape, device="cuda")
     place = torch.randint(0, HEAD_DIM, owner.shape, device="cuda")
-    unit = torch.randint(0, 4 * HEAD_DIM // 16 * 64, owner.shape, device="cuda")
-    where = torch.where(owner % 2 == 0, unit << 3 | (place & 3) << 1, place << 8 | token << 2)
+    where = place << 8 | token << 2
     delta = torch.randn(len(owner), device="cuda").half().view(torch.int16).to(torch.int32)
     return lay_out_lists(owner, delta << 16 | where.to(torch.int32), slabs)

@@ -9,7 +9,6 @@ constexpr u32 KEY_CHUNKS = KEY_SLAB / KEY_CHUNK, CHUNKS = KEY_CHUNKS + VALUE_SLA
 static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2,
               "a slab's chunks fill the ring a whole number of times");
 constexpr u32 SLOT = KEY_CHUNK > VALUE_CHUNK ? KEY_CHUNK : VALUE_CHUNK;
-constexpr u32 LISTED = 112;  // outliers of a slab and side that are copied ahead
 constexpr u32 SIDE = 256 + (OUTLIERS ? 2 * LISTED * 4 : 0);
 // What goes with the next slab arrives while values are read, when this slab's is used up; else two
 // buffers take turns.
@@ -20,13 +19,16 @@ constexpr u32 PLACES_AT = LUT_BYTES + ANGLE_BYTES, HEAD_AT = PLACES_AT + PLACE_B
 constexpr u32 QUERY_AT = HEAD_AT + HEAD_TABLE;
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
-constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, CORNER_AT = ORDER_AT + HEAD_DIM * 2;
+constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4;
+// Whole rows of banks: copies into the middle of one take longer.
+constexpr u32 CORNER_AT = (ORDER_AT + HEAD_DIM * 2 + 127) / 128 * 128;
 constexpr u32 CORNER_SIDE = AHEAD ? 0 : DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
               CORNER_TERMS = CORNER_QUERY + HEAD_DIM * GROUP * 2,
               CORNER_WEIGHTS = CORNER_TERMS + (STEPS - TURNED) * TERM_STEP,
-              CORNER_SPARSE = CORNER_WEIGHTS + (GROUP < 4 ? GROUP * 128 : 0);
+              CORNER_OFFSETS = CORNER_WEIGHTS + (GROUP < 4 ? GROUP * 128 : 0),
+              CORNER_SPARSE = CORNER_OFFSETS + 32;
 constexpr u32 CORNER_MIX = CORNER_SPARSE + (OUTLIERS ? SPARSE_ROW * GROUP * 4 : 0);
-constexpr u32 CORNER = CORNER_MIX + HEAD_DIM * GROUP * 4;
+constexpr u32 CORNER = (CORNER_MIX + HEAD_DIM * GROUP * 4 + 127) / 128 * 128;
 constexpr u32 RAW_AT = CORNER_AT + CORNER_QUERY;  // where the first warp's query will be
 static_assert(CORNER_AT + WARPS * CORNER <= SHARED_BYTES, "the launcher asked for too little");
 
@@ -54,7 +56,8 @@ struct Segment {
 };
 
 // A slab's number among all, its half page's number among all, and its lists of outliers: first
-// quad and number of quads of the keys', then of the values'.
+// quads of the keys' and of the values', and how many quads both have, the values' in the upper
+// half beside IN_ROUNDS.
 struct Slab {
-    u32 index, ranges, lists[4];
+    u32 index, ranges, first[2], quads;
 };

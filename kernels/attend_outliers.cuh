@@ -7,38 +7,50 @@ struct alignas(GROUP < 4 ? 4 * GROUP : 16) Queries {
     u32 of[GROUP];
 };
 
-// A key's outlier: delta * (rotated query) is added to its token's score.
-DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile) {
+// What a key's outlier adds to its token's scores: delta * (rotated query), as integers.
+DEVICE void key_outlier(const Warp& warp, u32 word, u32 first_tile, int (&shares)[GROUP]) {
     constexpr u32 half = HEAD_DIM / 2;
     u32 place = place_of(word);
     bool upper = place >= half;
     u32 pair = half & (half - 1) ? place - (upper ? half : 0) : place & (half - 1);
     float delta = h2_high(word) * SPARSE_ONE, u = delta, v = 0.0f;
     if constexpr (ROTATED) {
-        u32 phase = ((const u32*)warp.frequencies)[2 * pair + 1] *
-                    (token_of(word) + 16 * first_tile - MIDDLE);
+        u32 step = *(const u32*)((const u8*)warp.frequencies + 8 * pair + 4);
         float sine, cosine;
-        sine_cosine((float)(int)phase * 2.3283064365386963e-10f, sine, cosine);
+        sine_cosine((int)(step * (token_of(word) + 16 * first_tile - MIDDLE)), sine, cosine);
         u = delta * (upper ? -sine : cosine);
         v = delta * (upper ? cosine : sine);
     } else if (upper) {
         u = 0.0f, v = delta;
     }
     Queries query = *(const Queries*)(warp.query + query_at(pair));
-    int* score = (int*)warp.sparse + token_of(word);
     KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
-        u32 pair = query.of[h];
-        add_shared(score + h * SPARSE_ROW, round_to_int(u * h2_low(pair) + v * h2_high(pair)));
+        shares[h] = round_to_int(u * h2_low(query.of[h]) + v * h2_high(query.of[h]));
     }
 }
 
-// A list of keys' outliers; a lane takes every 32nd word, three of them at a time.
+// A list of keys' outliers; a lane takes every 32nd word, some of them at a time: what they read
+// is asked for before the first one is added. Lanes without a word add nothing, for they would
+// all wait for one place.
 template <typename Words>
 DEVICE void key_outliers(const Warp& warp, const Words& list, u32 count, u32 first_tile) {
-    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 96) {
-        u32 words[3];
-        KVQ_UNROLL for (u32 k = 0; k < 3; k++) words[k] = i + 32 * k < count ? list(i + 32 * k) : 0;
-        KVQ_UNROLL for (u32 k = 0; k < 3; k++) key_outlier(warp, words[k], first_tile);
+    constexpr u32 at_once = GROUP == 8 ? 1 : 3;
+    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32 * at_once) {
+        u32 words[at_once];
+        int shares[at_once][GROUP];
+        KVQ_UNROLL for (u32 k = 0; k < at_once; k++) {
+            words[k] = list(smaller(i + 32 * k, count - 1));
+        }
+        KVQ_UNROLL for (u32 k = 0; k < at_once; k++) {
+            key_outlier(warp, words[k], first_tile, shares[k]);
+        }
+        KVQ_UNROLL for (u32 k = 0; k < at_once; k++) {
+            if (i + 32 * k >= count) break;
+            int* score = (int*)warp.sparse + token_of(words[k]);
+            KVQ_UNROLL for (int h = 0; h < GROUP; h++) {
+                add_shared(score + h * SPARSE_ROW, shares[k][h]);
+            }
+        }
     }
 }
 
@@ -67,42 +79,54 @@ struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
     float of[GROUP];
 };
 
-// Add an outlier of a value to a head's mix: delta times the token's weight.
-DEVICE void value_outlier(const Warp& warp, u32 word) {
-    float delta = h2_high(word);
-    Heads weights = *(const Heads*)(warp.sparse + token_of(word) * GROUP);
-    Heads* at = (Heads*)(warp.mix + place_of(word) * GROUP);
-    Heads sum = *at;
-    KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weights.of[h] * delta;
-    *at = sum;
+// The heads' weights of an outlier's token.
+DEVICE Heads weights_of(const Warp& warp, u32 word) {
+    return *(const Heads*)(warp.sparse + token_of(word) * GROUP);
 }
 
-// Outliers of values: a word is a half delta above channel << 8 and token << 2. A list in rounds
-// has words of different channels in each round, so that no two lanes write to one place. Lists
-// that grew word by word are in no rounds; there atomics keep lanes apart.
+// Add an outlier of a value to the heads' mix: delta times the token's weight. Lanes without one
+// go along and write nothing.
+DEVICE void value_outlier(const Warp& warp, u32 word, const Heads& weights, bool has_word) {
+    float delta = h2_high(word);
+    Heads* at = (Heads*)(warp.mix + place_of(word) * GROUP);
+    Heads sum;
+    if (has_word) sum = *at;
+    KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] += weights.of[h] * delta;
+    if (has_word) *at = sum;
+}
+
+// Add outliers of values: a word is a half delta above channel << 8 and token << 2. A list in
+// rounds has words of different channels in each round, so that no two lanes write to one place.
+// Words are read two rounds early, their weights one.
 template <typename Words>
-DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count, bool in_rounds) {
-    if (!in_rounds) {
-        KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
-            u32 word = list(i);
-            const float* weight = warp.sparse + token_of(word) * GROUP;
-            float* at = warp.mix + place_of(word) * GROUP;
-            KVQ_ROLLED for (int h = 0; h < GROUP; h++)
-                add_shared(at + h, weight[h] * h2_high(word));
-        }
-        return;
-    }
-    // Words whose channels are equal modulo 8, which share banks, follow each other: eight lanes
-    // that are served at once take every `apart`-th word.
+DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count) {
+    // The first `longer` rounds have size + 1 words, the others size. Words whose channels are
+    // equal modulo 8, which share banks, follow each other: eight lanes that are served at once
+    // take every `apart`-th word.
     u32 rounds = list(0), size = list(1), longer = list(2);
     u32 apart = smaller(size / 8 + 1, 4);  // a round has at most 32
-    u32 place = warp.lane % 8 * apart + warp.lane / 8, begin = HEADER;
-    if (warp.lane / 8 >= apart) place = 32;  // no word
-    u32 word = list(smaller(begin + place, count - 1));
+    u32 place = warp.lane / 8 < apart ? warp.lane % 8 * apart + warp.lane / 8 : 32;
+    auto size_of_round = [&](u32 round) { return size + (round < longer); };
+    u32 at = HEADER + place + size_of_round(0);
+    u32 word = list(smaller(HEADER + place, count - 1)), next = list(smaller(at, count - 1));
+    Heads weights = weights_of(warp, word);
     KVQ_ROLLED for (u32 round = 0; round < rounds; round++) {
-        u32 own = size + (round < longer), now = word;
-        begin += own, word = list(smaller(begin + place, count - 1));  // of the next round
-        if (place < own) value_outlier(warp, now);
+        at += size_of_round(round + 1);
+        u32 after = list(smaller(at, count - 1));
+        Heads next_weights = weights_of(warp, next);
+        value_outlier(warp, word, weights, place < size_of_round(round));
+        word = next, next = after, weights = next_weights;
         sync_warp();
+    }
+}
+
+// Add a list that grew word by word: atomics keep lanes apart.
+template <typename Words>
+DEVICE void loose_value_outliers(const Warp& warp, const Words& list, u32 count) {
+    KVQ_ROLLED for (u32 i = warp.lane; i < count; i += 32) {
+        u32 word = list(i);
+        const float* weight = warp.sparse + token_of(word) * GROUP;
+        float* at = warp.mix + place_of(word) * GROUP;
+        KVQ_ROLLED for (int h = 0; h < GROUP; h++) add_shared(at + h, weight[h] * h2_high(word));
     }
 }

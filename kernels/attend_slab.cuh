@@ -36,10 +36,11 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                            : KEY_BITS == 4   ? HEAD_DIM * 512
                            : KEY_BITS == 3   ? HEAD_DIM * 256
                                              : STEPS * 128;
+constexpr u32 LISTED = 128;  // outliers of a slab and side that are copied ahead
 constexpr float FAR_BELOW = -1e30f;
 constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
-constexpr u32 SPARSE_ROW =
-    GROUP == 1 ? 64 : 68;               // sparse scores of a head, padded against conflicts
+// Sparse scores of a head, padded so that lanes of different heads do not meet in a bank.
+constexpr u32 SPARSE_ROW = GROUP == 1 ? 64 : GROUP == 8 ? 68 : 72;
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
 
 // A warp's corner of shared memory, and what it has accumulated.
@@ -51,7 +52,8 @@ struct Warp {
     const u16* order;
     u8* query;  // (HEAD_DIM / 2, GROUP) half2: a channel and its partner
     u8* terms;  // of each step from TURNED on (8 columns, 4) x 8 bytes: i, i + 1 and their partners
-    u8* weights;  // of up to two heads the tokens' weights as half, in the order of fragments
+    float* offsets;  // what a column's products have added, two for each lane of a row
+    u8* weights;     // of up to two heads the tokens' weights as half, in the order of fragments
     const float* places;
     const u32* coefficients;
     float* sparse;  // outliers' share of the scores, then the tokens' weights, (64, GROUP)
@@ -120,23 +122,40 @@ DEVICE void key_levels(const Warp& warp, u32 step, Tile<KEY_BITS> tile, u32 (&k)
     }
 }
 
-// Scores of a step's 16 channels, added to those of the steps before; of a step that is not turned,
-// what the channels' offsets add to all tokens goes to `offset`.
-DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u32 first_tile,
-                     float (&score)[4][4], float (&offset)[4]) {
-    Tile<KEY_BITS> tiles[4];
-    u32 affine[4] = {0, 0, 0, 0}, b0, b1;
-    if constexpr (KEY_BITS != 16) selectors<KEY_BITS, true>(words, tiles);
-    if constexpr (HAS_AFFINE) {
-        const u32* at = (const u32*)(warp.head_table + (step * 4 + warp.column) * 16);
-        KVQ_UNROLL for (int i = 0; i < 4; i++) affine[i] = at[i];
+// Scales and offsets of a lane's channels, in half2s: scales, offsets, then those of the partners.
+DEVICE Quad affine_at(const Warp& warp, u32 step) {
+    return *(const Quad*)(warp.head_table + (step * 4 + warp.column) * 16);
+}
+
+// Write what the offsets of channels that are not turned add to the two products of a lane's
+// column, of any token of the page.
+DEVICE void write_offsets(const Warp& warp) {
+    if constexpr (!HAS_AFFINE || !HAS_TERMS) return;
+    float sum[4] = {};
+    KVQ_UNROLL for (u32 step = TURNED; step < STEPS && HAS_AFFINE; step++) {
+        u32 b0, b1;
+        term_fragment(warp, step, b0, b1);
+        Quad affine = affine_at(warp, step);
+        u32 ratio[4] = {affine.of[1], affine.of[1], affine.of[3], affine.of[3]};
+        mma(sum, ratio, b0, b1);
     }
+    if (warp.row == 0) ((Couple*)warp.offsets)[warp.column] = Couple{sum[0], sum[1]};
+    sync_warp();
+}
+
+DEVICE Couple offset_of(const Warp& warp) {
+    if constexpr (!HAS_AFFINE || !HAS_TERMS) return Couple{0.0f, 0.0f};
+    return ((const Couple*)warp.offsets)[warp.column];
+}
+
+// Scores of a step's 16 channels, added to those of the steps before.
+DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u32 first_tile,
+                     float (&score)[4][4]) {
+    Tile<KEY_BITS> tiles[4];
+    u32 b0, b1;
+    if constexpr (KEY_BITS != 16) selectors<KEY_BITS, true>(words, tiles);
     if (HAS_TERMS && step >= TURNED) {
         term_fragment(warp, step, b0, b1);
-        if constexpr (HAS_AFFINE) {
-            u32 ratio[4] = {affine[1], affine[1], affine[3], affine[3]};
-            mma(offset, ratio, b0, b1);
-        }
         KVQ_UNROLL for (int t = 0; t < 4; t++) {
             u32 k[4];
             key_levels(warp, step, tiles[t], k);
@@ -145,6 +164,8 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
         return;
     }
     query_fragment(warp, step, b0, b1);
+    Quad affine{};
+    if constexpr (HAS_AFFINE) affine = affine_at(warp, step);
     KVQ_UNROLL for (int t = 0; t < 4; t++) {
         u32 k[4];
         if constexpr (KEY_BITS == 16) {
@@ -153,7 +174,7 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
             key_levels(warp, step, tiles[t], k);
             if constexpr (HAS_AFFINE) {
                 KVQ_UNROLL for (int a = 0; a < 4; a++) {
-                    k[a] = h2_fma(k[a], affine[a & 2], affine[(a & 2) + 1]);
+                    k[a] = h2_fma(k[a], affine.of[a & 2], affine.of[(a & 2) + 1]);
                 }
             }
         }

@@ -1,8 +1,11 @@
 // How a warp of attend.cu gets the codes of one slab after another, and what goes with them:
-// through a ring in shared memory, or with AHEAD a step early into registers, from lines that it
-// has fetched to the second cache one slab early.
+// through a ring in shared memory, or AHEAD steps early into registers, from lines that it has
+// fetched to the second cache one slab early.
 #pragma once
 #include "attend_layout.cuh"
+
+constexpr u32 MOST_BITS = KEY_BITS > VALUE_BITS ? KEY_BITS : VALUE_BITS;
+static_assert(!AHEAD || 2 * STEPS % AHEAD == 0, "a step's registers are the same in every slab");
 
 // What a warp reads: slabs `number` to `last` of a segment, chunk by chunk through its ring.
 struct Stream {
@@ -13,10 +16,9 @@ struct Stream {
     Slab known;
     Slab slab;  // the slab that is read
     const u8 *words,
-        *next_words;     // this lane's share of it, and of the next one; null past the last
-    const u8* chunk;     // of the ring
-    u32 keys[KEY_BITS];  // of the next step, where a warp reads ahead
-    u32 values[VALUE_BITS];
+        *next_words;  // this lane's share of it, and of the next one; null past the last
+    const u8* chunk;  // of the ring
+    u32 early[AHEAD ? AHEAD : 1][MOST_BITS];  // of the next steps, where a warp reads ahead
 };
 
 DEVICE u8* side_of(const Stream& stream, u32 which) {
@@ -32,7 +34,8 @@ DEVICE void look_ahead(const Cache& cache, const Segment& segment, Stream& strea
     slab.index = (page * cache.num_kv_heads + segment.kv_head) * 2 + number % 2;
     slab.ranges = page * 2 + number % 2;
     const u32* lists = cache.outlier_index + 4 * (u64)slab.index;
-    KVQ_UNROLL for (int i = 0; i < 4; i++) slab.lists[i] = OUTLIERS ? lists[i] : 0;
+    slab.first[0] = OUTLIERS ? lists[0] : 0, slab.first[1] = OUTLIERS ? lists[2] : 0;
+    slab.quads = OUTLIERS ? lists[1] | (lists[3] & ~IN_ROUNDS) << 16 | (lists[3] & IN_ROUNDS) : 0;
 }
 
 // Take what a lane knows of a slab.
@@ -41,9 +44,10 @@ DEVICE Slab known_slab(const Stream& stream, u32 number) {
     u32 lane = number - stream.first;
     slab.index = from_lane(stream.known.index, lane);
     slab.ranges = from_lane(stream.known.ranges, lane);
-    KVQ_UNROLL for (int i = 0; i < 4; i++) {
-        slab.lists[i] = OUTLIERS ? from_lane(stream.known.lists[i], lane) : 0;
+    KVQ_UNROLL for (int i = 0; i < 2; i++) {
+        slab.first[i] = OUTLIERS ? from_lane(stream.known.first[i], lane) : 0;
     }
+    slab.quads = OUTLIERS ? from_lane(stream.known.quads, lane) : 0;
     return slab;
 }
 
@@ -60,16 +64,13 @@ DEVICE void fetch_slab(const u8* words, u32 lane) {
 }
 
 // Read a step's words from the slab.
-template <int bits>
-DEVICE void load_words(const u8* step, u32 lane, u32 (&words)[bits]) {
-    if constexpr (bits == 3 || bits >= 8) {
-        KVQ_UNROLL for (int i = 0; i < bits; i++) {
-            u32 word[1];
-            load_once<1>((const u32*)step + word_of<bits>(lane, i), word);
-            words[i] = word[0];
-        }
-    } else {
-        load_once<bits>((const u32*)step + bits * lane, words);
+template <int bits, int room>
+DEVICE void load_words(const u8* step, u32 lane, u32 (&to)[room]) {
+    constexpr int together = bits == 3 || bits >= 8 ? 1 : bits;
+    KVQ_UNROLL for (int i = 0; i < bits; i += together) {
+        u32 words[together];
+        load_once<together>((const u32*)step + word_of<bits>(lane, i), words);
+        KVQ_UNROLL for (int j = 0; j < together; j++) to[i + j] = words[j];
     }
 }
 
@@ -77,12 +78,21 @@ DEVICE void load_words(const u8* step, u32 lane, u32 (&words)[bits]) {
 DEVICE void read_ahead(Stream& stream, u32 number) {
     const u8* words = number < 2 * STEPS || !stream.next_words ? stream.words : stream.next_words;
     u32 step = number % STEPS;
+    u32(&to)[MOST_BITS] = stream.early[number % (AHEAD ? AHEAD : 1)];
     if (number / STEPS % 2) {
-        load_words<VALUE_BITS>(words + KEY_SLAB + step * step_bytes(VALUE_BITS), stream.lane,
-                               stream.values);
+        load_words<VALUE_BITS>(words + KEY_SLAB + step * step_bytes(VALUE_BITS), stream.lane, to);
     } else {
-        load_words<KEY_BITS>(words + step * step_bytes(KEY_BITS), stream.lane, stream.keys);
+        load_words<KEY_BITS>(words + step * step_bytes(KEY_BITS), stream.lane, to);
     }
+}
+
+// The words of step `number`, keys first, and what comes AHEAD of it sent for.
+template <int bits>
+DEVICE void take_ahead(Stream& stream, u32 number, u32 (&words)[bits]) {
+    KVQ_UNROLL for (int i = 0; i < bits; i++) words[i] =
+        stream.early[number % (AHEAD ? AHEAD : 1)][i];
+    read_ahead(stream, number + AHEAD);
+    sync_warp();
 }
 
 // Make `number` the slab that is read.
@@ -96,10 +106,10 @@ DEVICE void turn_to(const Cache& cache, const Segment& segment, Stream& stream) 
 
 // Where outliers of keys (0) or values (1) begin, and their words.
 DEVICE const u32* outliers_at(const Cache& cache, const Slab& slab, u32 side) {
-    return cache.outlier_words + (u64)slab.lists[2 * side] * 4;
+    return cache.outlier_words + (u64)slab.first[side] * 4;
 }
 DEVICE u32 outlier_words(const Slab& slab, u32 side) {
-    return (slab.lists[2 * side + 1] & ~IN_ROUNDS) * 4;
+    return (side ? slab.quads >> 16 & 0x7fff : slab.quads & 0xffff) * 4;
 }
 
 // Copy what goes with a slab beside its words: ranges of its values and the start of its outliers.
@@ -158,7 +168,7 @@ DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream, u3
     sync_warp();
     if constexpr (AHEAD) {
         fetch_slab(stream.words, stream.lane);
-        read_ahead(stream, 0);
+        KVQ_UNROLL for (u32 i = 0; i < AHEAD; i++) read_ahead(stream, i);
         send_side(cache, stream.lane, stream.slab, side_of(stream, 0));
         copies_sent();
     } else {
@@ -170,8 +180,7 @@ DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream, u3
 DEVICE void take_keys(const Cache& cache, Stream& stream, u32 step, u32 (&words)[KEY_BITS]) {
     constexpr u32 many = KEY_CHUNK / step_bytes(KEY_BITS);
     if constexpr (AHEAD) {
-        KVQ_UNROLL for (int i = 0; i < KEY_BITS; i++) words[i] = stream.keys[i];
-        read_ahead(stream, step + 1);
+        take_ahead(stream, step, words);
     } else {
         if (step % many == 0 && step) stream.chunk = take(cache, stream, step / many);
         read_words<KEY_BITS>(stream.chunk + step % many * step_bytes(KEY_BITS), stream.lane, words);
@@ -180,8 +189,7 @@ DEVICE void take_keys(const Cache& cache, Stream& stream, u32 step, u32 (&words)
 DEVICE void take_values(const Cache& cache, Stream& stream, u32 step, u32 (&words)[VALUE_BITS]) {
     constexpr u32 many = VALUE_CHUNK / step_bytes(VALUE_BITS);
     if constexpr (AHEAD) {
-        KVQ_UNROLL for (int i = 0; i < VALUE_BITS; i++) words[i] = stream.values[i];
-        read_ahead(stream, STEPS + step + 1);
+        take_ahead(stream, STEPS + step, words);
     } else {
         if (step % many == 0) stream.chunk = take(cache, stream, KEY_CHUNKS + step / many);
         read_words<VALUE_BITS>(stream.chunk + step % many * step_bytes(VALUE_BITS), stream.lane,

@@ -116,11 +116,11 @@ DEVICE u32 mine_at(u32 column, u32 i) {
 // Scores of the tokens that a lane softens, from the products of a slab that lies in half `half` of
 // its page; `offset` is what offsets add to each product.
 DEVICE void gather_scores(u32 row, u32 column, const float* places, const float (&score)[4][4],
-                          const float (&offset)[4], u32 half, float (&mine)[MINE][LANE_HEADS]) {
+                          Couple offset, u32 half, float (&mine)[MINE][LANE_HEADS]) {
     if constexpr (GROUP == 8) {
         KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
             KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) mine[i % MINE][j] =
-                score[i / 2][2 * (i & 1) + j] + offset[j];
+                score[i / 2][2 * (i & 1) + j] + (j ? offset.second : offset.first);
         }
         return;
     }
@@ -130,11 +130,11 @@ DEVICE void gather_scores(u32 row, u32 column, const float* places, const float 
         if constexpr (!HAS_TERMS) {
             part[i] = first;
         } else if constexpr (TERMS == 2) {
-            part[i] = first + offset[0] + (second + offset[1]) * (start + 0.125f * i);
+            part[i] = first + offset.first + (second + offset.second) * (start + 0.125f * i);
         } else {
             Couple at =
                 *(const Couple*)(places + (64 * half + 8 * i + row) * 8 + column / GROUP * 2);
-            part[i] = (first + offset[0]) * at.first + (second + offset[1]) * at.second;
+            part[i] = (first + offset.first) * at.first + (second + offset.second) * at.second;
         }
     }
     share_tokens(column, part, sum);

@@ -47,8 +47,7 @@ DEVICE void turn_query(const Warp& warp, const float* query, int position) {
         if (ROTATED && position) {
             KVQ_UNROLL for (int e = 0; e < 2; e++) {
                 u64 phase = warp.frequencies[i + e] * (u64)(long long)position;
-                sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine[e],
-                            cosine[e]);
+                sine_cosine((int)(u32)(phase >> 32), sine[e], cosine[e]);
             }
         }
         u32 low[GROUP], high[GROUP];
@@ -89,7 +88,7 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 firs
     const Slab& slab = stream.slab;
     u32 number = stream.number;
     const u8* side = side_of(stream, stream.parity);
-    float product[4][4] = {}, offset[4] = {}, score[MINE][LANE_HEADS];
+    float product[4][4] = {}, score[MINE][LANE_HEADS];
     if constexpr (AHEAD) {
         await_copies<0>();
         sync_warp();
@@ -111,9 +110,9 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 firs
     KVQ_UNROLL for (u32 step = 0; step < STEPS; step++) {
         u32 words[KEY_BITS];
         take_keys(cache, stream, step, words);
-        key_step(warp, words, step, number % 2 * 4, product, offset);
+        key_step(warp, words, step, number % 2 * 4, product);
     }
-    gather_scores(warp.row, warp.column, warp.places, product, offset, number % 2, score);
+    gather_scores(warp.row, warp.column, warp.places, product, offset_of(warp), number % 2, score);
     if constexpr (OUTLIERS) {
         sync_warp();
         sparse_scores(warp, score);
@@ -125,12 +124,14 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 firs
     if constexpr (OUTLIERS) {
         sync_warp();
         u32 count = outlier_words(slab, 1);
-        bool in_rounds = slab.lists[3] & IN_ROUNDS;
-        if (count <= LISTED) {
-            value_outliers(warp, Near{listed + LISTED}, count, in_rounds);
+        Near near{listed + LISTED};
+        Far far{listed + LISTED, outliers_at(cache, slab, 1)};
+        if (!(slab.quads & IN_ROUNDS)) {
+            loose_value_outliers(warp, far, count);
+        } else if (count <= LISTED) {
+            value_outliers(warp, near, count);
         } else {
-            Far list{listed + LISTED, outliers_at(cache, slab, 1)};
-            value_outliers(warp, list, count, in_rounds);
+            value_outliers(warp, far, count);
         }
     }
     if constexpr (AHEAD) {
@@ -156,7 +157,7 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
         return token < tokens ? state_value(states[(u64)token * HEAD_DIM + channel]) : 0.0f;
     };
     // Register arrays are turned by one tile a round, so that the loops over tiles stay short code.
-    float product[4][4] = {}, offset[4] = {}, score[MINE][LANE_HEADS];
+    float product[4][4] = {}, score[MINE][LANE_HEADS];
     KVQ_ROLLED for (u32 t = 0; t < 4; t++) {
         float tile[4] = {};
         if (16 * t < tokens) {
@@ -176,7 +177,7 @@ DEVICE void exact_unit(Warp& warp, const Cache& cache, const Segment& segment, c
             product[i / 4][i % 4] = i < 12 ? product[(i + 4) / 4 % 4][i % 4] : tile[i % 4];
         }
     }
-    gather_scores(warp.row, warp.column, warp.places, product, offset, 0, score);
+    gather_scores(warp.row, warp.column, warp.places, product, Couple{0.0f, 0.0f}, 0, score);
     cap_scores(score, cap);
     u32 weights[4][2];
     soften(warp, score, nullptr, 0, tokens, weights);
@@ -205,6 +206,7 @@ DEVICE void attend_units(Warp& warp, const Cache& cache, const Segment& segment,
             if (number / 2 != turned_page && (ROTATED || turned_page == ~0u)) {
                 turned_page = number / 2;
                 turn_query<true>(warp, query, state[3] + (int)turned_page * 128 + MIDDLE);
+                write_offsets(warp);
             }
             packed_slab(warp, cache, stream, seen > before ? seen - before : 0,
                         smaller(packed - before, 64), cap);
@@ -258,6 +260,7 @@ DEVICE void set_up(Warp& warp, const u16* levels, const Cache& cache, u8* shared
     warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
     warp.order = (const u16*)(shared + ORDER_AT);
     warp.query = corner + CORNER_QUERY, warp.terms = corner + CORNER_TERMS;
+    warp.offsets = (float*)(corner + CORNER_OFFSETS);
     warp.weights = corner + CORNER_WEIGHTS, warp.places = (const float*)(shared + PLACES_AT);
     warp.coefficients = cache.coefficients;
     warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);

@@ -80,7 +80,7 @@ dequantize(const u8* slabs, const u32* ranges, const u32* index, const u32* outl
         if constexpr (ROTATED) {
             int position = state[8 * sequence + 3] + (int)(number * 64 + token);
             u64 phase = frequencies[place] * (u64)(long long)position;
-            sine_cosine((float)(int)(u32)(phase >> 32) * 2.3283064365386963e-10f, sine, cosine);
+            sine_cosine((int)(u32)(phase >> 32), sine, cosine);
         }
         to[order[place]] = state_bits(low * cosine - high * sine);
         to[order[place + half]] = state_bits(high * cosine + low * sine);

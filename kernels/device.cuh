@@ -191,8 +191,9 @@ DEVICE float inverse_fast(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-DEVICE void sine_cosine(float turns, float& sine, float& cosine) {
-    float angle = turns * 6.283185307179586f;
+// Of a phase in 2^32nds of a turn.
+DEVICE void sine_cosine(int phase, float& sine, float& cosine) {
+    float angle = (float)phase * 1.4629180792671596e-9f;
     asm("sin.approx.f32 %0, %1;" : "=f"(sine) : "f"(angle));
     asm("cos.approx.f32 %0, %1;" : "=f"(cosine) : "f"(angle));
 }

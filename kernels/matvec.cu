@@ -108,7 +108,8 @@ score_keys(const u16* query, float* scores, CACHE_PARAMETERS) {
             KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++) load_words<KEY_BITS>(
                 slab.words + step * step_bytes(KEY_BITS), warp.lane, words[step]);
             turn_query<true>(warp, shared_query, own[3] + (int)(number / 2 * 128) + MIDDLE);
-            float product[4][4] = {}, offset[4] = {}, score[MINE][LANE_HEADS];
+            float product[4][4] = {}, score[MINE][LANE_HEADS];
+            if constexpr (DENSE) write_offsets(warp);
             if constexpr (SPARSE) {
                 clear_sparse(warp);
                 sync_warp();
@@ -116,8 +117,9 @@ score_keys(const u16* query, float* scores, CACHE_PARAMETERS) {
                 key_outliers(warp, list, slab.lists[1] * 4, number % 2 * 4);
             }
             KVQ_UNROLL for (u32 step = 0; step < STEPS && DENSE; step++)
-                key_step(warp, words[step], step, number % 2 * 4, product, offset);
-            gather_scores(warp.row, warp.column, warp.places, product, offset, number % 2, score);
+                key_step(warp, words[step], step, number % 2 * 4, product);
+            gather_scores(warp.row, warp.column, warp.places, product,
+                          DENSE ? offset_of(warp) : Couple{0.0f, 0.0f}, number % 2, score);
             if constexpr (SPARSE) {
                 sync_warp();
                 sparse_scores(warp, score);
@@ -195,8 +197,12 @@ mix_values(const float* weights, float* sums, CACHE_PARAMETERS) {
             sync_warp();
             if constexpr (SPARSE) {
                 There list{outlier_words + (u64)slab.lists[2] * 4};
-                value_outliers(warp, list, (slab.lists[3] & ~IN_ROUNDS) * 4,
-                               slab.lists[3] & IN_ROUNDS);
+                u32 count = (slab.lists[3] & ~IN_ROUNDS) * 4;
+                if (slab.lists[3] & IN_ROUNDS) {
+                    value_outliers(warp, list, count);
+                } else {
+                    loose_value_outliers(warp, list, count);
+                }
             }
             KVQ_UNROLL for (u32 m = 0; m < STEPS && DENSE; m++) {
                 float sum[4] = {};

@@ -45,8 +45,8 @@ def call_attend(
     flags = variant.channel_levels, variant.rotated, variant.outliers
     numbers = [variant.head_dim, variant.key_bits, variant.value_bits, *(int(f) for f in flags)]
     numbers += [variant.group, int(variant.softcap), int(variant.bfloat16)]
-    numbers += [variant.most_warps, int(variant.value_table), int(variant.ahead), variant.turned]
-    numbers.append(workspace.blocks)
+    numbers += [variant.most_warps, int(variant.value_table), variant.ahead, variant.most_chunks]
+    numbers += [variant.turned, workspace.blocks]
     reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
     written = [workspace.partials, workspace.counters, workspace.log_sums]
     out: Tensor = torch.ops.kvqtool.attend(query, read, written, numbers, reals)
@@ -102,7 +102,7 @@ def _arguments(
     tables = LayerTables(keys, books, turns, frequencies, factors, order, reals[0], cap)
     head_dim, key_bits, value_bits, levels, rotated, outliers, group, softcap, bf16 = numbers[:9]
     flags = bool(levels), bool(rotated), bool(outliers)
-    most_warps, value_table, ahead = numbers[9], numbers[10] > 0, numbers[11] > 0
+    most_warps, value_table = numbers[9], numbers[10] > 0
     return (
         context,
         tables,
@@ -113,7 +113,6 @@ def _arguments(
             *(softcap > 0, bf16 > 0),
             most_warps,
             value_table,
-            ahead,
-            numbers[12],
+            *numbers[11:14],
         ),
     )

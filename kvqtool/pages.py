@@ -130,10 +130,8 @@ def key_table(codebook: Codebook, spec: QuantSpec, order: Tensor, num_heads: int
 
 
 def folds_levels(spec: QuantSpec) -> bool:
-    """Whether every key channel gets its own levels, scale and offset folded in: where they have
-    them already, and at 2 bits, where that is cheaper to read.
-    """
-    return spec.channel_levels or spec.bits == 2
+    """Whether every key channel gets its own levels, scale and offset folded in."""
+    return spec.channel_levels
 
 
 def level_table(key: PageSide, value: PageSide) -> Tensor:

@@ -38,7 +38,9 @@ class Variant:
         bfloat16: query, output and exact tokens are bfloat16, not float16.
         most_warps: warps of a block where shared memory has room for them.
         value_table: values of 2 and 3 bits are looked up in shared memory, not in registers.
-        ahead: a warp reads codes a step ahead into registers, not through a ring in shared memory.
+        ahead: steps that a warp reads codes ahead into registers: 1, 2 or 4; 0 where it reads them
+            through a ring in shared memory.
+        most_chunks: chunks in that ring at most: 2, 3 or 4.
         turned: tensor-core steps whose keys are turned token by token; -1 for all, 0 where nothing
             turns (`turning.turned_steps`).
     """
@@ -54,7 +56,8 @@ class Variant:
     bfloat16: bool = False
     most_warps: int = MOST_WARPS
     value_table: bool = True
-    ahead: bool = False
+    ahead: int = 0
+    most_chunks: int = 4
     turned: int = -1
 
     def __post_init__(self) -> None:
@@ -103,19 +106,23 @@ class Variant:
     @cached_property
     def depth(self) -> int:
         """Chunks in a warp's ring, a divisor of a slab's chunks."""
-        return next(depth for depth in (4, 3, 2) if sum(self._chunks) % depth == 0)
+        return next(
+            depth
+            for depth in (4, 3, 2)
+            if depth <= self.most_chunks and sum(self._chunks) % depth == 0
+        )
 
     @cached_property
     def warps(self) -> int:
         """Warps of a block: as many as shared memory has room for."""
-        room = SHARED_LIMIT - self._common_bytes - 64
+        room = SHARED_LIMIT - self._common_bytes
         by_registers = FEW_WARPS if self.head_dim == 256 else MOST_WARPS
         return min(self.most_warps, by_registers, room // self._corner_bytes)
 
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return self._common_bytes + 64 + self.warps * self._corner_bytes
+        return self._common_bytes + self.warps * self._corner_bytes
 
     @cached_property
     def macros(self) -> Macros:
@@ -134,7 +141,7 @@ class Variant:
             ("DEPTH", self.depth),
             ("SHARED_BYTES", self.shared_bytes),
             ("VALUE_TABLE", int(self.value_table)),
-            ("AHEAD", int(self.ahead)),
+            ("AHEAD", self.ahead),
             ("TURNED", self._turned),
         )
 
@@ -174,20 +181,24 @@ class Variant:
         query = self.group * self.head_dim * 4
         order = 6 * self.head_dim  # and frequencies
         places = 4096 if self._slow_steps and self.group < 4 else 0
-        return lut + angles + head + query + self.most_warps * self.group * 12 + order + places
+        join = self.most_warps * self.group * 12 + 16
+        return _in_rows(lut + angles + head + query + join + order + places)
 
     @property
     def _corner_bytes(self) -> int:
         slot = max(128 * b * (1 if b >= 8 else 2) for b in (self.key_bits, self.value_bits))
-        side = 256 + (896 if self.outliers else 0)
+        side = 256 + (1024 if self.outliers else 0)
         mix = self.head_dim * self.group * (2 + 4)
         if self.outliers:
-            mix += 256 if self.group == 1 else 272 * self.group
-        mix += 256 * self._slow_steps + (128 * self.group if self.group < 4 else 0)
+            mix += {1: 256, 2: 576, 4: 1152, 8: 2176}[self.group]  # sparse scores
+        mix += 256 * self._slow_steps + (128 * self.group if self.group < 4 else 0) + 32
         sides = 1 if self.depth - 1 <= self._chunks[1] else 2
-        if self.ahead:
-            return side + mix
-        return self.depth * slot + sides * side + mix
+        return _in_rows(side + mix if self.ahead else self.depth * slot + sides * side + mix)
+
+
+def _in_rows(size: int) -> int:
+    """Return bytes of whole rows of the 32 banks of shared memory."""
+    return -(-size // 128) * 128
 
 
 def variant_of(
@@ -211,7 +222,7 @@ def variant_of(
         softcap: whether scores are capped.
         bfloat16: whether states are bfloat16, not float16.
     """
-    reads_ahead = group > 1 and (spec.key.bits < 4 or folds_levels(spec.key))
+    single = folds_levels(spec.key) and spec.key.bits == 4  # codes are looked up one by one
     variant = Variant(
         head_dim,
         spec.key.bits,
@@ -222,12 +233,13 @@ def variant_of(
         group,
         softcap,
         bfloat16,
-        ahead=reads_ahead,
+        ahead=4 if single and group > 1 else 0,
+        most_chunks=2 if single else 4,
         turned=0 if inv_freq is None else turned_steps(inv_freq, group, spec.key.bits),
     )
     plain = replace(variant, value_table=False)
     chosen = variant if variant.warps == plain.warps else plain
-    few = chosen.warps < MOST_WARPS or (reads_ahead and spec.key.bits == 4)
+    few = chosen.warps < MOST_WARPS or chosen.ahead
     return replace(chosen, most_warps=FEW_WARPS) if few else chosen
 
 

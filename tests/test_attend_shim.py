@@ -65,10 +65,11 @@ def test_values_are_picked_from_registers_as_well(spec: str) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("spec", ["nuq4-1%", "nuq3-1%", "nuq2-1%"])
-def test_the_other_way_to_read_codes_agrees(spec: str, group: int) -> None:
+@pytest.mark.parametrize(
+    ("spec", "ahead"), [("nuq4-1%", 1), ("nuq3-1%", 2), ("nuq2-1%", 4), ("nuq4-1%-pc", 4)]
+)
+def test_codes_are_read_ahead_as_well(spec: str, ahead: int, group: int) -> None:
     built = build(Case(spec, (70, 400), sinks=1, group=group))
-    ahead = not built.variant.ahead
     out, expected = attend_on_cpu(Case(spec, (70, 400)), 3, built, ahead=ahead)
     assert (out - expected).abs().max() < TOLERANCE
 

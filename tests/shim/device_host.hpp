@@ -11,8 +11,8 @@
 #include <functional>
 #include <vector>
 
-#define DEVICE          inline
-#define KERNEL(threads) extern "C" void
+#define DEVICE                        inline
+#define KERNEL(threads)               extern "C" void
 #define KERNEL_OF(threads, registers) extern "C" void
 #define KVQ_UNROLL
 #define KVQ_ROLLED
@@ -42,7 +42,7 @@ inline void yield() {
     state.thread = self;
 }
 // Wait until every living thread in [first, last) has come as often as this one.
-inline void meet(u32 first, u32 last, int Fibre::*count) {
+inline void meet(u32 first, u32 last, int Fibre::* count) {
     Fibre& self = state.fibres[state.thread];
     self.*count += 1;
     for (;;) {
@@ -293,9 +293,9 @@ inline float log2_fast(float x) {
 inline float inverse_fast(float x) {
     return 1.0f / x;
 }
-inline void sine_cosine(float turns, float& sine, float& cosine) {
-    sine = std::sin(turns * 6.283185307179586f);
-    cosine = std::cos(turns * 6.283185307179586f);
+inline void sine_cosine(int phase, float& sine, float& cosine) {
+    sine = std::sin((float)phase * 1.4629180792671596e-9f);
+    cosine = std::cos((float)phase * 1.4629180792671596e-9f);
 }
 inline float greater(float a, float b) {
     return a > b ? a : b;
