@@ -103,19 +103,20 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         u32 first_row = segment.sequence * num_kv_heads * group_heads + segment.first_head;
         u16* out = output + (u64)first_row * HEAD_DIM;
         float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
+        u32 logged = log_sums ? 0 : HEAD_DIM;  // the channel whose thread writes a head's log
         KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
             u32 head = i % GROUP, channel = i / GROUP;
-            float result[3];
-            join_warps(join, shared + CORNER_AT, warps, head, channel, result);
+            Joined all = join_warps(join, shared + CORNER_AT, warps, head, channel);
             if (segment.blocks == 1) {
                 if (head >= segment.heads) continue;
-                out[head * HEAD_DIM + channel] = state_bits(result[0] / result[2]);
-                if (log_sums && channel == 0)
-                    log_sums[first_row + head] = log_of_sum(result[1], result[2]);
+                out[head * HEAD_DIM + channel] = state_bits(all.total * inverse_fast(all.sum));
+                if (channel == logged)
+                    log_sums[first_row + head] = log_of_sum(all.reference, all.sum);
                 continue;
             }
-            part[head * PARTIAL + channel] = result[0];
-            if (channel < 2) part[head * PARTIAL + HEAD_DIM + channel] = result[1 + channel];
+            part[head * PARTIAL + channel] = all.total;
+            if (channel == 0) part[head * PARTIAL + HEAD_DIM] = all.reference;
+            if (channel == 1) part[head * PARTIAL + HEAD_DIM + 1] = all.sum;
         }
         if (segment.blocks > 1) {
             u32 last = segment.blocks - 1;
@@ -124,8 +125,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
             sync_block();
             if (join[0] != 0.0f) {
                 u64 first = segment.first_block + segment.index;
-                join_blocks(partials + first * GROUP * PARTIAL, segment.blocks, segment.heads,
-                            (float*)(shared + CORNER_AT), out,
+                join_blocks(partials + first * GROUP * PARTIAL, segment.blocks, segment.heads, out,
                             log_sums ? log_sums + first_row : nullptr);
             }
         }

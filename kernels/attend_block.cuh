@@ -109,21 +109,33 @@ DEVICE void arrange_query(const Segment& segment, u8* shared, float scale) {
     }
 }
 
-// One (head, channel) of the result of a block whose first `warps` warps have one: sum of weighted
-// values, reference, sum of weights.
-DEVICE void join_warps(const float* join, const u8* corners, u32 warps, u32 head, u32 channel,
-                       float (&result)[3]) {
-    float highest = FAR_BELOW, total = 0.0f, sum = 0.0f;
-    KVQ_UNROLL_4 for (u32 w = 0; w < warps; w++) highest =
-        greater(highest, join[(w * GROUP + head) * 3]);
-    KVQ_UNROLL_4 for (u32 w = 0; w < warps; w++) {
-        const float* part = join + (w * GROUP + head) * 3;
-        const float* mix = (const float*)(corners + w * CORNER + CORNER_MIX);
-        float factor = exp2_fast(part[0] - highest);
-        total += factor * (mix[channel * GROUP + head] + part[2]);
-        sum += factor * part[1];
+// A head's channel, or all of a head, from warps or blocks: the sum of weighted values, relative to
+// 2^reference, and the sum of weights.
+struct Joined {
+    float total, reference, sum;
+};
+
+// One (head, channel) of the result of a block whose first `warps` warps have one. Four are looked
+// at at a time: past the last one it is that one again, with no weight.
+DEVICE Joined join_warps(const float* join, const u8* corners, u32 warps, u32 head, u32 channel) {
+    Joined all{0.0f, FAR_BELOW, 0.0f};
+    KVQ_ROLLED for (u32 first = 0; first < warps; first += 4) {
+        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+            u32 w = smaller(first + k, warps - 1);
+            all.reference = greater(all.reference, join[(w * GROUP + head) * 3]);
+        }
     }
-    result[0] = total, result[1] = highest, result[2] = sum;
+    KVQ_ROLLED for (u32 first = 0; first < warps; first += 4) {
+        KVQ_UNROLL for (u32 k = 0; k < 4; k++) {
+            u32 w = smaller(first + k, warps - 1);
+            const float* part = join + (w * GROUP + head) * 3;
+            const float* mix = (const float*)(corners + w * CORNER + CORNER_MIX);
+            float factor = first + k < warps ? exp2_fast(part[0] - all.reference) : 0.0f;
+            all.total += factor * (mix[channel * GROUP + head] + part[2]);
+            all.sum += factor * part[1];
+        }
+    }
+    return all;
 }
 
 // The log of the sum of exp(score), from a reference in powers of 2 and the sum over it.
@@ -131,67 +143,39 @@ DEVICE float log_of_sum(float reference, float sum) {
     return (reference + log2_fast(sum)) * 0.6931471805599453f;
 }
 
-// Of a segment's partial results, the factor of each part of a head, over the sum of weights: to
-// `factors` (parts, GROUP); and the log of that sum to `log_sums` (heads), if it is there.
-DEVICE void weigh_parts(const float* partials, u32 parts, u32 heads, float* factors,
-                        float* log_sums) {
-    u32 head = thread_index() / 32, lane = thread_index() % 32;
-    KVQ_ROLLED for (; head < GROUP; head += WARPS) {
-        const float* part = partials + head * PARTIAL + HEAD_DIM;
-        float highest = FAR_BELOW, sum = 0.0f;
-        KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) highest =
-            greater(highest, load_fresh(part + (u64)i * GROUP * PARTIAL));
-        KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) highest =
-            greater(highest, exchange(highest, mask));
-        KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) {
-            const float* own = part + (u64)i * GROUP * PARTIAL;
-            float factor = exp2_fast(load_fresh(own) - highest);
-            factors[i * GROUP + head] = factor;
-            sum += factor * load_fresh(own + 1);
+// The result of a segment from the partial results of its blocks, by the last of them. A warp has 64
+// channels of a head and takes 16 parts at a time: lane k, and lane 16 + k likewise, knows the
+// reference and the sum of the k-th one, and every lane two channels of all. Lanes past the last
+// channels repeat those.
+DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, u16* out, float* log_sums) {
+    constexpr u32 many = 16, pieces = (HEAD_DIM + 63) / 64;
+    u32 lane = thread_index() % 32;
+    KVQ_ROLLED for (u32 piece = thread_index() / 32; piece < heads * pieces; piece += WARPS) {
+        u32 head = piece / pieces, channel = smaller(piece % pieces * 64 + 2 * lane, HEAD_DIM - 2);
+        const float *own_at = partials + head * PARTIAL + HEAD_DIM,
+                    *at = partials + head * PARTIAL + channel;
+        float highest = FAR_BELOW, sum = 0.0f, total[2] = {0.0f, 0.0f};
+        KVQ_ROLLED for (u32 first = 0; first < parts; first += many) {
+            auto offset = [&](u32 k) { return (u64)smaller(first + k, parts - 1) * GROUP * PARTIAL; };
+            float own[2], of[many][2];
+            load_fresh(own_at + offset(lane % many), own);
+            KVQ_UNROLL for (u32 k = 0; k < many; k++) load_fresh(at + offset(k), of[k]);
+            float next = greater(highest, own[0]);
+            KVQ_UNROLL for (u32 mask = 1; mask < many; mask *= 2) next =
+                greater(next, exchange(next, mask));
+            float before = exp2_fast(highest - next), factor = exp2_fast(own[0] - next);
+            if (first + lane % many >= parts) factor = 0.0f;
+            highest = next, sum = sum * before + factor * own[1];
+            KVQ_UNROLL for (int e = 0; e < 2; e++) total[e] *= before;
+            KVQ_UNROLL for (u32 k = 0; k < many; k++) {
+                float weight = from_lane(factor, k);
+                KVQ_UNROLL for (int e = 0; e < 2; e++) total[e] += of[k][e] * weight;
+            }
         }
-        KVQ_UNROLL for (u32 mask = 1; mask < 32; mask *= 2) sum += exchange(sum, mask);
-        if (log_sums && lane == 0 && head < heads) log_sums[head] = log_of_sum(highest, sum);
-        float inverse = 1.0f / sum;
-        KVQ_ROLLED for (u32 i = lane; i < parts; i += 32) factors[i * GROUP + head] *= inverse;
-    }
-}
-
-// One (head, channel) of a segment from its parts, whose first `many` values are at hand.
-template <u32 many>
-DEVICE float join_parts(const float* partials, u32 parts, const float* factors, u32 head,
-                        u32 channel, const float (&first)[many]) {
-    float total = 0.0f;
-    KVQ_UNROLL for (u32 k = 0; k < many; k++) {
-        if (k < parts) total += first[k] * factors[k * GROUP + head];
-    }
-    KVQ_UNROLL_4 for (u32 k = many; k < parts; k++) {
-        const float* part = partials + ((u64)k * GROUP + head) * PARTIAL;
-        total += load_fresh(part + channel) * factors[k * GROUP + head];
-    }
-    return total;
-}
-
-// The result of a segment from the partial results of its blocks, by the last of them.
-DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, float* factors, u16* out,
-                        float* log_sums) {
-    constexpr u32 many = 16, mine = (GROUP * HEAD_DIM + THREADS - 1) / THREADS;
-    float first[many];
-    auto load = [&](u32 i) {
-        KVQ_UNROLL for (u32 k = 0; k < many; k++) {
-            const float* part =
-                partials + ((u64)smaller(k, parts - 1) * GROUP + i / HEAD_DIM) * PARTIAL;
-            first[k] = load_fresh(part + i % HEAD_DIM);
-        }
-    };
-    u32 i = smaller(thread_index(), heads * HEAD_DIM - 1);
-    load(i);
-    weigh_parts(partials, parts, heads, factors, log_sums);
-    sync_block();
-    KVQ_ROLLED for (u32 k = 0; k < mine; k++) {
-        i = thread_index() + k * THREADS;
-        if (i >= heads * HEAD_DIM) break;
-        if (k) load(i);
-        out[i] = state_bits(
-            join_parts<many>(partials, parts, factors, i / HEAD_DIM, i % HEAD_DIM, first));
+        KVQ_UNROLL for (u32 mask = 1; mask < many; mask *= 2) sum += exchange(sum, mask);
+        float inverse = inverse_fast(sum);
+        *(u32*)(out + head * HEAD_DIM + channel) =
+            state_bits(total[0] * inverse) | (u32)state_bits(total[1] * inverse) << 16;
+        if (log_sums && channel == 0) log_sums[head] = log_of_sum(highest, sum);
     }
 }

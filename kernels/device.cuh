@@ -331,18 +331,19 @@ DEVICE u32 add_global(u32* at, u32 value) {
     return atomicAdd(at, value);
 }
 
-// Count arrivals from 0 to last and back to 0; returns the count before.
+// Count arrivals from 0 to last and back to 0; returns the count before. What the block wrote before
+// it met is seen by those that arrive later, once they meet, through `load_fresh`.
 DEVICE u32 arrive(u32* counter, u32 last) {
-    __threadfence();
-    u32 before = atomicInc(counter, last);
-    __threadfence();
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(last)
+                 : "memory");
     return before;
 }
-// Read what another block wrote.
-DEVICE float load_fresh(const float* at) {
-    float value;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(at));
-    return value;
+// Read two neighbours that another block wrote.
+DEVICE void load_fresh(const float* at, float (&to)[2]) {
+    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "l"(at));
 }
 #endif
 

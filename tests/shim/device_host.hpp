@@ -406,6 +406,6 @@ inline u32 arrive(u32* counter, u32 last) {
     *counter = before >= last ? 0 : before + 1;
     return before;
 }
-inline float load_fresh(const float* at) {
-    return *at;
+inline void load_fresh(const float* at, float (&to)[2]) {
+    to[0] = at[0], to[1] = at[1];
 }
