@@ -54,11 +54,13 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 Exact{sink_key, sink_value, sink_capacity},
                 Exact{window_key, window_value, window_capacity}};
     u32 number = thread_index() / 32, lane = thread_index() % 32;
+    Sizes own = sizes_of(cache, lane);  // first, for everything waits for it
     Tables tables{key_table, levels, angles};
+    Results results{output, partials, log_sums, counters};
     u32 level = lane_level(levels, lane);
     send_tables(tables, cache, shared);
     Cut cut;
-    if (block_index() >= plan(cache, block_count(), lane, cut)) {  // more blocks than units
+    if (block_index() >= plan(cache, own, block_count(), lane, cut)) {  // more blocks than units
         await_copies<0>();
         return;
     }
@@ -66,6 +68,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
     u8* corner = shared + CORNER_AT + number * CORNER;
     const float* shared_query = (const float*)(shared + QUERY_AT);
     float* join = (float*)(shared + JOIN_AT);
+    Kept* kept = (Kept*)(shared + KEPT_AT);
     Warp warp;
     set_up(warp, levels, cache, shared, number, lane);
 
@@ -75,20 +78,43 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
 
     u32 unit = cut.whole ? 0 : unit_of(cut, block_index());
     u32 end = cut.whole ? 1 : unit_of(cut, block_index() + 1);
-    while (unit < end) {
-        Segment segment = find_segment(cache, cut, cut.whole ? block_index() : unit, lane);
-        send_segment(tables, cache, segment, query, shared);
+    KVQ_ROLLED for (;;) {
+        Segment segment = find_segment(cache, cut, own, cut.whole ? block_index() : unit, lane);
         Range range = range_of_block(cut, segment, unit, end);
-        u32 from = range.from, count = range.until - from, warps = smaller(count, WARPS);
+        u32 from = range.from, count = range.until - from;
         u32 begins = from + (count < WARPS ? smaller(number, count) : count * number / WARPS);
         u32 ends =
             from + (count < WARPS ? smaller(number + 1, count) : count * (number + 1) / WARPS);
-        begin(cache, segment, stream, begins, smaller(ends, segment.slabs));
+        u32 stop = smaller(ends, segment.slabs), page = 0;  // its slabs end there
+        stream.number = segment.first_slab + begins, stream.last = segment.first_slab + stop - 1;
+        if (begins < stop) page = page_ahead(cache, segment, stream);
+        send_segment(tables, cache, segment, query, shared);
+        if (begins < stop) look_ahead(cache, segment, stream, page);
+        if (thread_index() == 0) {
+            u32 row = segment.sequence * num_kv_heads * group_heads + segment.first_head;
+            u32 next = unit + (cut.whole ? 1 : count);
+            *kept = Kept{row,
+                         segment.heads,
+                         segment.index,
+                         segment.first_block,
+                         segment.blocks,
+                         smaller(count, WARPS),
+                         cut.share,
+                         cut.longer,
+                         cut.whole,
+                         next,
+                         end};
+        }
+        // While the loads are under way:
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
         if (!ready) fill_tables(level, levels, shared);
         if (!ready) fill_places(shared + PLACES_AT);
-        ready = true;
         clear_results(warp);
+        if (begins < stop) {
+            begin(cache, segment, stream);
+        } else {
+            await_copies<0>();  // nothing of its own is under way
+        }
         await_copies<DEPTH - 1>();  // what was sent for before the slabs
         sync_block();
         arrange_query(segment, shared, scale);
@@ -100,36 +126,11 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         }
         sync_block();
 
-        u32 first_row = segment.sequence * num_kv_heads * group_heads + segment.first_head;
-        u16* out = output + (u64)first_row * HEAD_DIM;
-        float* part = partials + (u64)(block_index() + segment.index) * GROUP * PARTIAL;
-        u32 logged = log_sums ? 0 : HEAD_DIM;  // the channel whose thread writes a head's log
-        KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
-            u32 head = i % GROUP, channel = i / GROUP;
-            Joined all = join_warps(join, shared + CORNER_AT, warps, head, channel);
-            if (segment.blocks == 1) {
-                if (head >= segment.heads) continue;
-                out[head * HEAD_DIM + channel] = state_bits(all.total * inverse_fast(all.sum));
-                if (channel == logged)
-                    log_sums[first_row + head] = log_of_sum(all.reference, all.sum);
-                continue;
-            }
-            part[head * PARTIAL + channel] = all.total;
-            if (channel == 0) part[head * PARTIAL + HEAD_DIM] = all.reference;
-            if (channel == 1) part[head * PARTIAL + HEAD_DIM + 1] = all.sum;
-        }
-        if (segment.blocks > 1) {
-            u32 last = segment.blocks - 1;
-            sync_block();
-            if (thread_index() == 0) join[0] = arrive(counters + segment.index, last) == last;
-            sync_block();
-            if (join[0] != 0.0f) {
-                u64 first = segment.first_block + segment.index;
-                join_blocks(partials + first * GROUP * PARTIAL, segment.blocks, segment.heads, out,
-                            log_sums ? log_sums + first_row : nullptr);
-            }
-        }
-        unit += cut.whole ? 1 : count;
-        if (unit < end) sync_block();  // all have read what the next segment overwrites
+        give_result(results, *kept, join, shared + CORNER_AT);
+        unit = kept->next, end = kept->end;
+        if (unit >= end) return;
+        cut = Cut{kept->whole != 0, kept->share, kept->longer};
+        own = sizes_of(cache, lane), level = 0, ready = true;
+        sync_block();  // all have read what the next segment overwrites
     }
 }

@@ -8,22 +8,21 @@ struct Tables {
     const u32* angles;
 };
 
-// Send for `bytes` from global memory, some 16 bytes a thread from thread `first` on.
-template <u32 bytes>
-DEVICE void send_bytes(u8* to, const void* from, u32 first) {
-    static_assert(bytes % 16 == 0, "whole pieces are copied");
-    KVQ_UNROLL_4 for (u32 i = (thread_index() + THREADS - first) % THREADS; i < bytes / 16;
-                      i += THREADS) copy16(to + 16 * i, (const u8*)from + 16 * i);
-}
-
-// Send for what is only copied: angles of a page's places, frequencies and the order of channels.
+// Send for what is only copied: angles of a page's places, of the steps that are turned, and
+// frequencies and the order of channels, which lie one behind the other.
 DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
-    KVQ_UNROLL for (u32 tile = 0; tile < 8; tile++)  // of the steps that are turned
-        send_bytes<ANGLE_BYTES / 8>(shared + LUT_BYTES + tile * (ANGLE_BYTES / 8),
-                                    tables.angles + tile * STEPS * 128,
-                                    tile * TURNED * 32 % THREADS);
-    send_bytes<HEAD_DIM * 4>(shared + FREQUENCIES_AT, cache.frequencies, 0);
-    send_bytes<HEAD_DIM * 2>(shared + ORDER_AT, cache.order, 128 % THREADS);
+    if constexpr (ANGLE_BYTES > 0) {
+        constexpr u32 tile = TURNED ? TURNED * 32 : 1;  // pieces of a tile
+        KVQ_ROLLED for (u32 i = thread_index(); i < 8 * tile; i += THREADS) copy16(
+            shared + LUT_BYTES + 16 * i, tables.angles + (i / tile * (STEPS * 32) + i % tile) * 4);
+    }
+    constexpr u32 turns = HEAD_DIM / 4, all = turns + HEAD_DIM / 8;
+    static_assert(ORDER_AT == FREQUENCIES_AT + 16 * turns, "the order follows the frequencies");
+    KVQ_ROLLED for (u32 i = THREADS - 1 - thread_index(); i < all; i += THREADS) {
+        const u8 *from = (const u8*)cache.frequencies, *order = (const u8*)cache.order;
+        copy16(shared + FREQUENCIES_AT + 16 * i,
+               i < turns ? from + 16 * i : order + 16 * (i - turns));
+    }
 }
 
 // Send for a segment's query and, where it is only copied, the table of its keys.
@@ -34,8 +33,9 @@ DEVICE void send_segment(const Tables& tables, const Cache& cache, const Segment
     KVQ_ROLLED for (u32 i = thread_index(); i < segment.heads * HEAD_DIM / 8; i += THREADS)
         copy16(shared + RAW_AT + 16 * i, from + 8 * i);
     if constexpr (KEY_BITS != 16 && !CHANNEL_LEVELS) {
-        send_bytes<HEAD_TABLE>(shared + HEAD_AT,
-                               tables.key_table + segment.kv_head * HEAD_TABLE / 2, 64 % THREADS);
+        const u8* table = (const u8*)tables.key_table + segment.kv_head * HEAD_TABLE;
+        KVQ_ROLLED for (u32 i = THREADS - 1 - thread_index(); i < HEAD_TABLE / 16; i += THREADS)
+            copy16(shared + HEAD_AT + 16 * i, table + 16 * i);
     }
     copies_sent();
 }
@@ -48,16 +48,19 @@ DEVICE u32 lane_level(const u16* levels, u32 lane) {
 // The tables of pairs of codes, of single ones of 8 bits and of four 2-bit ones, a copy for each
 // lane. Lanes hold the levels of up to 4 bits.
 DEVICE void fill_tables(u32 level, const u16* levels, u8* shared) {
-    constexpr u32 row = LUT_STRIDE / 16;
-    static_assert(ROW_BYTES / 16 % 32 == 0, "warps have whole turns");
-    KVQ_UNROLL_4 for (u32 i = thread_index(); i < ROW_BYTES / 16; i += THREADS) {
-        bool is_value = LUT_STRIDE == 128 || i % row >= row / 2;
-        u32 code = i / row, side = is_value ? 16 : 0;
-        u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4))
-                                                              << 16;
-        if (is_value ? VALUE_SINGLES : KEY_SINGLES)
-            pair = levels[(is_value ? LEVEL_ROW : 0) + code] * 0x10001u;
-        *(Quad*)(shared + 16 * i) = Quad{{pair, pair, pair, pair}};
+    if constexpr (HAS_ROWS) {
+        constexpr u32 row = LUT_STRIDE / 16;  // pieces
+        static_assert(THREADS % row == 0, "a thread has the same piece of all its rows");
+        u32 piece = thread_index() % row;
+        bool is_value = LUT_STRIDE == 128 || piece >= row / 2;
+        u32 side = is_value ? 16 : 0;
+        KVQ_ROLLED for (u32 code = thread_index() / row; code < ROWS; code += THREADS / row) {
+            u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4))
+                                                                  << 16;
+            if (is_value ? VALUE_SINGLES : KEY_SINGLES)
+                pair = levels[(is_value ? LEVEL_ROW : 0) + code] * 0x10001u;
+            *(Quad*)(shared + code * LUT_STRIDE + 16 * piece) = Quad{{pair, pair, pair, pair}};
+        }
     }
     if constexpr (VALUE_QUADS) {
         KVQ_UNROLL_4 for (u32 i = thread_index(); i < 65536 / 16; i += THREADS) {
@@ -101,7 +104,7 @@ DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
 DEVICE void arrange_query(const Segment& segment, u8* shared, float scale) {
     const u16 *raw = (const u16*)(shared + RAW_AT), *order = (const u16*)(shared + ORDER_AT);
     float* to = (float*)(shared + QUERY_AT);
-    KVQ_UNROLL_4 for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
+    KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
         u32 head = i / HEAD_DIM;
         to[i] = head < segment.heads
                     ? state_value(raw[head * HEAD_DIM + order[i % HEAD_DIM]]) * scale
@@ -143,8 +146,8 @@ DEVICE float log_of_sum(float reference, float sum) {
     return (reference + log2_fast(sum)) * 0.6931471805599453f;
 }
 
-// The result of a segment from the partial results of its blocks, by the last of them. A warp has 64
-// channels of a head and takes 16 parts at a time: lane k, and lane 16 + k likewise, knows the
+// The result of a segment from the partial results of its blocks, by the last of them. A warp has
+// 64 channels of a head and takes 16 parts at a time: lane k, and lane 16 + k likewise, knows the
 // reference and the sum of the k-th one, and every lane two channels of all. Lanes past the last
 // channels repeat those.
 DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, u16* out, float* log_sums) {
@@ -156,7 +159,9 @@ DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, u16* out, f
                     *at = partials + head * PARTIAL + channel;
         float highest = FAR_BELOW, sum = 0.0f, total[2] = {0.0f, 0.0f};
         KVQ_ROLLED for (u32 first = 0; first < parts; first += many) {
-            auto offset = [&](u32 k) { return (u64)smaller(first + k, parts - 1) * GROUP * PARTIAL; };
+            auto offset = [&](u32 k) {
+                return (u64)smaller(first + k, parts - 1) * GROUP * PARTIAL;
+            };
             float own[2], of[many][2];
             load_fresh(own_at + offset(lane % many), own);
             KVQ_UNROLL for (u32 k = 0; k < many; k++) load_fresh(at + offset(k), of[k]);
@@ -177,5 +182,43 @@ DEVICE void join_blocks(const float* partials, u32 parts, u32 heads, u16* out, f
         *(u32*)(out + head * HEAD_DIM + channel) =
             state_bits(total[0] * inverse) | (u32)state_bits(total[1] * inverse) << 16;
         if (log_sums && channel == 0) log_sums[head] = log_of_sum(highest, sum);
+    }
+}
+
+// What attend.cu writes.
+struct Results {
+    u16* output;
+    float *partials, *log_sums;
+    u32* counters;
+};
+
+// Write the result of a block's part of a segment; the last block of a segment writes all of it.
+DEVICE void give_result(const Results& results, const Kept& kept, const float* join,
+                        const u8* corners) {
+    u16* out = results.output + (u64)kept.first_row * HEAD_DIM;
+    float* logs = results.log_sums ? results.log_sums + kept.first_row : nullptr;
+    float* part = results.partials + (u64)(block_index() + kept.index) * GROUP * PARTIAL;
+    // In terms of the loop's numbers, for else the loop would be compiled for either answer.
+    u32 whole = kept.blocks == 1 ? GROUP * HEAD_DIM : 0, logged = logs ? 0 : HEAD_DIM;
+    KVQ_ROLLED for (u32 i = thread_index(); i < GROUP * HEAD_DIM; i += THREADS) {
+        u32 head = i % GROUP, channel = i / GROUP;
+        Joined all = join_warps(join, corners, kept.warps, head, channel);
+        if (i < whole) {
+            if (head >= kept.heads) continue;
+            out[head * HEAD_DIM + channel] = state_bits(all.total * inverse_fast(all.sum));
+            if (channel == logged) logs[head] = log_of_sum(all.reference, all.sum);
+            continue;
+        }
+        part[head * PARTIAL + channel] = all.total;
+        if (channel == 0) part[head * PARTIAL + HEAD_DIM] = all.reference;
+        if (channel == 1) part[head * PARTIAL + HEAD_DIM + 1] = all.sum;
+    }
+    if (kept.blocks == 1) return;
+    sync_block();
+    u32 last = kept.blocks - 1;
+    bool is_last = thread_index() == 0 && arrive(results.counters + kept.index, last) == last;
+    if (any_thread(is_last)) {
+        u64 first = kept.first_block + kept.index;
+        join_blocks(results.partials + first * GROUP * PARTIAL, kept.blocks, kept.heads, out, logs);
     }
 }

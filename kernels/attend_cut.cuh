@@ -2,14 +2,20 @@
 #pragma once
 #include "attend_layout.cuh"
 
-// Units of a KV head of a sequence; none past the last sequence.
-DEVICE u32 segment_sizes(const Cache& cache, u32 sequence, Segment& segment) {
-    if (sequence >= cache.batch) return 0;
+// What there is of each KV head of a sequence; nothing past the last sequence.
+struct Sizes {
+    u32 first_slab, slabs, sink_units, units;
+    u32 parts;  // into which the units are cut, where every block has units of one segment
+};
+DEVICE Sizes sizes_of(const Cache& cache, u32 sequence) {
+    Sizes sizes{0, 0, 0, 0, 0};
+    if (sequence >= cache.batch) return sizes;
     const int* state = cache.state + 8 * sequence;
-    segment.first_slab = (u32)state[4] / 64;
-    segment.slabs = ((u32)state[0] + 63) / 64 - segment.first_slab;
-    segment.sink_units = ((u32)state[1] + 63) / 64;
-    return segment.slabs + segment.sink_units + ((u32)state[2] + 63) / 64;
+    sizes.first_slab = (u32)state[4] / 64;
+    sizes.slabs = ((u32)state[0] + 63) / 64 - sizes.first_slab;
+    sizes.sink_units = ((u32)state[1] + 63) / 64;
+    sizes.units = sizes.slabs + sizes.sink_units + ((u32)state[2] + 63) / 64;
+    return sizes;
 }
 
 // Segments of a KV head, and of a sequence, which follow each other.
@@ -31,18 +37,21 @@ DEVICE u32 parts_of(u32 units, u32 share) {
     return units ? larger(units / share, 1) : 0;
 }
 
-// Plan the cut for at most `blocks` blocks, a lane a sequence; returns how many have work.
-DEVICE u32 plan(const Cache& cache, u32 blocks, u32 lane, Cut& cut) {
-    u32 many = segments_of(cache), total = 0, used = 0, longest = 0;
-    Segment segment;
-    KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32) total +=
-        sum_of_warp(segment_sizes(cache, first + lane, segment));
+// Plan the cut for at most `blocks` blocks, a lane a sequence; `own` is what the lane's one of the
+// first 32 has. Returns how many blocks have work.
+DEVICE u32 plan(const Cache& cache, Sizes& own, u32 blocks, u32 lane, Cut& cut) {
+    u32 many = segments_of(cache), total = sum_of_warp(own.units), used = 0, longest = 0;
+    KVQ_ROLLED for (u32 first = 32; first < cache.batch; first += 32) total +=
+        sum_of_warp(sizes_of(cache, first + lane).units);
     total *= many;
     cut.share = larger((total + blocks - 1) / blocks, 1), cut.longer = 0;
-    KVQ_ROLLED for (u32 first = 0; first < cache.batch; first += 32) {
-        u32 units = segment_sizes(cache, first + lane, segment), parts = parts_of(units, cut.share);
-        used += sum_of_warp(parts);
-        longest = larger(longest, parts ? (units + parts - 1) / parts : 0);
+    own.parts = parts_of(own.units, cut.share);
+    Sizes sizes = own;
+    KVQ_ROLLED for (u32 first = 0;;) {
+        used += sum_of_warp(sizes.parts);
+        longest = larger(longest, sizes.parts ? (sizes.units + sizes.parts - 1) / sizes.parts : 0);
+        if ((first += 32) >= cache.batch) break;
+        sizes = sizes_of(cache, first + lane), sizes.parts = parts_of(sizes.units, cut.share);
     }
     used *= many, longest = greatest_of_warp(longest);
     cut.whole = used <= blocks && longest <= cut.share + WARPS;
@@ -63,14 +72,14 @@ DEVICE u32 block_of(const Cut& cut, u32 unit) {
 }
 
 // The segment to which a unit belongs, or where every block has but one, to which a block belongs.
-DEVICE Segment find_segment(const Cache& cache, const Cut& cut, u32 at, u32 lane) {
+// `own` is what the lane's one of the first 32 sequences has.
+DEVICE Segment find_segment(const Cache& cache, const Cut& cut, Sizes own, u32 at, u32 lane) {
     Segment segment;
     u32 many = segments_of(cache), passed = 0, first = 0, size, owner;
-    for (;; first += 32) {  // a lane a sequence
-        segment.units = segment_sizes(cache, first + lane, segment);
-        size = cut.whole ? parts_of(segment.units, cut.share) : segment.units;
+    for (;;) {  // a lane a sequence
+        size = cut.whole ? own.parts : own.units;
         u32 until = size * many;
-        KVQ_UNROLL for (u32 d = 1; d < 32; d *= 2) {
+        KVQ_ROLLED for (u32 d = 1; d < smaller(cache.batch, 32); d *= 2) {
             u32 below = sum_below(until, d);
             if (lane >= d) until += below;
         }
@@ -80,13 +89,14 @@ DEVICE Segment find_segment(const Cache& cache, const Cut& cut, u32 at, u32 lane
             passed += from_lane(until, owner) - from_lane(size, owner) * many;
             break;
         }
-        passed += from_lane(until, 31);
+        passed += from_lane(until, 31), first += 32;
+        own = sizes_of(cache, first + lane), own.parts = parts_of(own.units, cut.share);
     }
     segment.sequence = first + owner;
-    segment.units = from_lane(segment.units, owner);
-    segment.slabs = from_lane(segment.slabs, owner);
-    segment.first_slab = from_lane(segment.first_slab, owner);
-    segment.sink_units = from_lane(segment.sink_units, owner);
+    segment.units = from_lane(own.units, owner);
+    segment.slabs = from_lane(own.slabs, owner);
+    segment.first_slab = from_lane(own.first_slab, owner);
+    segment.sink_units = from_lane(own.sink_units, owner);
     size = larger(from_lane(size, owner), 1);
     u32 within = (at - passed) / size, groups = segments_of_head(cache), group = 0;
     segment.kv_head = within;

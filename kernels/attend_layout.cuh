@@ -19,9 +19,9 @@ constexpr u32 PLACES_AT = LUT_BYTES + ANGLE_BYTES, HEAD_AT = PLACES_AT + PLACE_B
 constexpr u32 QUERY_AT = HEAD_AT + HEAD_TABLE;
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
-constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4;
+constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, KEPT_AT = ORDER_AT + HEAD_DIM * 2;
 // Whole rows of banks: copies into the middle of one take longer.
-constexpr u32 CORNER_AT = (ORDER_AT + HEAD_DIM * 2 + 127) / 128 * 128;
+constexpr u32 CORNER_AT = (KEPT_AT + 48 + 127) / 128 * 128;
 constexpr u32 CORNER_SIDE = AHEAD ? 0 : DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,
               CORNER_TERMS = CORNER_QUERY + HEAD_DIM * GROUP * 2,
               CORNER_WEIGHTS = CORNER_TERMS + (STEPS - TURNED) * TERM_STEP,
@@ -54,6 +54,16 @@ struct Segment {
     u32 start;                // among the units of all segments; else among the blocks
     u32 first_block, blocks;  // that share it
 };
+
+// What a block keeps in shared memory, not in registers, while it reads slabs: where their result
+// goes, and what comes next.
+struct Kept {
+    u32 first_row, heads;  // of the output
+    u32 index, first_block, blocks, warps;
+    u32 share, longer, whole;  // the cut
+    u32 next, end;             // units
+};
+static_assert(sizeof(Kept) <= CORNER_AT - KEPT_AT, "it has room");
 
 // A slab's number among all, its half page's number among all, and its lists of outliers: first
 // quads of the keys' and of the values', and how many quads both have, the values' in the upper

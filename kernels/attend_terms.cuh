@@ -79,7 +79,7 @@ DEVICE void fold_offsets(u8* head_table) {
         KVQ_UNROLL for (int e = 0; e < 2; e++) {
             float least = greater(size_of(offset[e]) * (1.0f / 32768), 5.9604645e-8f);
             scale[e] = half_to_float(float_to_half(greater(scale[e], least)));
-            ratio[e] = offset[e] / scale[e];
+            ratio[e] = offset[e] * inverse_fast(scale[e]);
         }
         at[0] = h2_from(scale[0], scale[1]), at[1] = h2_from(ratio[0], ratio[1]);
     }

@@ -43,6 +43,10 @@ DEVICE u8* shared_memory() {
 DEVICE void sync_block() {
     __syncthreads();
 }
+// Meet, and say to all whether any thread said so.
+DEVICE bool any_thread(bool value) {
+    return __syncthreads_or(value);
+}
 DEVICE void sync_warp() {
     __syncwarp();
 }
@@ -331,8 +335,8 @@ DEVICE u32 add_global(u32* at, u32 value) {
     return atomicAdd(at, value);
 }
 
-// Count arrivals from 0 to last and back to 0; returns the count before. What the block wrote before
-// it met is seen by those that arrive later, once they meet, through `load_fresh`.
+// Count arrivals from 0 to last and back to 0; returns the count before. What the block wrote
+// before it met is seen by those that arrive later, once they meet, through `load_fresh`.
 DEVICE u32 arrive(u32* counter, u32 last) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"

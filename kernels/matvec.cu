@@ -44,9 +44,10 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
     u8* shared = shared_memory();
     u32 number = thread_index() / 32, lane = thread_index() % 32,
         level = lane_level(tables.levels, lane);
+    Sizes own = sizes_of(cache, lane);
     send_tables(tables, cache, shared);
     Cut cut;
-    if (block_index() >= plan(cache, block_count(), lane, cut)) {
+    if (block_index() >= plan(cache, own, block_count(), lane, cut)) {
         await_copies<0>();
         return;
     }
@@ -57,7 +58,7 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
     u32 unit = cut.whole ? 0 : unit_of(cut, block_index());
     u32 end = cut.whole ? 1 : unit_of(cut, block_index() + 1);
     while (unit < end) {
-        Part part{find_segment(cache, cut, cut.whole ? block_index() : unit, lane), 0, 0};
+        Part part{find_segment(cache, cut, own, cut.whole ? block_index() : unit, lane), 0, 0};
         const Segment& segment = part.segment;
         if (is_key) {
             send_segment(tables, cache, segment, query, shared);

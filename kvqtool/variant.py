@@ -181,7 +181,7 @@ class Variant:
         query = self.group * self.head_dim * 4
         order = 6 * self.head_dim  # and frequencies
         places = 4096 if self._slow_steps and self.group < 4 else 0
-        join = self.most_warps * self.group * 12 + 16
+        join = self.most_warps * self.group * 12 + 16 + 48  # and what a block keeps
         return _in_rows(lut + angles + head + query + join + order + places)
 
     @property

@@ -139,6 +139,14 @@ inline u8* shared_memory() {
 inline void sync_block() {
     shim::meet(0, shim::state.fibres.size(), &shim::Fibre::block_meets);
 }
+inline bool any_thread(bool value) {
+    shim::state.slots[thread_index()] = value;
+    sync_block();
+    bool any = false;
+    for (u64 slot : shim::state.slots) any |= slot != 0;
+    sync_block();  // nobody overwrites what others still read
+    return any;
+}
 inline void sync_warp() {
     shim::meet_warp();
 }
