@@ -74,7 +74,7 @@ STEPS: Final = Marks("kvq_step", (
     ("", "    u32 number = thread_index() / 32, lane"),
     ("plan", "    const float* shared_query = "),
     ("find segment", "        Range range = range_of_block(cut"),
-    ("ask for slabs, query", "        // While the loads are under way:\n"),
+    ("ask for slabs", "        // While the loads are under way:\n"),
     ("tables", "        if (begins < stop) {\n"),
     ("send first chunks", "        await_copies<DEPTH - 1>();"),
     ("wait, query", "        if (begins < ends) {\n"),

@@ -54,16 +54,13 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 Exact{sink_key, sink_value, sink_capacity},
                 Exact{window_key, window_value, window_capacity}};
     u32 number = thread_index() / 32, lane = thread_index() % 32;
-    Sizes own = sizes_of(cache, lane);  // first, for everything waits for it
+    Lengths lengths = lengths_of(cache, lane);  // first, for everything waits for them
     Tables tables{key_table, levels, angles};
     Results results{output, partials, log_sums, counters};
     u32 level = lane_level(levels, lane);
-    send_tables(tables, cache, shared);
+    Sizes own = sizes_of(lengths);
     Cut cut;
-    if (block_index() >= plan(cache, own, block_count(), lane, cut)) {  // more blocks than units
-        await_copies<0>();
-        return;
-    }
+    if (block_index() >= plan(cache, own, block_count(), lane, cut)) return;  // more than units
 
     u8* corner = shared + CORNER_AT + number * CORNER;
     const float* shared_query = (const float*)(shared + QUERY_AT);
@@ -85,11 +82,12 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         u32 begins = from + (count < WARPS ? smaller(number, count) : count * number / WARPS);
         u32 ends =
             from + (count < WARPS ? smaller(number + 1, count) : count * (number + 1) / WARPS);
-        u32 stop = smaller(ends, segment.slabs), page = 0;  // its slabs end there
+        u32 stop = smaller(ends, segment.slabs);  // its slabs end there
         stream.number = segment.first_slab + begins, stream.last = segment.first_slab + stop - 1;
-        if (begins < stop) page = page_ahead(cache, segment, stream);
+        if (begins < stop) look_ahead(cache, segment, stream);
+        // While the loads are under way:
+        if (!ready) send_tables(tables, cache, shared);
         send_segment(tables, cache, segment, query, shared);
-        if (begins < stop) look_ahead(cache, segment, stream, page);
         if (thread_index() == 0) {
             u32 row = segment.sequence * num_kv_heads * group_heads + segment.first_head;
             u32 next = unit + (cut.whole ? 1 : count);
@@ -105,7 +103,6 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                          next,
                          end};
         }
-        // While the loads are under way:
         fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
         if (!ready) fill_tables(level, levels, shared);
         if (!ready) fill_places(shared + PLACES_AT);
@@ -130,7 +127,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         unit = kept->next, end = kept->end;
         if (unit >= end) return;
         cut = Cut{kept->whole != 0, kept->share, kept->longer};
-        own = sizes_of(cache, lane), level = 0, ready = true;
+        own = sizes_of(lengths_of(cache, lane)), level = 0, ready = true;
         sync_block();  // all have read what the next segment overwrites
     }
 }

@@ -25,17 +25,14 @@ DEVICE u8* side_of(const Stream& stream, u32 which) {
     return stream.corner + CORNER_SIDE + which % SIDES * SIDE;
 }
 
-// Let every lane find out about one of the next 32 slabs: its page, then the rest.
-DEVICE u32 page_ahead(const Cache& cache, const Segment& segment, Stream& stream) {
+// Let every lane find out about one of the next 32 slabs.
+DEVICE void look_ahead(const Cache& cache, const Segment& segment, Stream& stream) {
     stream.first = stream.number;
     u32 number = smaller(stream.number + stream.lane, stream.last);
-    return cache.page_table[segment.sequence * cache.max_pages + number / 2];
-}
-DEVICE void look_ahead(const Cache& cache, const Segment& segment, Stream& stream, u32 page) {
-    u32 half = smaller(stream.first + stream.lane, stream.last) % 2;
+    u32 page = cache.page_table[segment.sequence * cache.max_pages + number / 2];
     Slab& slab = stream.known;
-    slab.index = (page * cache.num_kv_heads + segment.kv_head) * 2 + half;
-    slab.ranges = page * 2 + half;
+    slab.index = (page * cache.num_kv_heads + segment.kv_head) * 2 + number % 2;
+    slab.ranges = page * 2 + number % 2;
     const u32* lists = cache.outlier_index + 4 * (u64)slab.index;
     slab.first[0] = OUTLIERS ? lists[0] : 0, slab.first[1] = OUTLIERS ? lists[2] : 0;
     slab.quads = OUTLIERS ? lists[1] | (lists[3] & ~IN_ROUNDS) << 16 | (lists[3] & IN_ROUNDS) : 0;
@@ -100,8 +97,7 @@ DEVICE void take_ahead(Stream& stream, u32 number, u32 (&words)[bits]) {
 
 // Make `number` the slab that is read.
 DEVICE void turn_to(const Cache& cache, const Segment& segment, Stream& stream) {
-    if (stream.number + 1 - stream.first >= 32)
-        look_ahead(cache, segment, stream, page_ahead(cache, segment, stream));
+    if (stream.number + 1 - stream.first >= 32) look_ahead(cache, segment, stream);
     stream.slab = known_slab(stream, stream.number);
     u32 next = from_lane(stream.known.index, stream.number + 1 - stream.first);
     stream.words = words_of(cache, stream, stream.slab.index);

@@ -277,7 +277,10 @@ DEVICE void set_up(Warp& warp, const u16* levels, const Cache& cache, u8* shared
 
 // Nothing is accumulated.
 DEVICE void clear_results(Warp& warp) {
-    KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP; i += 32) warp.mix[i] = 0.0f;
+    static_assert(CORNER_MIX % 16 == 0 && HEAD_DIM % 4 == 0, "cleared in pieces");
+    KVQ_ROLLED for (u32 i = warp.lane; i < HEAD_DIM * GROUP / 4; i += 32) {
+        ((Quad*)warp.mix)[i] = Quad{{0, 0, 0, 0}};
+    }
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
     }

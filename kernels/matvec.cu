@@ -44,8 +44,8 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
     u8* shared = shared_memory();
     u32 number = thread_index() / 32, lane = thread_index() % 32,
         level = lane_level(tables.levels, lane);
-    Sizes own = sizes_of(cache, lane);
     send_tables(tables, cache, shared);
+    Sizes own = sizes_of(lengths_of(cache, lane));
     Cut cut;
     if (block_index() >= plan(cache, own, block_count(), lane, cut)) {
         await_copies<0>();
