@@ -54,8 +54,9 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                 Exact{sink_key, sink_value, sink_capacity},
                 Exact{window_key, window_value, window_capacity}};
     u32 number = thread_index() / 32, lane = thread_index() % 32;
-    Lengths lengths = lengths_of(cache, lane);  // first, for everything waits for them
     Tables tables{key_table, levels, angles};
+    if (number == WARPS - 1) fetch_early(tables, cache, query, lane);
+    Lengths lengths = lengths_of(cache, lane);  // everything waits for them
     Results results{output, partials, log_sums, counters};
     u32 level = lane_level(levels, lane);
     Sizes own = sizes_of(lengths);

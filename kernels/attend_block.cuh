@@ -8,6 +8,20 @@ struct Tables {
     const u32* angles;
 };
 
+// Bring what all blocks ask for later to the second cache, every block some lines of it, by one
+// warp.
+DEVICE void fetch_early(const Tables& tables, const Cache& cache, const u16* query, u32 lane) {
+    u32 at = (block_index() * 32 + lane) * 128;
+    auto fetch = [&](const void* from, u32 bytes) {
+        if (at < bytes) fetch_line((const u8*)from + at);
+    };
+    fetch(cache.page_table, cache.batch * cache.max_pages * 4);
+    fetch(query, cache.batch * cache.group_heads * cache.num_kv_heads * HEAD_DIM * 2);
+    if constexpr (KEY_BITS != 16) fetch(tables.key_table, cache.num_kv_heads * HEAD_TABLE);
+    if constexpr (HAS_TERMS && ROTATED) fetch(cache.coefficients, HEAD_DIM * 8);
+    if constexpr (ANGLE_BYTES > 0) fetch(tables.angles, 8 * STEPS * 512);
+}
+
 // Send for what is only copied: angles of a page's places, of the steps that are turned, and
 // frequencies and the order of channels, which lie one behind the other.
 DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
