@@ -109,7 +109,7 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
         if (!ready) fill_places(shared + PLACES_AT);
         clear_results(warp);
         if (begins < stop) {
-            begin(cache, segment, stream);
+            begin(cache, stream);
         } else {
             await_copies<0>();  // nothing of its own is under way
         }

@@ -95,13 +95,18 @@ DEVICE void take_ahead(Stream& stream, u32 number, u32 (&words)[bits]) {
     sync_warp();
 }
 
-// Make `number` the slab that is read.
-DEVICE void turn_to(const Cache& cache, const Segment& segment, Stream& stream) {
-    if (stream.number + 1 - stream.first >= 32) look_ahead(cache, segment, stream);
+// Make `number` the slab that is read, of which a lane knows.
+DEVICE void turn_to_known(const Cache& cache, Stream& stream) {
     stream.slab = known_slab(stream, stream.number);
     u32 next = from_lane(stream.known.index, stream.number + 1 - stream.first);
     stream.words = words_of(cache, stream, stream.slab.index);
     stream.next_words = stream.number < stream.last ? words_of(cache, stream, next) : nullptr;
+}
+
+// Make `number`, which has gone on by one, the slab that is read.
+DEVICE void turn_to(const Cache& cache, const Segment& segment, Stream& stream) {
+    if (stream.number + 1 - stream.first >= 32) look_ahead(cache, segment, stream);
+    turn_to_known(cache, stream);
 }
 
 // Where outliers of keys (0) or values (1) begin, and their words.
@@ -156,9 +161,9 @@ DEVICE const u8* take(const Cache& cache, const Stream& stream, u32 number) {
     return stream.corner + number % DEPTH * SLOT;
 }
 
-// Begin to read a warp's slabs, of which every lane has found out.
-DEVICE void begin(const Cache& cache, const Segment& segment, Stream& stream) {
-    turn_to(cache, segment, stream);
+// Begin to read a warp's slabs, after `look_ahead`.
+DEVICE void begin(const Cache& cache, Stream& stream) {
+    turn_to_known(cache, stream);
     sync_warp();
     if constexpr (AHEAD) {
         fetch_slab(stream.words, stream.lane);
