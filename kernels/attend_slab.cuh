@@ -47,7 +47,10 @@ constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers,
 struct Warp {
     u32 lane, row, column;  // lane = 4 row + column
     u32 head;               // the first of the lane's heads
-    const u8 *lut, *angles, *head_table;
+    // Addresses of a lane's copy of the tables: pairs and single codes, four 2-bit ones, and those
+    // of channels.
+    u32 rows, quads, levels;
+    const u8 *angles, *head_table;
     const u64* frequencies;
     const u16* order;
     u8* query;  // (HEAD_DIM / 2, GROUP) half2: a channel and its partner
@@ -94,10 +97,10 @@ DEVICE void term_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
 DEVICE void key_levels(const Warp& warp, u32 step, Tile<KEY_BITS> tile, u32 (&k)[4]) {
     if constexpr (KEY_BITS == 16) {
     } else if constexpr (KEY_SINGLES) {
-        look_up_singles<LUT_STRIDE>(warp.lut, warp.lane, tile, k);
+        look_up_singles<LUT_STRIDE>(warp.rows, 0, tile, k);
     } else if constexpr (!CHANNEL_LEVELS) {
         if constexpr (KEY_PAIRS) {
-            look_up_pairs<LUT_STRIDE>(warp.lut, warp.lane, tile, k);
+            look_up_pairs<LUT_STRIDE>(warp.rows, 0, tile, k);
         } else {
             look_up_bytes<KEY_BITS == 3 ? 3 : 2>(warp.key_levels, tile, k);
         }
@@ -105,13 +108,11 @@ DEVICE void key_levels(const Warp& warp, u32 step, Tile<KEY_BITS> tile, u32 (&k)
         // A table a channel, a copy for each lane: even channels' levels in the low half of a word,
         // odd ones' in the high half, partners 128 bytes further.
         constexpr u32 odd_at = 256 << KEY_BITS;
-        const u8* table = warp.head_table + step * 2 * odd_at;
         u32 even = tile & 0x0f0f0f0f, odd = tile >> 4 & 0x0f0f0f0f;
-        KVQ_UNROLL for (int a = 0; a < 4; a++) {
-            u32 x = pick_bytes(even, 4 * warp.lane, 0x5504 | a << 4);
-            u32 y = pick_bytes(odd, 4 * warp.lane, 0x5504 | a << 4);
-            k[a] = *(const u32*)(table + a / 2 * 128 + x) |
-                   *(const u32*)(table + odd_at + a / 2 * 128 + y);
+        KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+            const u8* x = shared_at(add_byte(even, a, 256, warp.levels)) + step * 2 * odd_at;
+            const u8* y = shared_at(add_byte(odd, a, 256, warp.levels)) + step * 2 * odd_at;
+            k[a] = *(const u32*)(x + a / 2 * 128) | *(const u32*)(y + odd_at + a / 2 * 128);
         }
     } else {
         const u32* table = (const u32*)(warp.head_table + (step * 4 + warp.column) * 32);
@@ -200,8 +201,7 @@ DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS], const u
         KVQ_UNROLL for (int i = 0; i < 2; i++) {
             u32 word = words[i], first[4], second[4];
             KVQ_UNROLL for (int a = 0; a < 4; a++) {
-                u32 at = pick_bytes(word, 8 * warp.lane, 0x5504 | a << 4);
-                Pair found = *(const Pair*)(warp.lut + ROW_BYTES + at);
+                Pair found = *(const Pair*)shared_at(add_byte(word, a, 256, warp.quads));
                 u32* tile = a < 2 ? first : second;
                 tile[a % 2 * 2] = found.of[0], tile[a % 2 * 2 + 1] = found.of[1];
             }
@@ -217,9 +217,9 @@ DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS], const u
         if constexpr (VALUE_BITS == 16) {
             KVQ_UNROLL for (int i = 0; i < 4; i++) v[i] = words[(4 * t + i) % VALUE_BITS];
         } else if constexpr (VALUE_SINGLES) {
-            look_up_singles<LUT_STRIDE>(warp.lut + VALUE_HALF, warp.lane, tiles[t], v);
+            look_up_singles<LUT_STRIDE>(warp.rows, VALUE_HALF, tiles[t], v);
         } else if constexpr (VALUE_PAIRS) {
-            look_up_pairs<LUT_STRIDE>(warp.lut + VALUE_HALF, warp.lane, tiles[t], v);
+            look_up_pairs<LUT_STRIDE>(warp.rows, VALUE_HALF, tiles[t], v);
         } else {
             look_up_bytes<VALUE_BITS == 3 ? 3 : 2>(warp.value_levels, tiles[t], v);
         }

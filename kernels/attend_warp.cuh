@@ -256,7 +256,10 @@ DEVICE void set_up(Warp& warp, const u16* levels, const Cache& cache, u8* shared
     u8* corner = shared + CORNER_AT + number * CORNER;
     warp.lane = lane, warp.row = lane / 4, warp.column = lane % 4;
     warp.head = LANE_HEADS == 1 ? warp.column % GROUP : 2 * warp.column;
-    warp.lut = shared, warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
+    warp.rows = address_of(shared) + 4 * lane,
+    warp.levels = address_of(shared + HEAD_AT) + 4 * lane;
+    warp.quads = address_of(shared + ROW_BYTES) + 8 * lane;
+    warp.angles = shared + LUT_BYTES, warp.head_table = shared + HEAD_AT;
     warp.frequencies = (const u64*)(shared + FREQUENCIES_AT);
     warp.order = (const u16*)(shared + ORDER_AT);
     warp.query = corner + CORNER_QUERY, warp.terms = corner + CORNER_TERMS;

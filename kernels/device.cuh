@@ -40,6 +40,14 @@ DEVICE u8* shared_memory() {
     return kvq_shared;
 }
 
+// Where something lies in shared memory, a number, and what lies there.
+DEVICE u32 address_of(const u8* shared) {
+    return (u32)__cvta_generic_to_shared(shared);
+}
+DEVICE const u8* shared_at(u32 address) {
+    return (const u8*)__cvta_shared_to_generic(address);
+}
+
 DEVICE void sync_block() {
     __syncthreads();
 }
@@ -94,6 +102,16 @@ DEVICE u32 pick_bytes(u32 low, u32 high, u32 selector) {
     return result;
 }
 
+// A byte of a word times a factor of 16 bits, added to a sum. Which one is known when compiling.
+DEVICE u32 add_byte(u32 word, u32 byte, u32 factor, u32 sum) {
+    u32 factors = byte % 2 ? factor << 16 : factor, out;
+    if (byte < 2) {
+        asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(factors), "r"(word), "r"(sum));
+    } else {
+        asm("dp2a.hi.u32.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(factors), "r"(word), "r"(sum));
+    }
+    return out;
+}
 DEVICE u32 h2_fma(u32 a, u32 b, u32 c) {
     u32 d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

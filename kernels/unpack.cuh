@@ -153,30 +153,22 @@ DEVICE void look_up_channel_bytes(const u32 (&channels)[4], u32 tile, u32& first
 }
 
 // 4-bit levels: a table of all pairs of codes, a copy for each lane so that no two lanes meet in a
-// bank. Row `pair` is LUT_STRIDE bytes; with 256 of them one instruction makes the address.
-template <int stride>
-DEVICE void look_up_pairs(const u8* table, u32 lane, u32 tile, u32 (&fragment)[4]) {
-    KVQ_UNROLL for (int a = 0; a < 4; a++) {
-        u32 at;
-        if constexpr (stride == 256) {
-            at = pick_bytes(tile, 4 * lane, 0x5504 | a << 4);
-        } else {
-            at = ((a ? tile >> (8 * a - 7) : tile << 7) & 0x7f80) | 4 * lane;
-        }
-        fragment[a] = *(const u32*)(table + at);
+// bank. `table` is where the lane's copy of the first row lies; one instruction makes an address.
+template <u32 stride>
+DEVICE void look_up_pairs(u32 table, u32 offset, u32 tile, u32 (&fragment)[4]) {
+    KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+        fragment[a] = *(const u32*)(shared_at(add_byte(tile, a, stride, table)) + offset);
     }
 }
 
 // 8-bit levels: a table of all codes, a copy for each lane, each level in both halves of a word.
-template <int stride>
-DEVICE void look_up_singles(const u8* table, u32 lane, u64 tile, u32 (&fragment)[4]) {
-    KVQ_UNROLL for (int a = 0; a < 4; a++) {
+template <u32 stride>
+DEVICE void look_up_singles(u32 table, u32 offset, u64 tile, u32 (&fragment)[4]) {
+    KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
         u32 word = a < 2 ? (u32)tile : (u32)(tile >> 32), found[2];
-        KVQ_UNROLL for (int e = 0; e < 2; e++) {
-            int byte = a % 2 * 2 + e;
-            u32 at = stride == 256 ? pick_bytes(word, 4 * lane, 0x5504 | byte << 4)
-                                   : (word >> 8 * byte & 255) * stride + 4 * lane;
-            found[e] = *(const u32*)(table + at);
+        KVQ_UNROLL for (u32 e = 0; e < 2; e++) {
+            u32 at = add_byte(word, a % 2 * 2 + e, stride, table);
+            found[e] = *(const u32*)(shared_at(at) + offset);
         }
         fragment[a] = pick_bytes(found[0], found[1], 0x7610);
     }

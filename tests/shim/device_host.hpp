@@ -136,6 +136,15 @@ inline u32 block_count() {
 inline u8* shared_memory() {
     return (u8*)(((u64)shim::state.shared.data() + 15) & ~15ull);
 }
+inline u32 address_of(const u8* shared) {
+    return (u32)(shared - shared_memory());
+}
+inline const u8* shared_at(u32 address) {
+    return shared_memory() + address;
+}
+inline u32 add_byte(u32 word, u32 byte, u32 factor, u32 sum) {
+    return (word >> 8 * byte & 255) * factor + sum;
+}
 inline void sync_block() {
     shim::meet(0, shim::state.fibres.size(), &shim::Fibre::block_meets);
 }
