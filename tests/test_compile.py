@@ -59,7 +59,7 @@ def test_attention_compiles_elsewhere(variant: Variant, architecture: str) -> No
 
 @pytest.mark.parametrize("architecture", mostly_slow(["sm_90"], ["sm_90", *OTHERS]))
 @pytest.mark.parametrize("variant", (VARIANTS[0], VARIANTS[11], VARIANTS[16]), ids=str)
-def test_kernels_around_pages_compile_and_do_not_spill_on_hopper(variant: Variant, architecture: str) -> None:
+def test_kernels_around_pages_compile(variant: Variant, architecture: str) -> None:
     plain = pack_kernels(variant)
     kernels = [plain["pack_keys"], append_kernel(variant)]  # all of pack.cu
     kernels += [plain[name] for name in ("survey_values", "lay_out", "write_lists")]
