@@ -17,7 +17,10 @@ DEVICE void fetch_early(const Tables& tables, const Cache& cache, const u16* que
     };
     fetch(cache.page_table, cache.batch * cache.max_pages * 4);
     fetch(query, cache.batch * cache.group_heads * cache.num_kv_heads * HEAD_DIM * 2);
-    if constexpr (KEY_BITS != 16) fetch(tables.key_table, cache.num_kv_heads * HEAD_TABLE);
+    if constexpr (KEY_BITS != 16) {
+        constexpr u32 bytes = CHANNEL_LEVELS ? HEAD_DIM * (2u << KEY_BITS) : HEAD_TABLE;
+        fetch(tables.key_table, cache.num_kv_heads * bytes);
+    }
     if constexpr (HAS_TERMS && ROTATED) fetch(cache.coefficients, HEAD_DIM * 8);
     if constexpr (ANGLE_BYTES > 0) fetch(tables.angles, 8 * STEPS * 512);
 }

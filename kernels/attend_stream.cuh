@@ -86,7 +86,8 @@ DEVICE void read_ahead(Stream& stream, u32 number) {
     }
 }
 
-// The words of step `number`, keys first, and what comes AHEAD of it sent for.
+// The words of step `number`, keys first, and what comes AHEAD of it sent for. Lanes meet, for else
+// the compiler begins so many steps that registers do not suffice.
 template <int bits>
 DEVICE void take_ahead(Stream& stream, u32 number, u32 (&words)[bits]) {
     KVQ_UNROLL for (int i = 0; i < bits; i++) words[i] =
