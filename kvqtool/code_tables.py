@@ -15,7 +15,6 @@ from kvqtool.codec import channel_affine
 from kvqtool.cuda import Macros
 from kvqtool.errors import InputError
 from kvqtool.memory import outliers_per_tail
-from kvqtool.pages import folds_levels
 from kvqtool.side import EXACT, GROUPED, ROTATING
 from kvqtool.spec import KvSpec
 from kvqtool.variant import Variant
@@ -106,8 +105,6 @@ def code_tables(spec: KvSpec, books: tuple[Codebook, Codebook], value_channels: 
         lower, upper = torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf)
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     middles = [(b.levels[..., 1:] + b.levels[..., :-1]) * 0.5 for b in books]
-    if folds_levels(spec.key):
-        middles[0] = middles[0].expand(len(offset), -1)
     tail = outliers_per_tail(spec.value, value_channels) if spec.value.outlier_fraction else 0
     key_middles = middles[0].contiguous()
     roundings = _rounding(books[0], key_middles), _rounding(books[1], middles[1])

@@ -119,19 +119,13 @@ def key_table(codebook: Codebook, spec: QuantSpec, order: Tensor, num_heads: int
     head_dim = len(order)
     places = send(order, scale.device)
     scale, offset = (part.view(num_heads, head_dim)[:, places] for part in (scale, offset))
-    if folds_levels(spec):
-        shared = codebook.decode_levels.expand(num_heads * head_dim, -1)
-        levels = shared.view(num_heads, head_dim, -1)[:, places]
+    if spec.channel_levels:
+        levels = codebook.decode_levels.view(num_heads, head_dim, -1)[:, places]
         return (levels * scale[..., None] + offset[..., None]).half().contiguous()
     both = torch.stack([scale, offset], dim=-1).half()
     # (H, partner, step, column, half, scale or offset) -> (H, step, column, partner, which, half)
     split = both.view(num_heads, 2, head_dim // 16, 4, 2, 2)
     return split.permute(0, 2, 3, 1, 5, 4).contiguous()
-
-
-def folds_levels(spec: QuantSpec) -> bool:
-    """Whether every key channel gets its own levels, scale and offset folded in."""
-    return spec.channel_levels
 
 
 def level_table(key: PageSide, value: PageSide) -> Tensor:
@@ -262,8 +256,7 @@ def decode_at(side: PageSide, row: Tensor, channel: Tensor) -> Tensor:
     both = (words[row, word].long() & 0xFFFFFFFF) | words[row, following].long() << 32
     code = both >> at % 32 & ((1 << bits) - 1)
     levels = side.codebook.decode_levels
-    if side.is_key and folds_levels(side.spec):
-        levels = levels.expand(side.channels, -1)
+    if side.is_key and side.spec.channel_levels:
         scale, offset = channel_affine(side.codebook)
         return (levels[channel, code] * scale[channel] + offset[channel]).half().float()
     level = levels.half().float()[code]

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvqtool.cuda import Macros
 from kvqtool.errors import InputError
 from kvqtool.memory import SLAB_TOKENS
-from kvqtool.pages import folds_levels
 from kvqtool.spec import KvSpec
 from kvqtool.turning import turned_steps
 
@@ -222,12 +221,12 @@ def variant_of(
         softcap: whether scores are capped.
         bfloat16: whether states are bfloat16, not float16.
     """
-    single = folds_levels(spec.key) and spec.key.bits == 4  # codes are looked up one by one
+    single = spec.key.channel_levels and spec.key.bits == 4  # codes are looked up one by one
     variant = Variant(
         head_dim,
         spec.key.bits,
         spec.value.bits,
-        folds_levels(spec.key),
+        spec.key.channel_levels,
         inv_freq is not None,
         bool(spec.key.outlier_fraction or spec.value.outlier_fraction),
         group,
