@@ -7,10 +7,9 @@ cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=$PWD PYTHONWARNINGS=ignore KVQTOOL_REQUIRE_GPU=1
 OUT=${OUT:-gpu-out} COMMIT=${1:-unknown} PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
-ALSO=(--also most_warps=12 --also ahead=1)
 
 echo "== compile"
-timeout 120 "$PYTHON" benchmarks/warm_kernels.py "${ALSO[@]}" 2>&1 | tail -5
+timeout 120 "$PYTHON" benchmarks/warm_kernels.py 2>&1 | tail -5
 echo "== tests"
 timeout 300 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark tests/gpu 2>&1 | tee "$OUT/tests.txt" | grep -E "^FAILED|passed|failed" | tail -20
 echo "== attention"

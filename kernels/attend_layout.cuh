@@ -71,3 +71,5 @@ static_assert(sizeof(Kept) <= CORNER_AT - KEPT_AT, "it has room");
 struct Slab {
     u32 index, ranges, first[2], quads;
 };
+static_assert(64 * HEAD_DIM / 4 + 1 < 0x8000,
+              "a list of all elements, with its header, is counted");

@@ -133,7 +133,7 @@ DEVICE Quad affine_at(const Warp& warp, u32 step) {
 DEVICE void write_offsets(const Warp& warp) {
     if constexpr (!HAS_AFFINE || !HAS_TERMS) return;
     float sum[4] = {};
-    KVQ_UNROLL for (u32 step = TURNED; step < STEPS && HAS_AFFINE; step++) {
+    KVQ_UNROLL for (u32 step = TURNED; step < STEPS; step++) {
         u32 b0, b1;
         term_fragment(warp, step, b0, b1);
         Quad affine = affine_at(warp, step);

@@ -189,8 +189,9 @@ class Variant:
         side = 256 + (1024 if self.outliers else 0)
         mix = self.head_dim * self.group * (2 + 4)
         if self.outliers:
-            mix += {1: 256, 2: 576, 4: 1152, 8: 2176}[self.group]  # sparse scores
-        mix += 256 * self._slow_steps + (128 * self.group if self.group < 4 else 0) + 32
+            mix += 4 * self.group * {1: 64, 8: 68}.get(self.group, 72)  # sparse scores
+        mix += 256 * self._slow_steps + (128 * self.group if self.group < 4 else 0)
+        mix += 32  # what offsets add
         sides = 1 if self.depth - 1 <= self._chunks[1] else 2
         return _in_rows(side + mix if self.ahead else self.depth * slot + sides * side + mix)
 

@@ -11,8 +11,8 @@
 #include <functional>
 #include <vector>
 
-#define DEVICE                        inline
-#define KERNEL(threads)               extern "C" void
+#define DEVICE          inline
+#define KERNEL(threads) extern "C" void
 #define KERNEL_OF(threads, registers) extern "C" void
 #define KVQ_UNROLL
 #define KVQ_ROLLED
@@ -42,7 +42,7 @@ inline void yield() {
     state.thread = self;
 }
 // Wait until every living thread in [first, last) has come as often as this one.
-inline void meet(u32 first, u32 last, int Fibre::* count) {
+inline void meet(u32 first, u32 last, int Fibre::*count) {
     Fibre& self = state.fibres[state.thread];
     self.*count += 1;
     for (;;) {
