@@ -74,11 +74,6 @@ DEVICE void sparse_scores(const Warp& warp, float (&score)[MINE][LANE_HEADS]) {
     }
 }
 
-// Floats of the heads that a KV head has, read and written at once.
-struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
-    float of[GROUP];
-};
-
 // The heads' weights of an outlier's token.
 DEVICE Heads weights_of(const Warp& warp, u32 word) {
     return *(const Heads*)(warp.sparse + token_of(word) * GROUP);

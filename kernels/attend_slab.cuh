@@ -43,6 +43,11 @@ constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is r
 constexpr u32 SPARSE_ROW = GROUP == 1 ? 64 : GROUP == 8 ? 68 : 72;
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
 
+// Floats of the heads that a KV head has, read and written at once.
+struct alignas(GROUP < 4 ? 4 * GROUP : 16) Heads {
+    float of[GROUP];
+};
+
 // A warp's corner of shared memory, and what it has accumulated.
 struct Warp {
     u32 lane, row, column;  // lane = 4 row + column
@@ -228,8 +233,8 @@ DEVICE void value_step(const Warp& warp, const u32 (&words)[VALUE_BITS], const u
 }
 
 // Bring everything accumulated to a new reference; the factor of head h lies in lanes of column
-// h / LANE_HEADS.
-DEVICE void rescale(Warp& warp, const float (&factor)[LANE_HEADS]) {
+// h / LANE_HEADS. Outliers have added nothing where `has_mix` is false.
+DEVICE void rescale(Warp& warp, const float (&factor)[LANE_HEADS], bool has_mix) {
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         warp.sum[j] *= factor[j];
         warp.offset[j] *= factor[j];
@@ -238,13 +243,15 @@ DEVICE void rescale(Warp& warp, const float (&factor)[LANE_HEADS]) {
             warp.out[m][j + 2] *= factor[j];
         }
     }
-    if constexpr (OUTLIERS) {
+    if (OUTLIERS && has_mix) {
+        Heads factors;
+        KVQ_UNROLL for (int h = 0; h < GROUP; h++) factors.of[h] =
+            from_lane(factor[h % LANE_HEADS], h / LANE_HEADS);
         sync_warp();
-        KVQ_ROLLED for (int h = 0; h < GROUP; h++) {
-            float f = LANE_HEADS == 1
-                          ? from_lane(factor[0], h)
-                          : from_lane(h & 1 ? factor[LANE_HEADS - 1] : factor[0], h >> 1);
-            KVQ_ROLLED for (u32 d = warp.lane; d < HEAD_DIM; d += 32) warp.mix[d * GROUP + h] *= f;
+        KVQ_ROLLED for (u32 d = warp.lane; d < HEAD_DIM; d += 32) {
+            Heads sum = ((Heads*)warp.mix)[d];
+            KVQ_UNROLL for (int h = 0; h < GROUP; h++) sum.of[h] *= factors.of[h];
+            ((Heads*)warp.mix)[d] = sum;
         }
         sync_warp();
     }
@@ -275,7 +282,7 @@ DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* rang
         }
     }
     float factor[LANE_HEADS];
-    bool grew = false;
+    bool grew = false, has_mix = false;
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
         KVQ_UNROLL for (u32 mask = lanes_apart; mask < 32; mask *= 2) {
             highest[j] = greater(highest[j], exchange(highest[j], mask));
@@ -284,11 +291,12 @@ DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* rang
     }
     if (any_lane(grew)) {
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
+            has_mix |= warp.greatest[j] > FAR_BELOW;
             float next = greater(warp.greatest[j], highest[j]);
             factor[j] = exp2_fast(warp.greatest[j] - next);
             warp.greatest[j] = next;
         }
-        rescale(warp, factor);
+        rescale(warp, factor, any_lane(has_mix));
     }
     KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
         u32 token = begin + 8 * i;
