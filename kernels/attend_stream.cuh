@@ -14,6 +14,7 @@ struct Stream {
     u32 parity;  // which of the two side buffers this slab has
     u32 first;   // lane i knows slab first + i
     Slab known;
+    u32 late;   // what `known` lacks until `end_look`
     Slab slab;  // the slab that is read
     const u8 *words,
         *next_words;  // this lane's share of it, and of the next one; null past the last
@@ -25,7 +26,8 @@ DEVICE u8* side_of(const Stream& stream, u32 which) {
     return stream.corner + CORNER_SIDE + which % SIDES * SIDE;
 }
 
-// Let every lane find out about one of the next 32 slabs.
+// Let every lane find out about one of the next 32 slabs; where their lists lie is known at
+// `end_look`, so that nothing waits for that before.
 DEVICE void look_ahead(const Cache& cache, const Segment& segment, Stream& stream) {
     stream.first = stream.number;
     u32 number = smaller(stream.number + stream.lane, stream.last);
@@ -35,7 +37,11 @@ DEVICE void look_ahead(const Cache& cache, const Segment& segment, Stream& strea
     slab.ranges = page * 2 + number % 2;
     const u32* lists = cache.outlier_index + 4 * (u64)slab.index;
     slab.first[0] = OUTLIERS ? lists[0] : 0, slab.first[1] = OUTLIERS ? lists[2] : 0;
-    slab.quads = OUTLIERS ? lists[1] | (lists[3] & ~IN_ROUNDS) << 16 | (lists[3] & IN_ROUNDS) : 0;
+    slab.quads = OUTLIERS ? lists[1] : 0, stream.late = OUTLIERS ? lists[3] : 0;
+}
+DEVICE void end_look(Stream& stream) {
+    if constexpr (OUTLIERS)
+        stream.known.quads |= (stream.late & ~IN_ROUNDS) << 16 | (stream.late & IN_ROUNDS);
 }
 
 // Take what a lane knows of a slab.
@@ -106,7 +112,7 @@ DEVICE void turn_to_known(const Cache& cache, Stream& stream) {
 
 // Make `number`, which has gone on by one, the slab that is read.
 DEVICE void turn_to(const Cache& cache, const Segment& segment, Stream& stream) {
-    if (stream.number + 1 - stream.first >= 32) look_ahead(cache, segment, stream);
+    if (stream.number + 1 - stream.first >= 32) look_ahead(cache, segment, stream), end_look(stream);
     turn_to_known(cache, stream);
 }
 
@@ -164,6 +170,7 @@ DEVICE const u8* take(const Cache& cache, const Stream& stream, u32 number) {
 
 // Begin to read a warp's slabs, after `look_ahead`.
 DEVICE void begin(const Cache& cache, Stream& stream) {
+    end_look(stream);
     turn_to_known(cache, stream);
     sync_warp();
     if constexpr (AHEAD) {
