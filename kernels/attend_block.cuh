@@ -25,14 +25,17 @@ DEVICE void fetch_early(const Tables& tables, const Cache& cache, const u16* que
     if constexpr (ANGLE_BYTES > 0) fetch(tables.angles, 8 * STEPS * 512);
 }
 
-// Send for what is only copied: angles of a page's places, of the steps that are turned, and
-// frequencies and the order of channels, which lie one behind the other.
+// Send for what is only copied: angles of a page's places, of the steps that are turned;
+// coefficients of the others; frequencies and the order of channels, which lie one behind the other.
 DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
     if constexpr (ANGLE_BYTES > 0) {
         constexpr u32 tile = TURNED ? TURNED * 32 : 1;  // pieces of a tile
         KVQ_ROLLED for (u32 i = thread_index(); i < 8 * tile; i += THREADS) copy16(
             shared + LUT_BYTES + 16 * i, tables.angles + (i / tile * (STEPS * 32) + i % tile) * 4);
     }
+    const u8* coefficients = (const u8*)cache.coefficients + TURNED * 128;
+    KVQ_ROLLED for (u32 i = thread_index(); i < TERM_BYTES / 16; i += THREADS)
+        copy16(shared + TERMS_AT + 16 * i, coefficients + 16 * i);
     constexpr u32 turns = HEAD_DIM / 4, all = turns + HEAD_DIM / 8;
     static_assert(ORDER_AT == FREQUENCIES_AT + 16 * turns, "the order follows the frequencies");
     KVQ_ROLLED for (u32 i = THREADS - 1 - thread_index(); i < all; i += THREADS) {

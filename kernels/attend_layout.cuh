@@ -19,7 +19,9 @@ constexpr u32 PLACES_AT = LUT_BYTES + ANGLE_BYTES, HEAD_AT = PLACES_AT + PLACE_B
 constexpr u32 QUERY_AT = HEAD_AT + HEAD_TABLE;
 constexpr u32 JOIN_AT = QUERY_AT + GROUP * HEAD_DIM * 4;
 constexpr u32 FREQUENCIES_AT = (JOIN_AT + WARPS * GROUP * 12 + 15) / 16 * 16;
-constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, KEPT_AT = ORDER_AT + HEAD_DIM * 2;
+constexpr u32 ORDER_AT = FREQUENCIES_AT + HEAD_DIM * 4, TERMS_AT = ORDER_AT + HEAD_DIM * 2;
+constexpr u32 TERM_BYTES = ROTATED ? (STEPS - TURNED) * 128 : 0;  // coefficients of their terms
+constexpr u32 KEPT_AT = TERMS_AT + TERM_BYTES;
 // Whole rows of banks: copies into the middle of one take longer.
 constexpr u32 CORNER_AT = (KEPT_AT + 48 + 127) / 128 * 128;
 constexpr u32 CORNER_SIDE = AHEAD ? 0 : DEPTH * SLOT, CORNER_QUERY = CORNER_SIDE + SIDES * SIDE,

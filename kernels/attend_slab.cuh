@@ -63,7 +63,7 @@ struct Warp {
     float* offsets;  // what a column's products have added, two for each lane of a row
     u8* weights;     // of up to two heads the tokens' weights as half, in the order of fragments
     const float* places;
-    const u32* coefficients;
+    const u32* coefficients;  // of the steps from TURNED on
     float* sparse;  // outliers' share of the scores, then the tokens' weights, (64, GROUP)
     float* mix;     // (HEAD_DIM, GROUP): outliers' share of the output
     ByteTable<KEY_BITS == 3 ? 3 : 2> key_levels;

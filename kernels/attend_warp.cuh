@@ -23,7 +23,8 @@ DEVICE void write_terms(const Warp& warp, u32 step, u32 column, const u32 (&low)
     u8* to = warp.terms + (step - TURNED) * TERM_STEP + column * 8;
     KVQ_UNROLL for (u32 m = 0; m < TERMS; m++) {
         u32 factor = m == 0 ? 0x3c003c00 : 0;  // 1, and nothing else where nothing turns
-        if constexpr (ROTATED) factor = warp.coefficients[(step * 4 + column) * 8 + m];
+        if constexpr (ROTATED)
+            factor = warp.coefficients[((step - TURNED) * 4 + column) * 8 + m];
         u32 first = h2_mul(factor, scale.of[0]), second = h2_mul(factor, scale.of[2]);
         KVQ_UNROLL for (u32 h = 0; h < GROUP; h++) {
             // Odd terms are a quarter turn further.
@@ -265,7 +266,7 @@ DEVICE void set_up(Warp& warp, const u16* levels, const Cache& cache, u8* shared
     warp.query = corner + CORNER_QUERY, warp.terms = corner + CORNER_TERMS;
     warp.offsets = (float*)(corner + CORNER_OFFSETS);
     warp.weights = corner + CORNER_WEIGHTS, warp.places = (const float*)(shared + PLACES_AT);
-    warp.coefficients = cache.coefficients;
+    warp.coefficients = (const u32*)(shared + TERMS_AT);
     warp.sparse = (float*)(corner + CORNER_SPARSE), warp.mix = (float*)(corner + CORNER_MIX);
     // 0, but the compiler does not know: what all lanes know alike it would keep once and fetch for
     // every use.

@@ -179,9 +179,10 @@ class Variant:
             head = self.head_dim * {2: 8, 3: 256, 4: 512}[self.key_bits]
         query = self.group * self.head_dim * 4
         order = 6 * self.head_dim  # and frequencies
+        terms = 128 * self._slow_steps if self.rotated else 0
         places = 4096 if self._slow_steps and self.group < 4 else 0
         join = self.most_warps * self.group * 12 + 16 + 48  # and what a block keeps
-        return _in_rows(lut + angles + head + query + join + order + places)
+        return _in_rows(lut + angles + head + query + join + order + terms + places)
 
     @property
     def _corner_bytes(self) -> int:
