@@ -272,12 +272,15 @@ DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* rang
             }
         }
     }
-    float highest[LANE_HEADS], shift[MINE];
+    float highest[LANE_HEADS];
+    u32 range[MINE];
+    auto scale_of = [](u32 range) { return greater(h2_low(range), 5.9604645e-8f); };
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) highest[j] = FAR_BELOW;
     KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
-        shift[i] = ranges ? log2_fast(greater(h2_low(ranges[begin + 8 * i]), 5.9604645e-8f)) : 0.0f;
+        range[i] = ranges ? undivided(ranges[begin + 8 * i]) : 0x3c00;
+        float shift = ranges ? log2_fast(scale_of(range[i])) : 0.0f;
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-            score[i][j] += shift[i];
+            score[i][j] += shift;
             highest[j] = greater(highest[j], score[i][j]);
         }
     }
@@ -300,8 +303,8 @@ DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* rang
     }
     KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
         u32 token = begin + 8 * i;
-        float inverse = ranges ? exp2_fast(-shift[i]) : 1.0f;
-        float zero = ranges ? h2_high(ranges[token]) : 0.0f, weight[LANE_HEADS], p[LANE_HEADS];
+        float inverse = ranges ? inverse_fast(scale_of(range[i])) : 1.0f;
+        float zero = ranges ? h2_high(range[i]) : 0.0f, weight[LANE_HEADS], p[LANE_HEADS];
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             weight[j] = exp2_fast(score[i][j] - warp.greatest[j]);
             p[j] = weight[j] * inverse;

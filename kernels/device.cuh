@@ -95,6 +95,12 @@ DEVICE u32 lowest_bit(u32 value) {
     return __ffs(value) - 1;
 }
 
+// A word that is read at once: the compiler would read each half where it is used.
+DEVICE u32 undivided(u32 word) {
+    asm("" : "+r"(word));
+    return word;
+}
+
 // Bytes of (low, high) picked by the nibbles of `selector`, whose top bits must be clear.
 DEVICE u32 pick_bytes(u32 low, u32 high, u32 selector) {
     u32 result;

@@ -218,6 +218,9 @@ inline float fma_exact(float a, float b, float c) {
 inline float reciprocal_exact(float a) {
     return 1.0f / a;
 }
+inline u32 undivided(u32 word) {
+    return word;
+}
 inline u32 pick_bytes(u32 low, u32 high, u32 selector) {
     u64 bytes = (u64)high << 32 | low;
     u32 result = 0;
