@@ -3,8 +3,8 @@
 #include "attend_outliers.cuh"
 
 constexpr u32 SLAB = KEY_SLAB + VALUE_SLAB;
-constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS >= 8 ? 1 : 2);
-constexpr u32 VALUE_CHUNK = step_bytes(VALUE_BITS) * (VALUE_BITS >= 8 ? 1 : 2);
+constexpr u32 KEY_CHUNK = step_bytes(KEY_BITS) * (KEY_BITS >= 8 ? 1 : CHUNK_STEPS);
+constexpr u32 VALUE_CHUNK = step_bytes(VALUE_BITS) * (VALUE_BITS >= 8 ? 1 : CHUNK_STEPS);
 constexpr u32 KEY_CHUNKS = KEY_SLAB / KEY_CHUNK, CHUNKS = KEY_CHUNKS + VALUE_SLAB / VALUE_CHUNK;
 static_assert(CHUNKS % DEPTH == 0 && DEPTH >= 2,
               "a slab's chunks fill the ring a whole number of times");

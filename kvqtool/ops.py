@@ -46,7 +46,7 @@ def call_attend(
     numbers = [variant.head_dim, variant.key_bits, variant.value_bits, *(int(f) for f in flags)]
     numbers += [variant.group, int(variant.softcap), int(variant.bfloat16)]
     numbers += [variant.most_warps, int(variant.value_table), variant.ahead, variant.most_chunks]
-    numbers += [variant.turned, workspace.blocks]
+    numbers += [variant.chunk_steps, variant.turned, workspace.blocks]
     reals = [tables.scale] + ([] if tables.softcap is None else [tables.softcap])
     written = [workspace.partials, workspace.counters, workspace.log_sums]
     out: Tensor = torch.ops.kvqtool.attend(query, read, written, numbers, reals)
@@ -113,6 +113,6 @@ def _arguments(
             *(softcap > 0, bf16 > 0),
             most_warps,
             value_table,
-            *numbers[11:14],
+            *numbers[11:15],
         ),
     )

@@ -40,6 +40,7 @@ class Variant:
         ahead: steps that a warp reads codes ahead into registers: 1, 2 or 4; 0 where it reads them
             through a ring in shared memory.
         most_chunks: chunks in that ring at most: 2, 3 or 4.
+        chunk_steps: tensor-core steps of codes below 8 bits in a chunk, 2 or 4.
         turned: tensor-core steps whose keys are turned token by token; -1 for all, 0 where nothing
             turns (`turning.turned_steps`).
     """
@@ -57,6 +58,7 @@ class Variant:
     value_table: bool = True
     ahead: int = 0
     most_chunks: int = 4
+    chunk_steps: int = 2
     turned: int = -1
 
     def __post_init__(self) -> None:
@@ -141,6 +143,7 @@ class Variant:
             ("SHARED_BYTES", self.shared_bytes),
             ("VALUE_TABLE", int(self.value_table)),
             ("AHEAD", self.ahead),
+            ("CHUNK_STEPS", self.chunk_steps),
             ("TURNED", self._turned),
         )
 
@@ -153,7 +156,8 @@ class Variant:
     @property
     def _chunks(self) -> tuple[int, int]:
         """Chunks of a slab's keys and of its values."""
-        key, value = (self.steps // (1 if b >= 8 else 2) for b in (self.key_bits, self.value_bits))
+        sides = self.key_bits, self.value_bits
+        key, value = (self.steps // (1 if b >= 8 else self.chunk_steps) for b in sides)
         return key, value
 
     @property
@@ -186,7 +190,8 @@ class Variant:
 
     @property
     def _corner_bytes(self) -> int:
-        slot = max(128 * b * (1 if b >= 8 else 2) for b in (self.key_bits, self.value_bits))
+        sides = self.key_bits, self.value_bits
+        slot = max(128 * b * (1 if b >= 8 else self.chunk_steps) for b in sides)
         side = 256 + (1024 if self.outliers else 0)
         mix = self.head_dim * self.group * (2 + 4)
         if self.outliers:
