@@ -163,7 +163,9 @@ DEVICE void send(const Cache& cache, const Stream& stream, u32 number) {
 // Wait for chunk `number` of the slab, send the one that takes the place of its predecessor.
 DEVICE const u8* take(const Cache& cache, const Stream& stream, u32 number) {
     await_copies<DEPTH - 2>();
-    sync_warp();
+    // Of 4-bit codes a lane reads what it has copied itself; only what goes with a slab is shared.
+    bool shares = number == 0 || number + DEPTH - 1 == CHUNKS;
+    if (KEY_BITS != 4 || VALUE_BITS != 4 || shares) sync_warp();
     send(cache, stream, number + DEPTH - 1);
     return stream.corner + number % DEPTH * SLOT;
 }

@@ -129,6 +129,7 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 firs
         Far far{listed + LISTED, outliers_at(cache, slab, 1)};
         if (!(slab.quads & IN_ROUNDS)) {
             loose_value_outliers(warp, far, count);
+            sync_warp();
         } else if (count <= LISTED) {
             value_outliers(warp, near, count);
         } else {
