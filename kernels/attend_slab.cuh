@@ -113,10 +113,10 @@ DEVICE void key_levels(const Warp& warp, u32 step, Tile<KEY_BITS> tile, u32 (&k)
         // A table a channel, a copy for each lane: even channels' levels in the low half of a word,
         // odd ones' in the high half, partners 128 bytes further.
         constexpr u32 odd_at = 256 << KEY_BITS;
-        u32 even = tile & 0x0f0f0f0f, odd = tile >> 4 & 0x0f0f0f0f;
+        u32 even = tile & 0x0f0f0f0f, odd = tile & 0xf0f0f0f0;
         KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
             const u8* x = shared_at(add_byte(even, a, 256, warp.levels)) + step * 2 * odd_at;
-            const u8* y = shared_at(add_byte(odd, a, 256, warp.levels)) + step * 2 * odd_at;
+            const u8* y = shared_at(add_byte(odd, a, 16, warp.levels)) + step * 2 * odd_at;
             k[a] = *(const u32*)(x + a / 2 * 128) | *(const u32*)(y + odd_at + a / 2 * 128);
         }
     } else {
