@@ -40,7 +40,7 @@ class Variant:
         ahead: steps that a warp reads codes ahead into registers: 1, 2 or 4; 0 where it reads them
             through a ring in shared memory.
         most_chunks: chunks in that ring at most: 2, 3 or 4.
-        chunk_steps: tensor-core steps of codes below 8 bits in a chunk, 2 or 4.
+        chunk_steps: tensor-core steps of codes below 8 bits in a chunk, 2, 4 or 8.
         turned: tensor-core steps whose keys are turned token by token; -1 for all, 0 where nothing
             turns (`turning.turned_steps`).
     """
@@ -229,6 +229,7 @@ def variant_of(
         bfloat16: whether states are bfloat16, not float16.
     """
     single = spec.key.channel_levels and spec.key.bits == 4  # codes are looked up one by one
+    chunk_steps, most_chunks = _ring(spec, head_dim // 16, group)
     variant = Variant(
         head_dim,
         spec.key.bits,
@@ -240,13 +241,31 @@ def variant_of(
         softcap,
         bfloat16,
         ahead=4 if single and group > 1 else 0,
-        most_chunks=2 if single else 4,
+        most_chunks=most_chunks,
+        chunk_steps=chunk_steps,
         turned=0 if inv_freq is None else turned_steps(inv_freq, group, spec.key.bits),
     )
     plain = replace(variant, value_table=False)
     chosen = variant if variant.warps == plain.warps else plain
     few = chosen.warps < MOST_WARPS or chosen.ahead
     return replace(chosen, most_warps=FEW_WARPS) if few else chosen
+
+
+def _ring(spec: KvSpec, steps: int, group: int) -> tuple[int, int]:
+    """Return the steps of a chunk and the chunks of a ring that were fastest: few large ones, for
+    at each of them a warp's pipelines run empty.
+    """
+    widths = {spec.key.bits, spec.value.bits}
+    if max(widths) > 4 or steps % 4:
+        return 2, 4
+    if spec.key.channel_levels and spec.key.bits == 4:
+        return 2, 2  # their tables leave no room for more
+    if widths == {2}:
+        if group == 1:
+            return min(8, steps), 2
+        if not spec.key.channel_levels:
+            return 2, 4
+    return 4, 2
 
 
 def groups_of(num_heads: int, num_kv_heads: int) -> int:
