@@ -4,9 +4,9 @@
 
 `tokens`: greedy tokens through `fused`, `materialise` and on the CPU, with the first place where
 they part and how near its two likeliest tokens were. `codes`: one set of states into caches on CPU
-and GPU, by both paths; what would be saved is compared bit for bit. `ppl`: token by token through
-both paths. `speed`: tokens a second at one context. One JSON object; exit code 1 where codes
-differ.
+and GPU, by both paths; what would be saved is compared bit for bit. `ppl`: the first tokens decoded
+behind many prompts, through both paths. `speed`: tokens a second at one context. One JSON object;
+exit code 1 where codes differ.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from transformers import DynamicCache
 from kvqtool.attach import attached
 from kvqtool.bundle import Bundle, load_bundle
 from kvqtool.cache import KvqCache
-from kvqtool.data import evaluation_windows, load_text
+from kvqtool.data import load_text
 from kvqtool.forward import next_logits
 from kvqtool.models import LoadedModel, load_model
-from kvqtool.perplexity import evaluate
 from kvqtool.usage import kernel_of, layer_report
 
 WARM_UP = 8
@@ -176,26 +175,52 @@ def canonical(cache: KvqCache) -> dict[str, Tensor]:
     return {f"{s.layer}.{n}": t for s in cache.stores for n, t in s.canonical().items()}
 
 
+@torch.no_grad()
 def check_ppl(loaded: LoadedModel, bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the perplexity of decoding token by token."""
-    text = load_text(options.dataset, part="evaluation")
-    windows = evaluation_windows(
-        text, loaded.tokenizer, seq_len=options.seq_len, windows=options.windows, stride=None
-    )
-    figures: dict[str, Any] = {}
-    for path in ("fused", "materialise"):
+    """Compare the perplexity of tokens that are decoded one by one, a few behind each of many
+    prompts, `batch` of these at a time. The prompts' codes are the same bits on both paths. Over
+    long decodes paths part by chance: where a rounding moves one code, everything behind differs.
+    """
+    text = load_text(options.dataset, part="evaluation").text
+    ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"])
+    length, batch, few = options.seq_len, options.batch, options.behind
+    windows = ids[: len(ids) // length * length].view(-1, length)[: options.windows * batch]
+    losses: dict[str, list[Tensor]] = {"fused": [], "materialise": []}
+    figures: dict[str, Any] = {path: {} for path in losses}
+    for path, found in losses.items():
         loaded.read_path = path
-        (result,) = evaluate(
-            loaded, windows, [bundle], protocol="true-decode", allow_calibration_text=True
-        )
-        figures[path] = {
-            "ppl": result.ppl,
-            "ppl_ratio": result.ppl_ratio,
-            "kernel": result.protocol["kernel"],
-            "seconds": result.seconds,
-        }
-    figures["relative_difference"] = figures["fused"]["ppl"] / figures["materialise"]["ppl"] - 1
+        started = _now(loaded)
+        for group in windows.to(loaded.device).split(batch):
+            with attached(loaded, bundle) as session:
+                cache = _new_cache(session, loaded, bundle)
+                for at in range(length - few - 1, length - 1):
+                    seen = group[:, : at + 1] if at == length - few - 1 else group[:, at : at + 1]
+                    logits = next_logits(loaded.model, seen, cache).float().log_softmax(-1)
+                    found.append(-logits.gather(1, group[:, at + 1, None])[:, 0].cpu())
+        figures[path]["kernel"] = kernel_of(cache)
+        figures[path]["seconds"] = _now(loaded) - started
+    # The first token of each window comes from the prompt's own, exact attention.
+    per_token = {
+        path: torch.stack([loss for i, loss in enumerate(found) if i % few])
+        for path, found in losses.items()
+    }
+    for path, loss in per_token.items():
+        figures[path]["ppl"] = loss.mean().exp().item()
+    apart = per_token["fused"] - per_token["materialise"]
+    figures |= {
+        "prompts": len(windows),
+        "prompt_tokens": length - few,
+        "tokens": apart.numel(),
+        "relative_difference": figures["fused"]["ppl"] / figures["materialise"]["ppl"] - 1,
+        "standard_error": (apart.std() / apart.numel() ** 0.5).item(),
+        "by_tokens_behind": [part.mean().item() for part in _by_place(apart, few - 1)],
+    }
     return figures
+
+
+def _by_place(apart: Tensor, places: int) -> list[Tensor]:
+    """Return differences by how far behind its prompt a token is."""
+    return [apart[place::places] for place in range(places)]
 
 
 def check_speed(loaded: LoadedModel, bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
@@ -263,7 +288,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=500, help="tokens of the prompt")
     parser.add_argument("--dataset", help="text of ppl")
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=2, help="batches of prompts of ppl")
+    parser.add_argument("--batch", type=int, default=16, help="prompts at a time of ppl")
+    parser.add_argument("--behind", type=int, default=5, help="tokens decoded behind each of ppl")
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip-cpu", action="store_true", help="no greedy tokens on the CPU")
