@@ -104,13 +104,8 @@ attend(const u16* query, u16* output, const u8* slabs, const u32* ranges, const 
                          next,
                          end};
         }
-        // Where half the warps have nothing else to do, they fill the tables.
-        u32 busy = count <= WARPS / 2 ? count : 0;
-        if (number >= busy) {
-            Fillers fillers{thread_index() - 32 * busy, THREADS - 32 * busy};
-            fill_head_table(fillers, key_table, segment.kv_head, shared + HEAD_AT);
-            if (!ready) fill_tables(fillers, level, levels, shared);
-        }
+        fill_head_table(key_table, segment.kv_head, shared + HEAD_AT);
+        if (!ready) fill_tables(level, levels, shared);
         if (!ready) fill_places(shared + PLACES_AT);
         clear_results(warp);
         if (begins < stop) {

@@ -65,21 +65,16 @@ DEVICE u32 lane_level(const u16* levels, u32 lane) {
     return levels[lane / 16 * LEVEL_ROW + lane % 16];
 }
 
-// The threads that fill tables, this one's number among them and how many they are: whole warps.
-struct Fillers {
-    u32 thread, threads;
-};
-
 // The tables of pairs of codes, of single ones of 8 bits and of four 2-bit ones, a copy for each
 // lane. Lanes hold the levels of up to 4 bits.
-DEVICE void fill_tables(const Fillers& fillers, u32 level, const u16* levels, u8* shared) {
+DEVICE void fill_tables(u32 level, const u16* levels, u8* shared) {
     if constexpr (HAS_ROWS) {
         constexpr u32 row = LUT_STRIDE / 16;  // pieces
-        static_assert(32 % row == 0, "a thread has the same piece of all its rows");
-        u32 piece = fillers.thread % row, together = fillers.threads / row;
+        static_assert(THREADS % row == 0, "a thread has the same piece of all its rows");
+        u32 piece = thread_index() % row;
         bool is_value = LUT_STRIDE == 128 || piece >= row / 2;
         u32 side = is_value ? 16 : 0;
-        KVQ_ROLLED for (u32 code = fillers.thread / row; code < ROWS; code += together) {
+        KVQ_ROLLED for (u32 code = thread_index() / row; code < ROWS; code += THREADS / row) {
             u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4))
                                                                   << 16;
             if (is_value ? VALUE_SINGLES : KEY_SINGLES)
@@ -88,7 +83,7 @@ DEVICE void fill_tables(const Fillers& fillers, u32 level, const u16* levels, u8
         }
     }
     if constexpr (VALUE_QUADS) {
-        KVQ_UNROLL_4 for (u32 i = fillers.thread; i < 65536 / 16; i += fillers.threads) {
+        KVQ_UNROLL_4 for (u32 i = thread_index(); i < 65536 / 16; i += THREADS) {
             u32 code = i / 16;  // two lanes' copies at once
             u32 first = from_lane(level, 16 + (code & 3)) | from_lane(level, 16 + (code >> 4 & 3))
                                                                 << 16;
@@ -100,12 +95,12 @@ DEVICE void fill_tables(const Fillers& fillers, u32 level, const u16* levels, u8
 }
 
 // A KV head's channels' levels in the form `key_levels` reads.
-DEVICE void fill_head_table(const Fillers& fillers, const u16* table, u32 head, u8* at) {
+DEVICE void fill_head_table(const u16* table, u32 head, u8* at) {
     if constexpr (KEY_BITS == 16 || !CHANNEL_LEVELS) return;
     constexpr u32 count = 1u << (KEY_BITS == 16 ? 0 : KEY_BITS);
     const u16* levels = table + head * HEAD_DIM * count;
     if constexpr (KEY_BITS == 2) {
-        KVQ_ROLLED for (u32 i = fillers.thread; i < HEAD_DIM / 2; i += fillers.threads) {
+        KVQ_ROLLED for (u32 i = thread_index(); i < HEAD_DIM / 2; i += THREADS) {
             u32 half = i & 1, column = i >> 1 & 3, step = i >> 3;
             const u16* even = levels + (8 * step + 2 * column + half * (HEAD_DIM / 2)) * count;
             u32* to = (u32*)(at + (step * 4 + column) * 32) + 4 * half;
@@ -115,7 +110,7 @@ DEVICE void fill_head_table(const Fillers& fillers, const u16* table, u32 head, 
         }
         return;
     }
-    KVQ_UNROLL_4 for (u32 i = fillers.thread; i < HEAD_TABLE / 16; i += fillers.threads) {
+    KVQ_UNROLL_4 for (u32 i = thread_index(); i < HEAD_TABLE / 16; i += THREADS) {
         u32 row = i / 16, half = i / 8 % 2, code = row % count, odd = row / count % 2;
         u32 channel = 8 * (row / count / 2) + odd + half * (HEAD_DIM / 2);
         KVQ_UNROLL for (u32 column = 0; column < 4; column++) {

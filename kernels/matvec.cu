@@ -53,8 +53,7 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
     }
     Warp warp;
     set_up(warp, tables.levels, cache, shared, number, lane);
-    Fillers all{thread_index(), THREADS};
-    fill_tables(all, level, tables.levels, shared);
+    fill_tables(level, tables.levels, shared);
     fill_places(shared + PLACES_AT);
     u32 unit = cut.whole ? 0 : unit_of(cut, block_index());
     u32 end = cut.whole ? 1 : unit_of(cut, block_index() + 1);
@@ -72,7 +71,7 @@ DEVICE void for_each_part(const Cache& cache, const Tables& tables, const u16* q
             segment.first_slab + smaller(range.from + count * number / WARPS, segment.slabs);
         part.last =
             segment.first_slab + smaller(range.from + count * (number + 1) / WARPS, segment.slabs);
-        if (is_key) fill_head_table(all, tables.key_table, segment.kv_head, shared + HEAD_AT);
+        if (is_key) fill_head_table(tables.key_table, segment.kv_head, shared + HEAD_AT);
         await_copies<0>();
         sync_block();
         if (is_key) arrange_query(segment, shared, 1.0f);
