@@ -184,7 +184,8 @@ def check_ppl(loaded: LoadedModel, bundle: Bundle, options: argparse.Namespace) 
     text = load_text(options.dataset, part="evaluation").text
     ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"])
     length, batch, few = options.seq_len, options.batch, options.behind
-    windows = ids[: len(ids) // length * length].view(-1, length)[: options.windows * batch]
+    groups = min(options.windows, len(ids) // (length * batch))
+    windows = ids[: groups * batch * length].view(-1, length)
     losses: dict[str, list[Tensor]] = {"fused": [], "materialise": []}
     figures: dict[str, Any] = {path: {} for path in losses}
     for path, found in losses.items():

@@ -66,30 +66,47 @@ DEVICE u32 lane_level(const u16* levels, u32 lane) {
 }
 
 // The tables of pairs of codes, of single ones of 8 bits and of four 2-bit ones, a copy for each
-// lane. Lanes hold the levels of up to 4 bits.
+// lane. Lanes hold the levels of up to 4 bits. A warp has the rows whose lower nibble is its own.
 DEVICE void fill_tables(u32 level, const u16* levels, u8* shared) {
-    if constexpr (HAS_ROWS) {
-        constexpr u32 row = LUT_STRIDE / 16;  // pieces
-        static_assert(THREADS % row == 0, "a thread has the same piece of all its rows");
-        u32 piece = thread_index() % row;
-        bool is_value = LUT_STRIDE == 128 || piece >= row / 2;
-        u32 side = is_value ? 16 : 0;
-        KVQ_ROLLED for (u32 code = thread_index() / row; code < ROWS; code += THREADS / row) {
+    u32 number = thread_index() / 32, lane = thread_index() % 32;
+    constexpr u32 pieces = LUT_STRIDE / 16, at_once = 32 / pieces, many = ROWS / 16 / at_once;
+    u32 piece = lane % pieces, side = LUT_STRIDE == 128 || piece >= pieces / 2 ? 16 : 0;
+    if constexpr (KEY_SINGLES || VALUE_SINGLES) {
+        KVQ_ROLLED for (u32 code = thread_index() / pieces; code < ROWS; code += WARPS * at_once) {
             u32 pair = from_lane(level, side + (code & 15)) | from_lane(level, side + (code >> 4))
                                                                   << 16;
-            if (is_value ? VALUE_SINGLES : KEY_SINGLES)
-                pair = levels[(is_value ? LEVEL_ROW : 0) + code] * 0x10001u;
+            if (side ? VALUE_SINGLES : KEY_SINGLES)
+                pair = levels[(side ? LEVEL_ROW : 0) + code] * 0x10001u;
             *(Quad*)(shared + code * LUT_STRIDE + 16 * piece) = Quad{{pair, pair, pair, pair}};
         }
+    } else if constexpr (HAS_ROWS) {
+        u32 upper[many], first = lane / pieces;
+        KVQ_UNROLL for (u32 i = 0; i < many; i++) {
+            upper[i] = from_lane(level, side + first + i * at_once) << 16;
+        }
+        KVQ_ROLLED for (u32 lower = number; lower < 16; lower += WARPS) {
+            u32 low = from_lane(level, side + lower);
+            u8* at = shared + (16 * first + lower) * LUT_STRIDE + 16 * piece;
+            KVQ_UNROLL for (u32 i = 0; i < many; i++) {
+                u32 pair = low | upper[i];
+                *(Quad*)(at + i * at_once * 16 * LUT_STRIDE) = Quad{{pair, pair, pair, pair}};
+            }
+        }
     }
-    if constexpr (VALUE_QUADS) {
-        KVQ_UNROLL_4 for (u32 i = thread_index(); i < 65536 / 16; i += THREADS) {
-            u32 code = i / 16;  // two lanes' copies at once
-            u32 first = from_lane(level, 16 + (code & 3)) | from_lane(level, 16 + (code >> 4 & 3))
-                                                                << 16;
-            u32 second = from_lane(level, 16 + (code >> 2 & 3)) | from_lane(level, 16 + (code >> 6))
-                                                                      << 16;
-            *(Quad*)(shared + ROW_BYTES + 16 * i) = Quad{{first, second, first, second}};
+    if constexpr (VALUE_QUADS) {  // 16 bytes are two lanes' copies
+        u32 upper[8][2];
+        KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
+            u32 nibble = 2 * i + lane / 16;
+            upper[i][0] = from_lane(level, 16 + (nibble & 3)) << 16;
+            upper[i][1] = from_lane(level, 16 + (nibble >> 2)) << 16;
+        }
+        KVQ_ROLLED for (u32 lower = number; lower < 16; lower += WARPS) {
+            u32 low[2] = {from_lane(level, 16 + (lower & 3)), from_lane(level, 16 + (lower >> 2))};
+            u8* at = shared + ROW_BYTES + (lane / 16 * 16 + lower) * 256 + lane % 16 * 16;
+            KVQ_UNROLL for (u32 i = 0; i < 8; i++) {
+                u32 first = low[0] | upper[i][0], second = low[1] | upper[i][1];
+                *(Quad*)(at + i * 8192) = Quad{{first, second, first, second}};
+            }
         }
     }
 }
