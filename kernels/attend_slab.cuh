@@ -97,6 +97,19 @@ DEVICE void term_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
     b0 = at[0], b1 = at[1];
 }
 
+// Levels of one tile's codes from a table a channel, a copy for each lane: those of even channels in
+// the low halves of words, of odd ones in the high halves.
+DEVICE void channel_levels(const Warp& warp, u32 step, u32 tile, u32 (&even)[4], u32 (&odd)[4]) {
+    constexpr u32 odd_at = 256 << KEY_BITS, partner_at = 128;
+    u32 low = tile & 0x0f0f0f0f, high = tile & 0xf0f0f0f0;
+    KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
+        const u8* x = shared_at(add_byte(low, a, 256, warp.levels)) + step * 2 * odd_at;
+        const u8* y = shared_at(add_byte(high, a, 16, warp.levels)) + step * 2 * odd_at;
+        even[a] = *(const u32*)(x + a / 2 * partner_at);
+        odd[a] = *(const u32*)(y + a / 2 * partner_at + odd_at);
+    }
+}
+
 // Levels of one tile's codes: channels 8 step + 2 column + {0, 1} of tokens r and r + 8, then their
 // partners HEAD_DIM / 2 further.
 DEVICE void key_levels(const Warp& warp, u32 step, Tile<KEY_BITS> tile, u32 (&k)[4]) {
@@ -110,15 +123,9 @@ DEVICE void key_levels(const Warp& warp, u32 step, Tile<KEY_BITS> tile, u32 (&k)
             look_up_bytes<KEY_BITS == 3 ? 3 : 2>(warp.key_levels, tile, k);
         }
     } else if constexpr (KEY_BITS > 2) {
-        // A table a channel, a copy for each lane: even channels' levels in the low half of a word,
-        // odd ones' in the high half, partners 128 bytes further.
-        constexpr u32 odd_at = 256 << KEY_BITS;
-        u32 even = tile & 0x0f0f0f0f, odd = tile & 0xf0f0f0f0;
-        KVQ_UNROLL for (u32 a = 0; a < 4; a++) {
-            const u8* x = shared_at(add_byte(even, a, 256, warp.levels)) + step * 2 * odd_at;
-            const u8* y = shared_at(add_byte(odd, a, 16, warp.levels)) + step * 2 * odd_at;
-            k[a] = *(const u32*)(x + a / 2 * 128) | *(const u32*)(y + odd_at + a / 2 * 128);
-        }
+        u32 even[4], odd[4];
+        channel_levels(warp, step, tile, even, odd);
+        KVQ_UNROLL for (u32 a = 0; a < 4; a++) k[a] = even[a] | odd[a];
     } else {
         const u32* table = (const u32*)(warp.head_table + (step * 4 + warp.column) * 32);
         u32 low[4] = {table[0], table[1], table[2], table[3]};
@@ -164,7 +171,13 @@ DEVICE void key_step(const Warp& warp, const u32 (&words)[KEY_BITS], u32 step, u
         term_fragment(warp, step, b0, b1);
         KVQ_UNROLL for (int t = 0; t < 4; t++) {
             u32 k[4];
-            key_levels(warp, step, tiles[t], k);
+            if constexpr (CHANNEL_LEVELS && KEY_BITS > 2) {
+                u32 odd[4];  // one more product takes less than putting both together
+                channel_levels(warp, step, tiles[t], k, odd);
+                mma(score[t], odd, b0, b1);
+            } else {
+                key_levels(warp, step, tiles[t], k);
+            }
             mma(score[t], k, b0, b1);
         }
         return;
