@@ -26,7 +26,8 @@ DEVICE void fetch_early(const Tables& tables, const Cache& cache, const u16* que
 }
 
 // Send for what is only copied: angles of a page's places, of the steps that are turned;
-// coefficients of the others; frequencies and the order of channels, which lie one behind the other.
+// coefficients of the others; frequencies and the order of channels, which lie one behind the
+// other.
 DEVICE void send_tables(const Tables& tables, const Cache& cache, u8* shared) {
     if constexpr (ANGLE_BYTES > 0) {
         constexpr u32 tile = TURNED ? TURNED * 32 : 1;  // pieces of a tile

@@ -97,8 +97,8 @@ DEVICE void term_fragment(const Warp& warp, u32 step, u32& b0, u32& b1) {
     b0 = at[0], b1 = at[1];
 }
 
-// Levels of one tile's codes from a table a channel, a copy for each lane: those of even channels in
-// the low halves of words, of odd ones in the high halves.
+// Levels of one tile's codes from a table a channel, a copy for each lane: those of even channels
+// in the low halves of words, of odd ones in the high halves.
 DEVICE void channel_levels(const Warp& warp, u32 step, u32 tile, u32 (&even)[4], u32 (&odd)[4]) {
     constexpr u32 odd_at = 256 << KEY_BITS, partner_at = 128;
     u32 low = tile & 0x0f0f0f0f, high = tile & 0xf0f0f0f0;

@@ -112,7 +112,8 @@ DEVICE void turn_to_known(const Cache& cache, Stream& stream) {
 
 // Make `number`, which has gone on by one, the slab that is read.
 DEVICE void turn_to(const Cache& cache, const Segment& segment, Stream& stream) {
-    if (stream.number + 1 - stream.first >= 32) look_ahead(cache, segment, stream), end_look(stream);
+    if (stream.number + 1 - stream.first >= 32)
+        look_ahead(cache, segment, stream), end_look(stream);
     turn_to_known(cache, stream);
 }
 

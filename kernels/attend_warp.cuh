@@ -23,8 +23,7 @@ DEVICE void write_terms(const Warp& warp, u32 step, u32 column, const u32 (&low)
     u8* to = warp.terms + (step - TURNED) * TERM_STEP + column * 8;
     KVQ_UNROLL for (u32 m = 0; m < TERMS; m++) {
         u32 factor = m == 0 ? 0x3c003c00 : 0;  // 1, and nothing else where nothing turns
-        if constexpr (ROTATED)
-            factor = warp.coefficients[((step - TURNED) * 4 + column) * 8 + m];
+        if constexpr (ROTATED) factor = warp.coefficients[((step - TURNED) * 4 + column) * 8 + m];
         u32 first = h2_mul(factor, scale.of[0]), second = h2_mul(factor, scale.of[2]);
         KVQ_UNROLL for (u32 h = 0; h < GROUP; h++) {
             // Odd terms are a quarter turn further.

@@ -156,9 +156,12 @@ class Variant:
     @property
     def _chunks(self) -> tuple[int, int]:
         """Chunks of a slab's keys and of its values."""
-        sides = self.key_bits, self.value_bits
-        key, value = (self.steps // (1 if b >= 8 else self.chunk_steps) for b in sides)
+        key, value = (self.steps // self._steps_of(b) for b in (self.key_bits, self.value_bits))
         return key, value
+
+    def _steps_of(self, bits: int) -> int:
+        """Steps of a chunk of codes."""
+        return 1 if bits >= 8 else self.chunk_steps
 
     @property
     def _turned(self) -> int:
@@ -190,8 +193,7 @@ class Variant:
 
     @property
     def _corner_bytes(self) -> int:
-        sides = self.key_bits, self.value_bits
-        slot = max(128 * b * (1 if b >= 8 else self.chunk_steps) for b in sides)
+        slot = max(128 * b * self._steps_of(b) for b in (self.key_bits, self.value_bits))
         side = 256 + (1024 if self.outliers else 0)
         mix = self.head_dim * self.group * (2 + 4)
         if self.outliers:

@@ -64,6 +64,17 @@ def test_values_are_picked_from_registers_as_well(spec: str) -> None:
     assert (out - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("spec", "chunk_steps", "most_chunks"),
+    [("nuq4-1%", 2, 4), ("nuq3-1%", 2, 2), ("nuq2-1%", 4, 4), ("nuq4-1%-pc", 8, 2)],
+)
+def test_chunks_may_have_any_size(spec: str, chunk_steps: int, most_chunks: int) -> None:
+    built = build(Case(spec, (70, 400), sinks=1))
+    fields = {"chunk_steps": chunk_steps, "most_chunks": most_chunks}
+    out, expected = attend_on_cpu(Case(spec, (70, 400)), 3, built, **fields)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(
     ("spec", "ahead"), [("nuq4-1%", 1), ("nuq3-1%", 2), ("nuq2-1%", 4), ("nuq4-1%-pc", 4)]
