@@ -94,22 +94,28 @@ DEVICE void value_outlier(const Warp& warp, u32 word, const Heads& weights, bool
 // rounds has words of different channels in each round, so that no two lanes write to one place.
 // Words are read two rounds early, their weights one.
 template <typename Words>
-DEVICE void value_outliers(const Warp& warp, const Words& list, u32 count) {
+DEVICE void value_outliers(const Warp& warp, const Words& list) {
     // The first `longer` rounds have size + 1 words, the others size. Words whose channels are
     // equal modulo 8, which share banks, follow each other: eight lanes that are served at once
     // take every `apart`-th word.
     u32 rounds = list(0), size = list(1), longer = list(2);
     u32 apart = smaller(size / 8 + 1, 4);  // a round has at most 32
     u32 place = warp.lane / 8 < apart ? warp.lane % 8 * apart + warp.lane / 8 : 32;
-    auto size_of_round = [&](u32 round) { return size + (round < longer); };
-    u32 at = HEADER + place + size_of_round(0);
-    u32 word = list(smaller(HEADER + place, count - 1)), next = list(smaller(at, count - 1));
+    u32 mine = place < size ? rounds : place == size ? longer : 0;  // rounds with a word for it
+    u32 at = HEADER + place;
+    // Lanes without a word all look at token 0, for other places would be in the way of the others.
+    auto read = [&](u32 round) { return round < mine ? list(at) : 0; };
+    auto go_on = [&](u32 round) { at += size + (round < longer); };
+    u32 word = read(0);
+    go_on(0);
+    u32 next = read(1);
+    go_on(1);
     Heads weights = weights_of(warp, word);
     KVQ_ROLLED for (u32 round = 0; round < rounds; round++) {
-        at += size_of_round(round + 1);
-        u32 after = list(smaller(at, count - 1));
+        u32 after = read(round + 2);
+        go_on(round + 2);
         Heads next_weights = weights_of(warp, next);
-        value_outlier(warp, word, weights, place < size_of_round(round));
+        value_outlier(warp, word, weights, round < mine);
         word = next, next = after, weights = next_weights;
         sync_warp();
     }

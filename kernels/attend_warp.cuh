@@ -130,9 +130,9 @@ DEVICE void packed_slab(Warp& warp, const Cache& cache, Stream& stream, u32 firs
             loose_value_outliers(warp, far, count);
             sync_warp();
         } else if (count <= LISTED) {
-            value_outliers(warp, near, count);
+            value_outliers(warp, near);
         } else {
-            value_outliers(warp, far, count);
+            value_outliers(warp, far);
         }
     }
     if constexpr (AHEAD) {

@@ -200,7 +200,7 @@ mix_values(const float* weights, float* sums, CACHE_PARAMETERS) {
                 There list{outlier_words + (u64)slab.lists[2] * 4};
                 u32 count = (slab.lists[3] & ~IN_ROUNDS) * 4;
                 if (slab.lists[3] & IN_ROUNDS) {
-                    value_outliers(warp, list, count);
+                    value_outliers(warp, list);
                 } else {
                     loose_value_outliers(warp, list, count);
                 }
