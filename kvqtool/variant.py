@@ -257,16 +257,12 @@ def _ring(spec: KvSpec, steps: int, group: int) -> tuple[int, int]:
     """Return the steps of a chunk and the chunks of a ring that were fastest: few large ones, for
     at each of them a warp's pipelines run empty.
     """
-    widths = {spec.key.bits, spec.value.bits}
-    if max(widths) > 4 or steps % 4:
+    if max(spec.key.bits, spec.value.bits) > 4 or steps % 4:
         return 2, 4
     if spec.key.channel_levels and spec.key.bits == 4:
         return 2, 2  # their tables leave no room for more
-    if widths == {2}:
-        if group == 1:
-            return min(8, steps), 2
-        if not spec.key.channel_levels:
-            return 2, 4
+    if spec.key.bits == spec.value.bits == 2 and group == 1:
+        return min(8, steps), 2
     return 4, 2
 
 
