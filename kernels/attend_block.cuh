@@ -69,7 +69,7 @@ DEVICE u32 lane_level(const u16* levels, u32 lane) {
 // The tables of pairs of codes, of single ones of 8 bits and of four 2-bit ones, a copy for each
 // lane. Lanes hold the levels of up to 4 bits. A warp has the rows whose lower nibble is its own.
 DEVICE void fill_tables(u32 level, const u16* levels, u8* shared) {
-    u32 number = thread_index() / 32, lane = thread_index() % 32;
+    u32 lane = thread_index() % 32, number = thread_index() / 32;
     constexpr u32 pieces = LUT_STRIDE / 16, at_once = 32 / pieces, many = ROWS / 16 / at_once;
     u32 piece = lane % pieces, side = LUT_STRIDE == 128 || piece >= pieces / 2 ? 16 : 0;
     if constexpr (KEY_SINGLES || VALUE_SINGLES) {

@@ -36,9 +36,10 @@ constexpr u32 HEAD_TABLE = KEY_BITS == 16    ? 0
                            : KEY_BITS == 4   ? HEAD_DIM * 512
                            : KEY_BITS == 3   ? HEAD_DIM * 256
                                              : STEPS * 128;
-constexpr u32 LISTED = 128;  // outliers of a slab and side that are copied ahead
-constexpr float FAR_BELOW = -1e30f;
-constexpr float LAZY = 4.0f;  // weights may reach 2^LAZY before everything is rescaled
+constexpr u32 LISTED = 128;          // outliers of a slab and side that are copied ahead
+constexpr float FAR_BELOW = -1e30f;  // the score of a token that is not seen
+constexpr float NOTHING = -2e30f;    // the greatest score where there was no token yet
+constexpr float LAZY = 4.0f;         // weights may reach 2^LAZY before everything is rescaled
 // Sparse scores of a head, padded so that lanes of different heads do not meet in a bank.
 constexpr u32 SPARSE_ROW = GROUP == 1 ? 64 : GROUP == 8 ? 68 : 72;
 constexpr float SPARSE_ONE = 65536.0f;  // sparse scores are summed as integers, in any order
@@ -307,7 +308,7 @@ DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* rang
     }
     if (any_lane(grew)) {
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-            has_mix |= warp.greatest[j] > FAR_BELOW;
+            has_mix |= warp.greatest[j] > NOTHING;
             float next = greater(warp.greatest[j], highest[j]);
             factor[j] = exp2_fast(warp.greatest[j] - next);
             warp.greatest[j] = next;

@@ -286,7 +286,7 @@ DEVICE void clear_results(Warp& warp) {
         ((Quad*)warp.mix)[i] = Quad{{0, 0, 0, 0}};
     }
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
-        warp.greatest[j] = FAR_BELOW, warp.sum[j] = warp.offset[j] = 0.0f;
+        warp.greatest[j] = NOTHING, warp.sum[j] = warp.offset[j] = 0.0f;
     }
     KVQ_UNROLL for (u32 i = 0; i < 4 * STEPS; i++) warp.out[i / 4][i % 4] = 0.0f;
 }

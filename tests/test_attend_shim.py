@@ -64,6 +64,13 @@ def test_values_are_picked_from_registers_as_well(spec: str) -> None:
     assert (out - expected).abs().max() < TOLERANCE
 
 
+def test_outliers_of_tokens_that_are_not_seen_add_nothing_to_what_a_warp_reads_next() -> None:
+    # The only slab is not seen; exact tokens follow it in the same warp.
+    built = build(Case("nuq3-1%", (70,), window=130, first_seen=70))
+    out, expected = attend_on_cpu(Case("nuq3-1%"), 1, built)
+    assert (out - expected).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("spec", "chunk_steps", "most_chunks"),
     [("nuq4-1%", 2, 4), ("nuq3-1%", 2, 2), ("nuq2-1%", 4, 4), ("nuq4-1%-pc", 8, 2)],
