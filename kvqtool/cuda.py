@@ -94,9 +94,10 @@ def library_versions(device: torch.device) -> dict[str, str | None]:
         found["nvrtc"] = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
         number = cupy.cuda.runtime.driverGetVersion()
         found["driver"] = f"{number // 1000}.{number % 1000 // 10}"
-        index = torch.cuda.current_device() if device.index is None else device.index
-        shared = cupy.cuda.runtime.deviceGetAttribute(_SHARED_PER_BLOCK, index)
-        found["shared_bytes"] = str(shared)
+        if device.type == "cuda":  # torch may know no GPU where cupy is
+            index = torch.cuda.current_device() if device.index is None else device.index
+            shared = cupy.cuda.runtime.deviceGetAttribute(_SHARED_PER_BLOCK, index)
+            found["shared_bytes"] = str(shared)
     except (ImportError, RuntimeError):  # no library or no GPU: the fields that follow stay None
         pass
     return found

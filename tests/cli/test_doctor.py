@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import Result
 
+from kvqtool.cuda import library_versions
 from kvqtool.doctor import try_kernels
 
 Run = Callable[..., Result]
@@ -21,6 +24,16 @@ def test_without_a_model_it_looks_at_the_machine(run: Run) -> None:
     assert found["result"]["torch"] == torch.__version__
     assert not found["result"]["is_ready"]
     assert "not on cpu" in found["result"]["kernels"]
+
+
+def test_cupy_beside_a_torch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = SimpleNamespace(
+        nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
+        runtime=SimpleNamespace(driverGetVersion=lambda: 13000),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(__version__="14.2.0", cuda=parts))
+    found = library_versions(torch.device("cpu"))
+    assert found == {"cupy": "14.2.0", "nvrtc": "13.0", "driver": "13.0", "shared_bytes": None}
 
 
 @pytest.mark.parametrize(
