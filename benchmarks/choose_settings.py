@@ -32,9 +32,9 @@ from kvqtool.spec import parse_spec
 from kvqtool.variant import Variant
 
 # "" is what variant_of chooses.
-SETTINGS: Final = ("", "ahead=0", "ahead=0,most_warps=12", "ahead=0,most_chunks=2,most_warps=14",
-                   "ahead=0,most_chunks=2,most_warps=16", "ahead=2,most_warps=16",
-                   "ahead=4,most_warps=12", "ahead=4,most_warps=16")  # fmt: skip
+SETTINGS: Final = ("", "chunk_steps=2,most_chunks=4", "chunk_steps=4,most_chunks=2",
+                   "chunk_steps=8,most_chunks=2", "ahead=0,most_chunks=2", "most_warps=12",
+                   "ahead=4,most_warps=12")  # fmt: skip
 
 
 def main() -> None:
