@@ -2,6 +2,7 @@
 bundle; what it finds is written there as `{rank}.pt`.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,4 @@ if __name__ == "__main__":
     found = decoded(model, load_bundle(folder / "bundle.safetensors"), ranks)
     torch.save(found, folder / f"{ranks.rank}.pt")
     leave_ranks(ranks)
+    os._exit(0)  # threads of torch may not have ended, for which C++ would abort

@@ -3,6 +3,7 @@ output folder; what it finds is written there as `{rank}-of-{world_size}.json`.
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -108,3 +109,4 @@ if __name__ == "__main__":
     join_ranks(model.ranks, on_gpu=False)
     run(model, Path(sys.argv[1]))
     leave_ranks(model.ranks)
+    os._exit(0)  # threads of torch may not have ended, for which C++ would abort

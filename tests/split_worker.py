@@ -1,6 +1,7 @@
 """What each process of test_split.py runs: argv is a model folder and a file for what it finds."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,4 @@ def load(folder: Path) -> Any:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # threads of torch may not have ended, for which C++ would abort

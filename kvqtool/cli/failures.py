@@ -56,16 +56,33 @@ class Command(TyperCommand):
 def one_voice() -> Iterator[None]:
     """Let only the first of several processes speak, and be the first to end in a failure.
 
-    torchrun ends all processes as soon as one fails, so the others wait until it has spoken.
+    torchrun ends all processes as soon as one fails, so the others wait until it has spoken. Each
+    of several ends at once, with nothing left to tidy up: threads that torch had for talking to the
+    others may not have ended, for which C++ would abort a process that has done all it should.
     """
     try:
         ranks = read_ranks()
     except KvqError as error:
         say_error(str(error))
         raise SystemExit(error.exit_code) from None
-    if ranks.is_first:
+    if ranks.is_alone:
         yield
         return
+    try:
+        if ranks.is_first:
+            yield
+        else:
+            with _silence():
+                yield
+    except SystemExit as stop:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.code if isinstance(stop.code, int) else bool(stop.code))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Say nothing; wait before a failure ends the process."""
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         sys.stdout = sys.stderr = nowhere
         try:
