@@ -185,6 +185,8 @@ def check_ppl(loaded: LoadedModel, bundle: Bundle, options: argparse.Namespace) 
     ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"])
     length, batch, few = options.seq_len, options.batch, options.behind
     groups = min(options.windows, len(ids) // (length * batch))
+    if groups < 1 or few < 2:
+        sys.exit(f"{len(ids)} tokens are less than a batch of {batch} x {length}, or --behind < 2")
     windows = ids[: groups * batch * length].view(-1, length)
     losses: dict[str, list[Tensor]] = {"fused": [], "materialise": []}
     figures: dict[str, Any] = {path: {} for path in losses}
@@ -214,14 +216,9 @@ def check_ppl(loaded: LoadedModel, bundle: Bundle, options: argparse.Namespace) 
         "tokens": apart.numel(),
         "relative_difference": figures["fused"]["ppl"] / figures["materialise"]["ppl"] - 1,
         "standard_error": (apart.std() / apart.numel() ** 0.5).item(),
-        "by_tokens_behind": [part.mean().item() for part in _by_place(apart, few - 1)],
+        "by_tokens_behind": [apart[at :: few - 1].mean().item() for at in range(few - 1)],
     }
     return figures
-
-
-def _by_place(apart: Tensor, places: int) -> list[Tensor]:
-    """Return differences by how far behind its prompt a token is."""
-    return [apart[place::places] for place in range(places)]
 
 
 def check_speed(loaded: LoadedModel, bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:

@@ -291,7 +291,7 @@ DEVICE void soften(Warp& warp, float (&score)[MINE][LANE_HEADS], const u32* rang
     auto scale_of = [](u32 range) { return greater(h2_low(range), 5.9604645e-8f); };
     KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) highest[j] = FAR_BELOW;
     KVQ_UNROLL for (u32 i = 0; i < MINE; i++) {
-        range[i] = ranges ? undivided(ranges[begin + 8 * i]) : 0x3c00;
+        range[i] = ranges ? undivided(ranges[begin + 8 * i]) : 0;
         float shift = ranges ? log2_fast(scale_of(range[i])) : 0.0f;
         KVQ_UNROLL for (int j = 0; j < LANE_HEADS; j++) {
             score[i][j] += shift;
